@@ -1,0 +1,49 @@
+"""``masked_attention``: ``scaled_dot_product_attention`` under a ``MaskLayout``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from voco_kernels.autograd import attention_forward
+from voco_kernels.dispatch import choose
+from voco_kernels.layout import MaskLayout
+from voco_kernels.validation import cast_for_autocast, validate
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: MaskLayout,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``softmax(scale * q k^T + mask) v`` under the layout's mask, differentiable, never dense.
+
+    Works under ``torch.compile(fullgraph=True)``, CUDA graphs, autocast and gradient checkpointing.
+    The backward pass has no atomics: the same inputs give the same gradients, bit for bit.
+
+    Args:
+        q: ``[B, Hq, S, D]``, any strides with a contiguous last dimension.
+        k, v: ``[B, Hkv, S, D]``, same dtype as q; ``Hkv`` divides ``Hq`` (grouped-query attention).
+        layout: of the same B, S and device. Packed documents are ``B = 1``.
+        scale: of the scores, > 0; ``1 / sqrt(D)`` by default.
+        backend: a name in ``voco_kernels.backends()``. That one runs, or the call fails with its
+            reasons. By default the first that can serve on q's device.
+        return_lse: also return the log of the softmax's denominator, differentiable as well.
+
+    Returns:
+        out ``[B, Hq, S, D]`` in q's dtype; 0 in padding rows. With ``return_lse`` also lse, float32
+        (float64 for float64 inputs) ``[B, Hq, S]``, natural log; -inf in padding rows.
+
+    Raises:
+        TypeError, ValueError: arguments that don't fit together.
+        RuntimeError: no backend, or not the named one, can serve; the message has all reasons.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    q, k, v = cast_for_autocast(q, k, v)
+    validate(q, k, v, layout, scale)
+    out, lse = attention_forward(q, k, v, *layout.tensors(), scale, choose(q, k, v, backend))
+    return (out, lse) if return_lse else out

@@ -1,0 +1,1 @@
+"""One module a backend, one contract (see ``voco_kernels.dispatch``); none imports another."""

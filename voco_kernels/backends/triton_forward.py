@@ -1,0 +1,189 @@
+"""Triton forward kernel: one program an item, an item being (part of a query tile, head)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Registers are what these kernels are short of: hoisting addresses out of loops makes them spill.
+# Hence disable_licm on every loop.
+
+
+@triton.jit
+def load_rows(base, positions, stride, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``[len(positions), BLOCK_D]``: rows at these positions, 0 where not inside or behind HEAD_DIM."""
+    columns = tl.arange(0, BLOCK_D)
+    mask = inside[:, None]
+    if HEAD_DIM != BLOCK_D:
+        mask = mask & (columns < HEAD_DIM)[None, :]
+    return tl.load(base + positions[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_block(
+    descriptor, row, head, base, stride, start, stop,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """``[BLOCK, BLOCK_D]``: rows from ``start`` on of one head, by TMA where there is a descriptor.
+
+    With MASK, rows from ``stop`` on are 0: they may be padding, which may hold anything, and a
+    probability of 0 times NaN is NaN.
+    """
+    local = tl.arange(0, BLOCK)
+    if descriptor is not None:
+        block = descriptor.load([row, head, start, 0]).reshape(BLOCK, BLOCK_D)
+        if MASK:
+            block = tl.where((start + local < stop)[:, None], block, 0.0)
+    else:
+        columns = tl.arange(0, BLOCK_D)
+        pointers = base + tl.cast(start, tl.int64) * stride
+        pointers = pointers + local[:, None] * stride + columns[None, :]
+        if MASK:
+            mask = (start + local < stop)[:, None]
+            if HEAD_DIM != BLOCK_D:
+                mask = mask & (columns < HEAD_DIM)[None, :]
+            block = tl.load(pointers, mask=mask, other=0.0)
+        elif HEAD_DIM != BLOCK_D:
+            block = tl.load(pointers, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+        else:
+            block = tl.load(pointers)
+    return block
+
+
+@triton.jit
+def load_query_tile(query_tiles, tile, part, BLOCK_M: tl.constexpr):
+    """Part ``part`` of a tile: its row of the batch, queries [start, stop), the first key of its
+    contiguous stretch, and its prefix [start, stop) in ``kept``. Empty parts have start >= stop."""
+    columns = query_tiles + tile * 8
+    start = tl.load(columns + 1) + part * BLOCK_M
+    stop = tl.minimum(tl.load(columns + 2), start + BLOCK_M)
+    return (
+        tl.load(columns), start, stop,
+        tl.load(columns + 3), tl.load(columns + 4), tl.load(columns + 5),
+    )  # fmt: skip
+
+
+@triton.jit
+def _attend(
+    acc, row_max, row_sum, q, query,
+    k_desc, v_desc, row, head, k_base, v_base, stride_ks, stride_vs,
+    kept, begin, end, scale_log2,
+    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    GATHER: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over keys [begin, end): positions, or ranks in ``kept`` with GATHER.
+
+    Blocks are fully visible, except the ones on the DIAGONAL, and a gathered stretch's last block.
+    """
+    for start in tl.range(begin, end, BLOCK_N, disable_licm=True):
+        key = start + tl.arange(0, BLOCK_N)
+        if GATHER:
+            inside = key < end
+            position = tl.load(kept + key, mask=inside, other=0).to(tl.int64)
+            k = load_rows(k_base, position, stride_ks, inside, HEAD_DIM, BLOCK_D)
+        else:
+            k = load_block(
+                k_desc, row, head, k_base, stride_ks, start, end,
+                BLOCK_N, HEAD_DIM, BLOCK_D, MASK=False if k_desc is not None else DIAGONAL,
+            )  # fmt: skip
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if DIAGONAL:
+            scores = tl.where(key[None, :] <= query[:, None], scores, float("-inf"))
+        if GATHER:
+            if start + BLOCK_N > end:
+                scores = tl.where(inside[None, :], scores, float("-inf"))
+
+        # Base 2 with the scale folded in: one FMA and one exp2 a score.
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+        p = tl.math.exp2(scores * scale_log2 - new_max[:, None])
+        rescale = tl.math.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        acc = acc * rescale[:, None]
+        if GATHER:
+            v = load_rows(v_base, position, stride_vs, inside, HEAD_DIM, BLOCK_D)
+        else:
+            v = load_block(
+                v_desc, row, head, v_base, stride_vs, start, end,
+                BLOCK_N, HEAD_DIM, BLOCK_D, MASK=DIAGONAL,
+            )  # fmt: skip
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def forward_kernel(
+    Q, K, V, k_desc, v_desc, Out, Lse,
+    query_tiles, counts, kept_positions,
+    stride_qb, stride_qh, stride_qs,
+    stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_os,
+    scale, heads, group, length,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Out ``[B, Hq, S, D]`` and Lse fp32 ``[B, Hq, S]``, every row written, padding with 0 and -inf.
+
+    ``k_desc`` and ``v_desc`` are TMA descriptors of K and V, blocks [1, 1, BLOCK_N, BLOCK_D], or None.
+    The grid covers the usual number of items; where the schedule has more, programs take another.
+    """
+    PARTS: tl.constexpr = TILE // BLOCK_M
+    scale_log2 = scale * 1.4426950408889634
+    tiles = tl.load(counts)
+    items = tiles * heads * PARTS
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
+        # Heads fastest: K and V of one row stay in L2. Late tiles first: they are the longest.
+        head = item % heads
+        part = item // heads
+        tile = tiles - 1 - part // PARTS
+        row, start, stop, key_start, prefix_start, prefix_stop = load_query_tile(
+            query_tiles, tile, PARTS - 1 - part % PARTS, BLOCK_M
+        )
+        local = tl.arange(0, BLOCK_M)
+        query = start + local
+        in_tile = query < stop
+        wide_row, wide_start = tl.cast(row, tl.int64), tl.cast(start, tl.int64)
+        wide_head, kv_head = tl.cast(head, tl.int64), head // group
+        wide_kv_head = tl.cast(kv_head, tl.int64)
+        q_base = Q + wide_row * stride_qb + wide_head * stride_qh + wide_start * stride_qs
+        q = load_rows(q_base, local, stride_qs, in_tile, HEAD_DIM, BLOCK_D)
+        k_base = K + wide_row * stride_kb + wide_kv_head * stride_kh
+        v_base = V + wide_row * stride_vb + wide_kv_head * stride_vh
+        kept = kept_positions + wide_row * length
+
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        # [key_start, full) lies at or before the first query: no mask. [full, stop) has the diagonal.
+        full = key_start + tl.maximum(start + 1 - key_start, 0) // BLOCK_N * BLOCK_N
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, q, query,
+            k_desc, v_desc, row, kv_head, k_base, v_base, stride_ks, stride_vs,
+            kept, prefix_start, prefix_stop, scale_log2,
+            BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, GATHER=True, DIAGONAL=False,
+        )  # fmt: skip
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, q, query,
+            k_desc, v_desc, row, kv_head, k_base, v_base, stride_ks, stride_vs,
+            kept, key_start, full, scale_log2,
+            BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, GATHER=False, DIAGONAL=False,
+        )  # fmt: skip
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, q, query,
+            k_desc, v_desc, row, kv_head, k_base, v_base, stride_ks, stride_vs,
+            kept, full, stop, scale_log2,
+            BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, GATHER=False, DIAGONAL=True,
+        )  # fmt: skip
+
+        # Padding has seen no key: its maximum is -inf and its sum 0, for which 1 stands in.
+        row_sum = tl.where(row_sum > 0, row_sum, 1.0)
+        lse = (row_max + tl.math.log2(row_sum)) * 0.6931471805599453
+        tl.store(Lse + (wide_row * heads + head) * length + query, lse, mask=in_tile)
+        columns = tl.arange(0, BLOCK_D)
+        o_base = Out + wide_row * stride_ob + wide_head * stride_oh + wide_start * stride_os
+        tl.store(
+            o_base + local[:, None] * stride_os + columns[None, :],
+            (acc / row_sum[:, None]).to(Out.dtype.element_ty),
+            mask=in_tile[:, None] & (columns < HEAD_DIM)[None, :],
+        )

@@ -1,0 +1,24 @@
+"""Scans along a row, the alphabet in which layouts and schedules are computed on a device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def last_index_where(flags: Tensor) -> Tensor:
+    """int64 ``[B, S]``: the largest index <= i where the flag is set, -1 where there is none."""
+    position = torch.arange(flags.shape[1], device=flags.device)
+    return torch.where(flags, position, -1).cummax(dim=1).values
+
+
+def next_index_where(flags: Tensor) -> Tensor:
+    """int64 ``[B, S]``: the smallest index >= i where the flag is set, S where there is none."""
+    length = flags.shape[1]
+    position = torch.arange(length, device=flags.device)
+    return torch.where(flags, position, length).flip(1).cummin(dim=1).values.flip(1)
+
+
+def shift_right(values: Tensor, first: int | bool) -> Tensor:
+    """``[B, S]``: the value of the token before, ``first`` for the row's first token."""
+    return torch.cat([torch.full_like(values[:, :1], first), values[:, :-1]], dim=1)

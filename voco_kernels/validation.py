@@ -1,0 +1,68 @@
+"""Checks of ``masked_attention``'s arguments, made before any backend is asked."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from voco_kernels.layout import MaskLayout
+
+
+def validate(q: Tensor, k: Tensor, v: Tensor, layout: MaskLayout, scale: float) -> None:
+    """Raise for arguments that no backend can serve; see ``masked_attention`` for the contract.
+
+    Raises:
+        TypeError: wrong types or dtypes.
+        ValueError: shapes, devices or a scale that don't fit together.
+    """
+    if not isinstance(layout, MaskLayout):
+        raise TypeError(
+            f"expected a MaskLayout, got {type(layout).__name__}; build one with "
+            "MaskLayout.from_lengths, .from_spans, .from_input_ids or .packed"
+        )
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"expected {name} as [batch, heads, length, head_dim], got {list(tensor.shape)}"
+            )
+        if tensor.device != layout.device:
+            raise ValueError(
+                f"expected {name} on the layout's device {layout.device}, got {tensor.device}; "
+                "move one of them with .to(device)"
+            )
+        if not tensor.dtype.is_floating_point or tensor.dtype != q.dtype:
+            raise TypeError(
+                f"expected q, k and v of one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+            )
+    batch, heads, length, head_dim = q.shape
+    if (batch, length) != (layout.batch, layout.length):
+        raise ValueError(
+            f"expected q of the layout's batch {layout.batch} and length {layout.length}, got batch "
+            f"{batch} and length {length} (q is {list(q.shape)})"
+        )
+    kv_heads = k.shape[1]
+    if k.shape != (batch, kv_heads, length, head_dim) or v.shape != k.shape:
+        raise ValueError(
+            f"expected k and v of one shape [{batch}, kv_heads, {length}, {head_dim}] to go with q "
+            f"{list(q.shape)}, got k {list(k.shape)} and v {list(v.shape)}"
+        )
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"expected a number of query heads divisible by the key/value heads, got {heads} and "
+            f"{kv_heads}"
+        )
+    if head_dim == 0:
+        raise ValueError(f"expected head_dim >= 1, got q of shape {list(q.shape)}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"expected a finite scale > 0, got {scale}")
+
+
+def cast_for_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under ``torch.autocast``, q, k and v in its dtype, as SDPA does; otherwise unchanged."""
+    device = q.device.type
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+    return q, k, v
