@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from types import ModuleType
 
-import torch
 from torch import Tensor
+
+from voco_kernels.backends import flash_attn, reference, sdpa, triton
 
 # One contract, a module each (none imports another):
 #   missing() -> list[str]                           why it can't run on this machine at all
 #   unsupported(q, k, v) -> list[str]                why it can't serve these tensors
 #   forward(q, k, v, layout, scale) -> (out, lse)    lse natural log, fp32 (fp64 for fp64) [B, Hq, S]
 #   backward(dout, dlse, q, k, v, out, lse, layout, scale) -> (dq, dk, dv)    dlse may be None
-BACKENDS = ("triton", "flash_attn", "sdpa", "reference")
-PREFERENCE = {"cuda": BACKENDS, "cpu": ("sdpa", "reference")}
+BACKENDS = {"triton": triton, "flash_attn": flash_attn, "sdpa": sdpa, "reference": reference}
+PREFERENCE = {"cuda": tuple(BACKENDS)}
+PREFERENCE_ELSEWHERE = ("sdpa", "reference")
 
 
 def load(name: str) -> ModuleType:
-    """The backend's module, imported on first use.
+    """The backend's module.
 
     Raises:
         ValueError: there is no backend of that name.
     """
     if name not in BACKENDS:
         raise ValueError(f"expected a backend among {', '.join(BACKENDS)}, got {name!r}")
-    return import_module(f"voco_kernels.backends.{name}")
+    return BACKENDS[name]
 
 
 def backends() -> dict[str, list[str]]:
     """Each backend's reasons why it can't run on this machine; an empty list if it can."""
-    return {name: load(name).missing() for name in BACKENDS}
+    return {name: backend.missing() for name, backend in BACKENDS.items()}
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, name: str | None = None) -> str:
@@ -40,7 +41,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, name: str | None = None) -> str:
         ValueError: there is no backend of that name.
         RuntimeError: it can't serve, or none can; the message lists every reason.
     """
-    candidates = (name,) if name else PREFERENCE.get(q.device.type, ("sdpa", "reference"))
+    candidates = (name,) if name else PREFERENCE.get(q.device.type, PREFERENCE_ELSEWHERE)
     reasons = {}
     for candidate in candidates:
         backend = load(candidate)
@@ -53,19 +54,3 @@ def choose(q: Tensor, k: Tensor, v: Tensor, name: str | None = None) -> str:
         f"expected {what} that can serve q {list(q.shape)}, k {list(k.shape)} {q.dtype} on "
         f"{q.device}, got none:{listed}"
     )
-
-
-def strided_reasons(*tensors: Tensor) -> list[str]:
-    """The reason that several backends share: they need a contiguous last dimension."""
-    if all(tensor.stride(-1) == 1 for tensor in tensors):
-        return []
-    strides = ", ".join(str(tuple(tensor.stride())) for tensor in tensors)
-    return [f"expected q, k and v with a contiguous last dimension, got strides {strides}"]
-
-
-def dtype_reasons(tensor: Tensor, *supported: torch.dtype) -> list[str]:
-    """The reason that several backends share: the dtype is none of theirs."""
-    if tensor.dtype in supported:
-        return []
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported)
-    return [f"expected {names}, got {str(tensor.dtype).removeprefix('torch.')}"]

@@ -10,17 +10,18 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CompactKV:
-    """The keys and values of one image's VoCo tokens, in all layers (section 2.3.1 of the supplement).
+    """The keys and values of one image's VoCo tokens, in all layers (supplement, 2.3.1).
 
-    For one token of LLaVA-1.5-7B in bf16 that is 2 * 32 layers * 4096 * 2 B = 0.52 MB, where all 576
-    vision tokens take 302 MB. A batch is a list of these; the number of tokens may differ among them.
+    For one token of LLaVA-1.5-7B in bf16 that is 2 * 32 layers * 4096 * 2 B = 0.52 MB, where all
+    576 vision tokens take 302 MB. A batch is a list of these; the number of tokens may differ among
+    them.
 
     Attributes:
-        kv: floating ``[L, 2, Hkv, n, D]``, layer by layer the keys (0) and the values (1) of the n VoCo
-            tokens. Keys are rotated already, for ``positions``.
+        kv: floating ``[L, 2, Hkv, n, D]``, layer by layer the keys (0) and the values (1) of the n
+            VoCo tokens. Keys are rotated already, for ``positions``.
         positions: int64 ``[n]``, rising: the position ids of the first pass.
-        next_position: the position id at which text goes on, larger than all ``positions``. With it the
-            second pass sees every token where one pass over the whole sequence would have it.
+        next_position: the position id at which text goes on, larger than all ``positions``. With it
+            the second pass sees every token where one pass over the whole sequence would have it.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or positions that don't fit together.
@@ -33,8 +34,8 @@ class CompactKV:
     def __post_init__(self) -> None:
         if self.kv.dim() != 5 or self.kv.shape[1] != 2 or 0 in self.kv.shape:
             raise ValueError(
-                "expected kv as [layers, 2, kv_heads, tokens, head_dim] with at least one token, got "
-                f"{list(self.kv.shape)}"
+                "expected kv as [layers, 2, kv_heads, tokens, head_dim] with at least one token, "
+                f"got {list(self.kv.shape)}"
             )
         if not self.kv.dtype.is_floating_point or self.positions.dtype != torch.int64:
             raise TypeError(
@@ -43,14 +44,14 @@ class CompactKV:
             )
         if self.positions.shape != (self.num_tokens,):
             raise ValueError(
-                f"expected one position for each of the {self.num_tokens} tokens in kv, got positions "
-                f"of shape {list(self.positions.shape)}"
+                f"expected one position for each of the {self.num_tokens} tokens in kv, got "
+                f"positions of shape {list(self.positions.shape)}"
             )
-        steps = [*self.positions.tolist(), self.next_position]
-        if steps[0] < 0 or any(here >= there for here, there in zip(steps, steps[1:], strict=False)):
+        rising = [-1, *self.positions.tolist(), self.next_position]
+        if rising != sorted(set(rising)):
             raise ValueError(
                 "expected positions >= 0 that rise, and next_position above them, got positions "
-                f"{steps[:-1]} and next_position {steps[-1]}"
+                f"{rising[1:-1]} and next_position {rising[-1]}"
             )
 
     @property
@@ -86,7 +87,7 @@ class CompactKV:
 
     def __repr__(self) -> str:
         return (
-            f"CompactKV({self.num_tokens} tokens, {self.num_layers} layers, {self.num_kv_heads} heads "
-            f"of {self.head_dim}, {str(self.kv.dtype).removeprefix('torch.')} on {self.kv.device}, "
-            f"{self.nbytes} B, text goes on at position {self.next_position})"
+            f"CompactKV({self.num_tokens} tokens, {self.num_layers} layers, {self.num_kv_heads} "
+            f"heads of {self.head_dim}, {str(self.kv.dtype).removeprefix('torch.')} on "
+            f"{self.kv.device}, {self.nbytes} B, text goes on at position {self.next_position})"
         )

@@ -9,9 +9,10 @@ from os import PathLike
 import torch
 from torch import Tensor
 
+from voco_kernels.layout_op import layout_from_token_ids
 from voco_kernels.schedule import PREFIX_START, PREFIX_STOP, Schedule, build_schedule
 from voco_kernels.spans import Span, visibility_from_documents
-from voco_kernels.token_ids import check_context, check_padding, visibility_from_token_ids
+from voco_kernels.token_ids import check_context, check_padding
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -150,12 +151,12 @@ class MaskLayout:
         may_read_values = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         if may_read_values and attention_mask is not None:
             check_padding(attention_mask)
-        visible_from, visible_until, stray = visibility_from_token_ids(
-            input_ids, voco_token_id, image_token_id, attention_mask, position_ids, isolated=isolated
+        *tensors, stray = layout_from_token_ids(
+            input_ids, voco_token_id, image_token_id, attention_mask, position_ids, isolated
         )
         if may_read_values:
             check_context(stray, voco_token_id)
-        return cls._from_visibility(visible_from, visible_until)
+        return cls.from_tensors(*tensors)
 
     @classmethod
     def _from_visibility(cls, visible_from: Tensor, visible_until: Tensor) -> MaskLayout:

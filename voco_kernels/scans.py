@@ -22,3 +22,8 @@ def next_index_where(flags: Tensor) -> Tensor:
 def shift_right(values: Tensor, first: int | bool) -> Tensor:
     """``[B, S]``: the value of the token before, ``first`` for the row's first token."""
     return torch.cat([torch.full_like(values[:, :1], first), values[:, :-1]], dim=1)
+
+
+def shift_left(values: Tensor, last: int | bool) -> Tensor:
+    """``[B, S]``: the value of the token behind, ``last`` for the row's last token."""
+    return torch.cat([values[:, 1:], torch.full_like(values[:, :1], last)], dim=1)

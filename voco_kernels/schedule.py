@@ -9,7 +9,8 @@ Two facts make every tile simple. Call a key *hidden* if some later query of its
   list ``kept``, all visible to all of the run (its *prefix*). So a text query behind 64 images with one
   VoCo token each reads a prefix of 63 keys, not 64 hidden blocks.
 * Keys, in turn, are either hidden (read by a contiguous range of queries, causal at its start) or kept
-  (read by a range of the compact list ``readers``: queries that see any kept key at all).
+  (read by a range of the compact list ``readers``: queries that see any kept key at all). Kept keys
+  behind a document's last image are read by all that follows: contiguous again.
 
 Tiles start where runs start, so no tile straddles a segment. ``docs/schedule.md`` has the pictures.
 """
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from voco_kernels.scans import last_index_where, next_index_where, shift_right
+from voco_kernels.scans import last_index_where, next_index_where, shift_left, shift_right
 
 TILE = 128
 """Rows of a tile. Kernels with smaller blocks split it."""
@@ -40,8 +41,11 @@ class Schedule(NamedTuple):
     """Tensors on the layout's device, int32, their shapes functions of ``[B, S]`` alone.
 
     Attributes:
-        query_tiles: ``[B * S, 8]``, the first ``counts[0]`` rows are tiles, in order of position.
-        key_tiles: ``[B * S, 8]``, the first ``counts[1]`` rows are tiles.
+        query_tiles: ``[B * S, 8]``, the first ``counts[0]`` rows are tiles, the last row's last
+            tile first: late queries see the most keys, and long work is best started early.
+        key_tiles: ``[B * S, 8]``, the first ``counts[1]`` rows are tiles, the first row's first
+            tile first: early keys are seen by the most queries. What lies behind the tiles, in
+            either table, is unspecified.
         counts: ``[2]``.
         kept: ``[B, S]``, the positions of each row's kept keys, in order; 0 behind the last.
         readers: ``[B, S]``, the positions of each row's queries that see any kept key; likewise.
@@ -54,11 +58,13 @@ class Schedule(NamedTuple):
     readers: Tensor
 
     def host_query_tiles(self) -> Tensor:
-        """The query tiles that there are, int64 ``[n, 8]`` on the CPU (a host sync on CUDA)."""
-        return self.query_tiles[: int(self.counts[0])].long().cpu()
+        """The query tiles that there are, by row and position, int64 ``[n, 8]`` on the CPU (a host
+        sync on CUDA)."""
+        return self.query_tiles[: int(self.counts[0])].flip(0).long().cpu()
 
     def host_runs(self) -> list[list[int]]:
-        """One query tile for each run instead of one for each ``TILE`` rows of it, as lists."""
+        """One query tile for each run instead of one for each ``TILE`` rows of it, as lists; by row
+        and position."""
         tiles = self.host_query_tiles()
         runs = tiles[tiles[:, START] == tiles[:, RUN_START]]
         runs[:, STOP] = runs[:, RUN_STOP]
@@ -86,7 +92,8 @@ def build_schedule(visible_from: Tensor, visible_until: Tensor) -> Schedule:
     hidden_before = shift_right(last_index_where(hidden), -1)
     segment_stop = visible_until.gather(1, hidden_before.clamp(min=0))
     segment_ended = (hidden_before >= 0) & (segment_stop == position)
-    run_starts = segment_ended | (visible_from != shift_right(visible_from, -1))
+    view_changes = visible_from != shift_right(visible_from, -1)
+    run_starts = segment_ended | view_changes
     run_start = last_index_where(run_starts)
     run_stop = _stop_of_group(run_starts)
     key_start = torch.maximum(visible_from, hidden_before.gather(1, run_start) + 1)
@@ -104,6 +111,7 @@ def build_schedule(visible_from: Tensor, visible_until: Tensor) -> Schedule:
         prefix_stop,
         run_start,
         run_stop,
+        last_first=True,
     )
 
     reads_kept = real & (kept_before + kept.long() > at(visible_from))
@@ -115,20 +123,24 @@ def build_schedule(visible_from: Tensor, visible_until: Tensor) -> Schedule:
     group_starts = (kept != shift_right(kept, False)) | (
         visible_until != shift_right(visible_until, -1)
     )
-    group_start = last_index_where(group_starts)
+    group_start, group_stop = last_index_where(group_starts), _stop_of_group(group_starts)
+    # Behind a document's last hidden key and last change of visible_from (text behind the last image)
+    # nothing is left to gather: keys and queries are contiguous up to the document's stop.
+    stays = torch.minimum(_stop_of_group(view_changes), _stop_of_group(hidden))
+    gathered = kept & (stays < document_stop)
     key_tiles, key_count = _select(
         torch.where(kept, rank_in_document % TILE == 0, (position - group_start) % TILE == 0),
         row,
-        kept.long(),
-        torch.where(kept, kept_before, position),
+        gathered.long(),
+        torch.where(gathered, kept_before, position),
         torch.where(
-            kept,
+            gathered,
             torch.minimum(kept_before + TILE, before_stop(kept_before, kept_total)),
-            torch.minimum(position + TILE, _stop_of_group(group_starts)),
+            torch.minimum(position + TILE, torch.where(kept, document_stop, group_stop)),
         ),
-        torch.where(kept, readers_before, position),
+        torch.where(gathered, readers_before, position),
         torch.where(
-            kept,
+            gathered,
             before_stop(readers_before, readers_total),
             torch.where(real, visible_until, position),  # padding: no queries
         ),
@@ -146,9 +158,7 @@ def build_schedule(visible_from: Tensor, visible_until: Tensor) -> Schedule:
 
 def _stop_of_group(starts: Tensor) -> Tensor:
     """For each token, where the next group starts (S where none does)."""
-    length = starts.shape[1]
-    following = torch.cat([starts[:, 1:], torch.ones_like(starts[:, :1])], dim=1)
-    return next_index_where(following) + 1 if length > 1 else torch.ones_like(starts, dtype=torch.long)
+    return next_index_where(shift_left(starts, True)) + 1
 
 
 def _compact(flags: Tensor, rank: Tensor) -> Tensor:
@@ -160,12 +170,13 @@ def _compact(flags: Tensor, rank: Tensor) -> Tensor:
     return positions[:, :length].int().contiguous()
 
 
-def _select(flags: Tensor, *columns: Tensor) -> tuple[Tensor, Tensor]:
+def _select(flags: Tensor, *columns: Tensor, last_first: bool = False) -> tuple[Tensor, Tensor]:
     """The rows of ``columns`` where the flag is set, moved to the front of an int32 ``[B * S, C]``
     array, and their number. Like ``nonzero``, but of static shape."""
     flags = flags.flatten()
     rank = flags.long().cumsum(0)
+    slot = rank[-1] - rank if last_first else rank - 1
     values = torch.stack([column.flatten() for column in columns], dim=1).int()
     selected = values.new_zeros(len(flags) + 1, len(columns))
-    selected[torch.where(flags, rank - 1, len(flags))] = values
+    selected[torch.where(flags, slot, len(flags))] = values
     return selected[:-1], rank[-1]

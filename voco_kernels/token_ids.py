@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from voco_kernels.scans import last_index_where, next_index_where, shift_right
+from voco_kernels.scans import last_index_where, next_index_where, shift_left, shift_right
 
 
 def visibility_from_token_ids(
@@ -17,36 +17,29 @@ def visibility_from_token_ids(
     *,
     isolated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``visible_from``, ``visible_until`` (int64 ``[B, S]``; semantics: ``MaskLayout.from_input_ids``),
-    and which VoCo tokens have no context to compress (bool ``[B, S]``), which here count as text.
+    """``visible_from``, ``visible_until`` (int64 ``[B, S]``; see ``MaskLayout.from_input_ids``), and
+    which VoCo tokens have no context to compress (bool ``[B, S]``), which here count as text.
 
     Static shapes and tensor operations only, so legal inside ``torch.compile`` and graph capture.
     """
     length = input_ids.shape[1]
-    position = torch.arange(length, device=input_ids.device).expand(input_ids.shape)
     real, starts_document = _documents(input_ids, attention_mask, position_ids)
+    ends_document = real & shift_left(starts_document | ~real, True)
     is_voco = real & (input_ids == voco_token_id)
+    ends_run = is_voco & (ends_document | ~shift_left(is_voco, False))
 
+    # A token is context if the next VoCo run to end does so in its document; it is seen until then.
     document_start = last_index_where(starts_document)
-    next_padding = next_index_where(~real)
-    document_stop = torch.minimum(_next_after(starts_document), next_padding)
-
-    # A token belongs to a segment's context if a VoCo token follows it in its document ...
-    next_voco = next_index_where(is_voco)
-    previous_voco = shift_right(last_index_where(is_voco), -1)
-    first_in_document = previous_voco < document_start
-    context = real & ~is_voco & (next_voco < document_stop)
+    document_stop = next_index_where(ends_document) + 1
+    segment_stop = next_index_where(ends_run) + 1
+    context = real & ~is_voco & (segment_stop <= document_stop)
     if image_token_id is not None:
-        # ... and, after the document's first segment, an image token stands at or before it.
-        last_image = last_index_where(real & (input_ids == image_token_id))
-        context = context & (first_in_document | (last_image > previous_voco))
-    starts_run = is_voco & (~shift_right(is_voco, False) | starts_document)
-    run_start = last_index_where(starts_run).clamp(min=0)
-    in_segment = is_voco & shift_right(context, False).gather(1, run_start)
+        # After the document's first run, an image token has to stand at or before it as well.
+        opens = starts_document | (real & (input_ids == image_token_id))
+        context = context & (last_index_where(opens) > last_index_where(is_voco))
+    before_run = last_index_where(~is_voco | starts_document).clamp(min=0)
+    in_segment = is_voco & context.gather(1, before_run)
 
-    # A context token is seen until its VoCo run stops: the first token behind next_voco that is none.
-    run_stop = torch.minimum(next_index_where(~is_voco), document_stop)
-    segment_stop = run_stop.gather(1, next_voco.clamp(max=length - 1))
     visible_until = torch.where(context, segment_stop, document_stop)
     visible_from = document_start
     if isolated:
@@ -78,8 +71,8 @@ def check_context(stray: Tensor, voco_token_id: int) -> None:
         row, position = stray.nonzero()[0].tolist()
         raise ValueError(
             "expected vision tokens directly before the VoCo tokens that compress them, got VoCo "
-            f"token {voco_token_id} at position {position} of row {row} with none before it; put the "
-            "image in front of it, or check voco_token_id and image_token_id"
+            f"token {voco_token_id} at position {position} of row {row} with none before it; put "
+            "the image in front of it, or check voco_token_id and image_token_id"
         )
 
 
@@ -94,13 +87,6 @@ def _documents(
     if position_ids is not None:
         starts = starts | (real & (position_ids == 0))
     return real, starts
-
-
-def _next_after(flags: Tensor) -> Tensor:
-    """The smallest index > i where the flag is set; S where there is none."""
-    length = flags.shape[1]
-    following = torch.cat([flags[:, 1:], torch.ones_like(flags[:, :1])], dim=1)
-    return (next_index_where(following) + 1).clamp(max=length)
 
 
 def _shorten(positions: list[int]) -> str:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from importlib.util import find_spec
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from voco_kernels.backends.triton_config import Config, config
-from voco_kernels.dispatch import dtype_reasons, strided_reasons
 from voco_kernels.layout import MaskLayout
+from voco_kernels.reasons import dtype_reasons, strided_reasons
 from voco_kernels.schedule import TILE
 
 if TYPE_CHECKING:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 _LARGEST_HEAD_DIM = 256
+# Triton decides when it is imported; so do we.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def missing() -> list[str]:
     if find_spec("triton") is None:
         return ["triton is not installed; CUDA builds of torch bring it"]
-    if not torch.cuda.is_available() and not _interpreted():
+    if not torch.cuda.is_available() and not _INTERPRETED:
         return ["no CUDA device; TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests"]
     return []
 
@@ -32,10 +34,10 @@ def missing() -> list[str]:
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     reasons = dtype_reasons(q, torch.bfloat16, torch.float16, torch.float32)
     reasons += strided_reasons(q, k, v)
-    if q.device.type != "cuda" and not _interpreted():
+    if q.device.type != "cuda" and not _INTERPRETED:
         reasons.append(f"expected tensors on CUDA, got {q.device}")
-    if q.device.type == "cuda" and _capability(q) < 80:
-        reasons.append(f"expected compute capability 8.0 or later, got {_capability(q) / 10}")
+    if q.device.type == "cuda" and _capability(q.device) < 80:
+        reasons.append(f"expected compute capability 8.0 or later, got {_capability(q.device) / 10}")
     if q.shape[-1] > _LARGEST_HEAD_DIM:
         reasons.append(f"expected head_dim up to {_LARGEST_HEAD_DIM}, got {q.shape[-1]}")
     return reasons
@@ -52,7 +54,7 @@ def forward(
     blocks = _config("forward", q)
     with _device(q):
         forward_kernel[(_programs(layout, heads, blocks.block_m),)](
-            q, k, v, *_descriptors(blocks.block_n, k, v), out, lse,
+            q, k, v, *_descriptors(blocks.block_m, q), *_descriptors(blocks.block_n, k, v), out, lse,
             layout.schedule.query_tiles, layout.schedule.counts, layout.schedule.kept,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             scale, heads, heads // k.shape[1], length,
@@ -108,16 +110,17 @@ def backward(
 
 
 def _descriptors(rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
-    """TMA descriptors that load ``rows`` rows of a head, or None each where TMA can't: before sm_90,
-    and for addresses or strides that are no multiples of 16 bytes."""
+    """TMA descriptors that load ``rows`` rows of a head, or None each: before sm_90, for addresses or
+    strides that are no multiples of 16 bytes (TMA can't), and for float32 (it would spill)."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     aligned = all(
-        tensor.data_ptr() % 16 == 0
+        tensor.element_size() == 2
+        and tensor.data_ptr() % 16 == 0
         and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:3])
         for tensor in tensors
     )
-    if not aligned or not (_interpreted() or _capability(tensors[0]) >= 90):
+    if not aligned or not (_INTERPRETED or _capability(tensors[0].device) >= 90):
         return [None] * len(tensors)
     block = [1, 1, rows, _block_d(tensors[0].shape[-1])]
     return [TensorDescriptor.from_tensor(tensor, block) for tensor in tensors]
@@ -131,7 +134,7 @@ def _programs(layout: MaskLayout, heads: int, block: int) -> int:
 
 
 def _config(kernel: str, q: Tensor) -> Config:
-    capability = _capability(q) if q.device.type == "cuda" else 80
+    capability = _capability(q.device) if q.device.type == "cuda" else 80
     return config(kernel, q.shape[-1], q.element_size(), capability)
 
 
@@ -143,8 +146,7 @@ def _constants(q: Tensor, blocks: Config) -> dict[str, int | str]:
         TILE=TILE,
         BLOCK_M=blocks.block_m,
         BLOCK_N=blocks.block_n,
-        # tf32 would lose the float32 that the caller asked for.
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PRECISION=blocks.precision,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
     )
@@ -154,14 +156,10 @@ def _block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def _capability(q: Tensor) -> int:
-    major, minor = torch.cuda.get_device_capability(q.device)
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def _interpreted() -> bool:
-    knobs: ModuleType = __import__("triton").knobs
-    return bool(knobs.runtime.interpret)
 
 
 def _device(q: Tensor):

@@ -34,14 +34,16 @@ def delta_kernel(
 
 @triton.jit
 def _accumulate_dq(
-    dq, q, do, lse_log2, delta, query,
+    dq, q, do, lse_log2, delta, query, first_query,
     k_desc, v_desc, row, head, k_base, v_base, stride_ks, stride_vs,
     kept, begin, end, scale_log2,
     BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    GATHER: tl.constexpr, DIAGONAL: tl.constexpr,
+    GATHER: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """dQ / scale from keys [begin, end), the stretches of the forward kernel's ``_attend``."""
-    for start in tl.range(begin, end, BLOCK_N, disable_licm=True):
+    for start in tl.range(
+        begin, end, BLOCK_N, disable_licm=True, num_stages=1 if GATHER else None
+    ):
         key = start + tl.arange(0, BLOCK_N)
         if GATHER:
             inside = key < end
@@ -51,19 +53,20 @@ def _accumulate_dq(
         else:
             k = load_block(
                 k_desc, row, head, k_base, stride_ks, start, end,
-                BLOCK_N, HEAD_DIM, BLOCK_D, MASK=DIAGONAL,
+                BLOCK_N, HEAD_DIM, BLOCK_D, MASK=PARTIAL,
             )  # fmt: skip
             v = load_block(
                 v_desc, row, head, v_base, stride_vs, start, end,
-                BLOCK_N, HEAD_DIM, BLOCK_D, MASK=DIAGONAL,
+                BLOCK_N, HEAD_DIM, BLOCK_D, MASK=PARTIAL,
             )  # fmt: skip
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         p = tl.math.exp2(scores * scale_log2 - lse_log2[:, None])
-        if DIAGONAL:
-            p = tl.where(key[None, :] <= query[:, None], p, 0.0)
         if GATHER:
             if start + BLOCK_N > end:
                 p = tl.where(inside[None, :], p, 0.0)
+        else:
+            if start + BLOCK_N - 1 > first_query:
+                p = tl.where(key[None, :] <= query[:, None], p, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -86,14 +89,12 @@ def dq_kernel(
     """DQ ``[B, Hq, S, D]``, every row written, padding with 0. Items as in the forward kernel."""
     PARTS: tl.constexpr = TILE // BLOCK_M
     scale_log2 = scale * 1.4426950408889634
-    tiles = tl.load(counts)
-    items = tiles * heads * PARTS
+    items = tl.load(counts) * heads * PARTS
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
         head = item % heads
         part = item // heads
-        tile = tiles - 1 - part // PARTS
         row, start, stop, key_start, prefix_start, prefix_stop = load_query_tile(
-            query_tiles, tile, PARTS - 1 - part % PARTS, BLOCK_M
+            query_tiles, part // PARTS, PARTS - 1 - part % PARTS, BLOCK_M
         )
         local = tl.arange(0, BLOCK_M)
         query = start + local
@@ -115,24 +116,24 @@ def dq_kernel(
         kept = kept_positions + wide_row * length
 
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        full = key_start + tl.maximum(start + 1 - key_start, 0) // BLOCK_N * BLOCK_N
+        whole = key_start + tl.maximum(stop - key_start, 0) // BLOCK_N * BLOCK_N
         dq = _accumulate_dq(
-            dq, q, do, lse_log2, delta, query,
+            dq, q, do, lse_log2, delta, query, start,
             k_desc, v_desc, row, kv_head, k_base, v_base, stride_ks, stride_vs,
             kept, prefix_start, prefix_stop, scale_log2,
-            BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, GATHER=True, DIAGONAL=False,
+            BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, GATHER=True, PARTIAL=True,
         )  # fmt: skip
         dq = _accumulate_dq(
-            dq, q, do, lse_log2, delta, query,
+            dq, q, do, lse_log2, delta, query, start,
             k_desc, v_desc, row, kv_head, k_base, v_base, stride_ks, stride_vs,
-            kept, key_start, full, scale_log2,
-            BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, GATHER=False, DIAGONAL=False,
+            kept, key_start, whole, scale_log2,
+            BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, GATHER=False, PARTIAL=False,
         )  # fmt: skip
         dq = _accumulate_dq(
-            dq, q, do, lse_log2, delta, query,
+            dq, q, do, lse_log2, delta, query, start,
             k_desc, v_desc, row, kv_head, k_base, v_base, stride_ks, stride_vs,
-            kept, full, stop, scale_log2,
-            BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, GATHER=False, DIAGONAL=True,
+            kept, whole, stop, scale_log2,
+            BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, GATHER=False, PARTIAL=True,
         )  # fmt: skip
         columns = tl.arange(0, BLOCK_D)
         o_base = DQ + wide_row * stride_ob + wide_head * stride_oh + wide_start * stride_os
@@ -165,7 +166,7 @@ def _accumulate_dkdv(
         blocks = whole
         if MASK:
             blocks = diagonal + (diagonal_stop + whole * BLOCK_M < end).to(tl.int32)
-    for index in tl.range(0, blocks, disable_licm=True):
+    for index in tl.range(0, blocks, disable_licm=True, num_stages=1 if GATHER else None):
         start = begin + index * BLOCK_M
         if not GATHER:
             if MASK:

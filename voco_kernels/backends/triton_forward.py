@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 # Registers are what these kernels are short of: hoisting addresses out of loops makes them spill.
-# Hence disable_licm on every loop.
+# Hence disable_licm on every loop, and no pipeline where rows are gathered, which is rare.
 
 
 @triton.jit
@@ -65,17 +65,20 @@ def load_query_tile(query_tiles, tile, part, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc, row_max, row_sum, q, query,
+    acc, row_max, row_sum, q, query, first_query,
     k_desc, v_desc, row, head, k_base, v_base, stride_ks, stride_vs,
     kept, begin, end, scale_log2,
     BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    GATHER: tl.constexpr, DIAGONAL: tl.constexpr,
+    GATHER: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys [begin, end): positions, or ranks in ``kept`` with GATHER.
 
-    Blocks are fully visible, except the ones on the DIAGONAL, and a gathered stretch's last block.
+    Whole blocks, unless GATHER or PARTIAL. Only blocks on the diagonal, and the last of a gathered
+    stretch, do mask arithmetic.
     """
-    for start in tl.range(begin, end, BLOCK_N, disable_licm=True):
+    for start in tl.range(
+        begin, end, BLOCK_N, disable_licm=True, num_stages=1 if GATHER else None
+    ):
         key = start + tl.arange(0, BLOCK_N)
         if GATHER:
             inside = key < end
@@ -84,14 +87,15 @@ def _attend(
         else:
             k = load_block(
                 k_desc, row, head, k_base, stride_ks, start, end,
-                BLOCK_N, HEAD_DIM, BLOCK_D, MASK=False if k_desc is not None else DIAGONAL,
+                BLOCK_N, HEAD_DIM, BLOCK_D, MASK=False if k_desc is not None else PARTIAL,
             )  # fmt: skip
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if DIAGONAL:
-            scores = tl.where(key[None, :] <= query[:, None], scores, float("-inf"))
         if GATHER:
             if start + BLOCK_N > end:
                 scores = tl.where(inside[None, :], scores, float("-inf"))
+        else:
+            if start + BLOCK_N - 1 > first_query:
+                scores = tl.where(key[None, :] <= query[:, None], scores, float("-inf"))
 
         # Base 2 with the scale folded in: one FMA and one exp2 a score.
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
@@ -104,7 +108,7 @@ def _attend(
         else:
             v = load_block(
                 v_desc, row, head, v_base, stride_vs, start, end,
-                BLOCK_N, HEAD_DIM, BLOCK_D, MASK=DIAGONAL,
+                BLOCK_N, HEAD_DIM, BLOCK_D, MASK=PARTIAL,
             )  # fmt: skip
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         row_max = new_max
@@ -113,7 +117,7 @@ def _attend(
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, k_desc, v_desc, Out, Lse,
+    Q, K, V, q_desc, k_desc, v_desc, Out, Lse,
     query_tiles, counts, kept_positions,
     stride_qb, stride_qh, stride_qs,
     stride_kb, stride_kh, stride_ks,
@@ -125,20 +129,18 @@ def forward_kernel(
 ):  # fmt: skip
     """Out ``[B, Hq, S, D]`` and Lse fp32 ``[B, Hq, S]``, every row written, padding with 0 and -inf.
 
-    ``k_desc`` and ``v_desc`` are TMA descriptors of K and V, blocks [1, 1, BLOCK_N, BLOCK_D], or None.
+    ``q_desc``, ``k_desc`` and ``v_desc`` are TMA descriptors of blocks of Q, K and V, or None.
     The grid covers the usual number of items; where the schedule has more, programs take another.
     """
     PARTS: tl.constexpr = TILE // BLOCK_M
     scale_log2 = scale * 1.4426950408889634
-    tiles = tl.load(counts)
-    items = tiles * heads * PARTS
+    items = tl.load(counts) * heads * PARTS
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
-        # Heads fastest: K and V of one row stay in L2. Late tiles first: they are the longest.
+        # Heads fastest: K and V of one row stay in L2. Late parts first: they are the longest.
         head = item % heads
         part = item // heads
-        tile = tiles - 1 - part // PARTS
         row, start, stop, key_start, prefix_start, prefix_stop = load_query_tile(
-            query_tiles, tile, PARTS - 1 - part % PARTS, BLOCK_M
+            query_tiles, part // PARTS, PARTS - 1 - part % PARTS, BLOCK_M
         )
         local = tl.arange(0, BLOCK_M)
         query = start + local
@@ -146,8 +148,12 @@ def forward_kernel(
         wide_row, wide_start = tl.cast(row, tl.int64), tl.cast(start, tl.int64)
         wide_head, kv_head = tl.cast(head, tl.int64), head // group
         wide_kv_head = tl.cast(kv_head, tl.int64)
-        q_base = Q + wide_row * stride_qb + wide_head * stride_qh + wide_start * stride_qs
-        q = load_rows(q_base, local, stride_qs, in_tile, HEAD_DIM, BLOCK_D)
+        # Rows behind the tile's end need no mask: what comes of them is not stored.
+        q_base = Q + wide_row * stride_qb + wide_head * stride_qh
+        q = load_block(
+            q_desc, row, head, q_base, stride_qs, start, stop,
+            BLOCK_M, HEAD_DIM, BLOCK_D, MASK=q_desc is None,
+        )  # fmt: skip
         k_base = K + wide_row * stride_kb + wide_kv_head * stride_kh
         v_base = V + wide_row * stride_vb + wide_kv_head * stride_vh
         kept = kept_positions + wide_row * length
@@ -155,25 +161,25 @@ def forward_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
-        # [key_start, full) lies at or before the first query: no mask. [full, stop) has the diagonal.
-        full = key_start + tl.maximum(start + 1 - key_start, 0) // BLOCK_N * BLOCK_N
+        # Padding has key_start = stop. Behind ``whole`` is at most one block, cut off by the tile's end.
+        whole = key_start + tl.maximum(stop - key_start, 0) // BLOCK_N * BLOCK_N
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q, query,
+            acc, row_max, row_sum, q, query, start,
             k_desc, v_desc, row, kv_head, k_base, v_base, stride_ks, stride_vs,
             kept, prefix_start, prefix_stop, scale_log2,
-            BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, GATHER=True, DIAGONAL=False,
+            BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, GATHER=True, PARTIAL=True,
         )  # fmt: skip
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q, query,
+            acc, row_max, row_sum, q, query, start,
             k_desc, v_desc, row, kv_head, k_base, v_base, stride_ks, stride_vs,
-            kept, key_start, full, scale_log2,
-            BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, GATHER=False, DIAGONAL=False,
+            kept, key_start, whole, scale_log2,
+            BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, GATHER=False, PARTIAL=False,
         )  # fmt: skip
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q, query,
+            acc, row_max, row_sum, q, query, start,
             k_desc, v_desc, row, kv_head, k_base, v_base, stride_ks, stride_vs,
-            kept, full, stop, scale_log2,
-            BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, GATHER=False, DIAGONAL=True,
+            kept, whole, stop, scale_log2,
+            BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, GATHER=False, PARTIAL=True,
         )  # fmt: skip
 
         # Padding has seen no key: its maximum is -inf and its sum 0, for which 1 stands in.
