@@ -1,0 +1,237 @@
+"""``enable``: VoCo attention in a LLaVA, and everything back as it was with ``undo``."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from functools import partial
+
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers.processing_utils import ProcessorMixin
+
+from voco_model.attention import ATTENTION_NAME, hand_out_layout
+from voco_model.prompt import VOCO_TOKEN, chat_template
+
+SUPPORTED = (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration)
+
+
+class Enabled:
+    """What ``enable`` did. Also a context manager that undoes it at the end.
+
+    Attributes:
+        model: the model, still the same object.
+        voco_token_id: id of ``<VoCo>``.
+        num_voco: number of VoCo tokens an image.
+    """
+
+    def __init__(self, model, voco_token_id: int, num_voco: int, steps: ExitStack) -> None:
+        self.model = model
+        self.voco_token_id = voco_token_id
+        self.num_voco = num_voco
+        self._steps = steps
+
+    def undo(self) -> None:
+        """Restore attention, hooks, config, embedding rows, tokenizer and chat template.
+
+        Weights stay as they are now (an added embedding row is cut off); caches made in between
+        must not be used any more. A second call does nothing.
+        """
+        self._steps.close()
+
+    def __enter__(self) -> Enabled:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        return (
+            f"Enabled({type(self.model).__name__}, {VOCO_TOKEN} = {self.voco_token_id}, "
+            f"num_voco={self.num_voco})"
+        )
+
+
+def enable(
+    model: LlavaForConditionalGeneration | LlavaNextForConditionalGeneration,
+    processor: ProcessorMixin | None = None,
+    num_voco: int | None = None,
+    *,
+    voco_token_id: int | None = None,
+) -> Enabled:
+    """Switch a LLaVA's language model to VoCo attention; see ``docs/llava.md``.
+
+    From now on every forward pass derives its mask from ``input_ids``: in training, in evaluation
+    and in ``model.generate``. Prompts without VoCo tokens run as before. The number of VoCo tokens
+    and the token's id are kept in ``model.config``, so that ``save_pretrained`` carries them.
+
+    Args:
+        model: LLaVA-1.5 or LLaVA-NeXT, with any text model that has plain full attention.
+        processor: its tokenizer gets the token ``<VoCo>`` (the model's embeddings grow only where
+            they have no row left for it), and its chat template becomes that of Listing 1.
+        num_voco: VoCo tokens an image; by default what the model's config says, else 1.
+        voco_token_id: the token's id, where there is no processor to ask. By default what the
+            model's config says.
+
+    Returns:
+        a handle whose ``undo()`` restores everything.
+
+    Raises:
+        TypeError: another model class, or no processor where one is expected.
+        ValueError: a model that is enabled already, sliding-window attention, attention dropout, an
+            unknown token id, or ids that don't fit together. Nothing is changed then.
+    """
+    _check_model(model)
+    tokenizer = _checked_tokenizer(model, processor)
+    num_voco = _first_given(num_voco, getattr(model.config, "num_voco", None), 1)
+    if isinstance(num_voco, bool) or not isinstance(num_voco, int) or num_voco < 1:
+        raise ValueError(f"expected num_voco >= 1, got {num_voco!r}")
+    with ExitStack() as steps:  # on an error, what was done is undone
+        if tokenizer is not None:
+            _name_token(steps, tokenizer)
+            _remember(steps, processor, "chat_template")
+            processor.chat_template = chat_template(num_voco)
+        token_id = _agreed_token_id(model, tokenizer, voco_token_id)
+        _make_room(steps, model, tokenizer, token_id)
+        for name, value in (("voco_token_id", token_id), ("num_voco", num_voco)):
+            _remember(steps, model.config, name)
+            setattr(model.config, name, value)
+        _switch_attention(steps, model)
+        steps.callback(
+            model.model.register_forward_pre_hook(hand_out_layout, with_kwargs=True).remove
+        )
+        return Enabled(model, token_id, num_voco, steps.pop_all())
+
+
+def is_enabled(model) -> bool:
+    """Whether ``enable`` was called on this model, or on the one that it is a copy of."""
+    hooks = getattr(getattr(model, "model", None), "_forward_pre_hooks", {})
+    return hand_out_layout in hooks.values()
+
+
+def _check_model(model) -> None:
+    if not isinstance(model, SUPPORTED):
+        names = " or ".join(cls.__name__ for cls in SUPPORTED)
+        raise TypeError(
+            f"expected a {names}, got {type(model).__name__}; enable the model itself, before it "
+            "is wrapped (PEFT, DDP, torch.compile)"
+        )
+    if is_enabled(model):
+        raise ValueError(
+            "expected a model that is not enabled, got one that is, with "
+            f"num_voco={model.config.num_voco}; call undo() on what enable returned first"
+        )
+    text = model.config.text_config
+    window = getattr(text, "sliding_window", None)
+    others = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    if window is not None or others:
+        raise ValueError(
+            "expected a text model with full attention in all layers, got sliding_window="
+            f"{window} and layer types {sorted(others)}; VoCo tokens outside a window would be "
+            "lost. Where the prompts are shorter than the window, set "
+            "config.text_config.sliding_window = None before the model is built"
+        )
+    dropout = getattr(text, "attention_dropout", 0.0)
+    if dropout:
+        raise ValueError(
+            f"expected attention_dropout 0, got {dropout}; masked_attention has no dropout: set "
+            "model.config.text_config.attention_dropout = 0.0 before the model is built"
+        )
+
+
+def _checked_tokenizer(model, processor):
+    if processor is None:
+        return None
+    tokenizer = getattr(processor, "tokenizer", None)
+    if not isinstance(processor, ProcessorMixin) or tokenizer is None:
+        raise TypeError(
+            f"expected a processor with a tokenizer (LlavaProcessor, LlavaNextProcessor), got "
+            f"{type(processor).__name__}"
+        )
+    image_id = tokenizer.convert_tokens_to_ids(processor.image_token)
+    if image_id != model.config.image_token_id:
+        raise ValueError(
+            "expected the processor's image token to be the model's "
+            f"{model.config.image_token_id}, got {processor.image_token} = {image_id}; they come "
+            "from different checkpoints"
+        )
+    return tokenizer
+
+
+def _name_token(steps: ExitStack, tokenizer) -> None:
+    """Make ``<VoCo>`` the special token ``tokenizer.voco_token``, if it isn't yet."""
+    if getattr(tokenizer, "voco_token", None) == VOCO_TOKEN:
+        return
+    # The tokenizers library can't remove a token: keep a copy of the whole state instead.
+    before = copy.deepcopy(tokenizer.__dict__)
+
+    def restore() -> None:
+        tokenizer.__dict__.clear()
+        tokenizer.__dict__.update(before)
+
+    steps.callback(restore)
+    tokenizer.SPECIAL_TOKENS_ATTRIBUTES = [*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, "voco_token"]
+    tokenizer.add_special_tokens({"voco_token": VOCO_TOKEN})
+
+
+def _agreed_token_id(model, tokenizer, voco_token_id: int | None) -> int:
+    """The one id that the argument, the config and the tokenizer give, where they give one."""
+    known = {
+        "voco_token_id": voco_token_id,
+        "model.config": getattr(model.config, "voco_token_id", None),
+        "the tokenizer": None if tokenizer is None else tokenizer.voco_token_id,
+    }
+    given = {where: value for where, value in known.items() if value is not None}
+    if not given:
+        raise ValueError(
+            f"expected the id of {VOCO_TOKEN}, got neither processor nor voco_token_id, and the "
+            "model's config has none; pass enable(model, processor) to add the token, or "
+            "enable(model, voco_token_id=...)"
+        )
+    if len(set(given.values())) > 1:
+        listed = ", ".join(f"{value} ({where})" for where, value in given.items())
+        raise ValueError(f"expected one id for {VOCO_TOKEN}, got {listed}")
+    token_id = next(iter(given.values()))
+    if token_id == model.config.image_token_id:
+        raise ValueError(
+            f"expected a voco_token_id other than the image token's, got {token_id} for both"
+        )
+    return token_id
+
+
+def _make_room(steps: ExitStack, model, tokenizer, token_id: int) -> None:
+    """Grow the embeddings if the tokenizer has outgrown them; many checkpoints have spare rows."""
+    rows = model.get_input_embeddings().num_embeddings
+    if 0 <= token_id < rows:
+        return
+    if tokenizer is None:
+        raise ValueError(
+            f"expected a voco_token_id among the model's {rows} embedding rows, got {token_id}; "
+            "pass the processor, so that enable can add a row"
+        )
+    _remember(steps, model, "vocab_size")
+    steps.callback(partial(model.resize_token_embeddings, rows))
+    model.resize_token_embeddings(max(len(tokenizer), token_id + 1), mean_resizing=False)
+
+
+def _switch_attention(steps: ExitStack, model) -> None:
+    before = model.config.text_config._attn_implementation
+    steps.callback(partial(model.set_attn_implementation, {"text_config": before}))
+    model.set_attn_implementation({"text_config": ATTENTION_NAME})
+    if model.config.text_config._attn_implementation != ATTENTION_NAME:
+        raise ValueError(
+            "expected a text model whose attention can be switched, got "
+            f"{type(model.model.language_model).__name__}, which doesn't use transformers' "
+            "AttentionInterface"
+        )
+
+
+def _remember(steps: ExitStack, owner, name: str) -> None:
+    """Restore this attribute, or its absence, on undo."""
+    if hasattr(owner, name):
+        steps.callback(setattr, owner, name, getattr(owner, name))
+    else:
+        steps.callback(delattr, owner, name)
+
+
+def _first_given(*values):
+    return next(value for value in values if value is not None)

@@ -1,0 +1,226 @@
+"""What happens inside a forward pass of an enabled model.
+
+``hand_out_layout`` runs before the base model (``LlavaModel``, ``LlavaNextModel``), reads the
+``MaskLayout`` off the token ids once and hands it to every layer as the keyword argument
+``voco_layout``. ``voco_attention`` is the language model's attention: masked where there is a
+layout, sdpa's where there is none, which is whenever a key/value cache holds something already.
+
+A cache that a masked prompt has filled still holds the image's keys. So that later tokens don't see
+them, the cache carries ``voco_hidden`` (bool ``[B, S]``), and each later forward pass has these
+keys taken out of its attention_mask, as if they were padding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from voco_kernels import MaskLayout, masked_attention
+from voco_model.caches import CompactCache, VoCoCollector
+
+ATTENTION_NAME = "voco"
+Mask = Tensor | dict | None
+
+
+def voco_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    voco_layout: MaskLayout | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """An ``AttentionInterface`` function.
+
+    Args:
+        query: ``[B, Hq, S, D]``.
+        key, value: ``[B, Hkv, S, D]``; longer where they are a static cache, whose slots from S on
+            are empty.
+        attention_mask: unused where there is a layout, which knows the padding.
+
+    Returns:
+        out ``[B, S, Hq, D]``, and None for the attention weights, which never exist.
+    """
+    if voco_layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout:
+        raise ValueError(
+            f"expected attention_dropout 0, got {dropout}; masked_attention has no dropout: set "
+            "model.config.text_config.attention_dropout = 0.0"
+        )
+    length = voco_layout.length
+    out = masked_attention(
+        query, key[:, :, :length], value[:, :, :length], voco_layout, scale=scaling
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION_NAME, voco_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+def hand_out_layout(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook (``with_kwargs=True``) of the base model; all it needs is in its config.
+
+    Raises:
+        TypeError, ValueError: inputs from which the mask can't be derived, or whose answer would be
+            silently wrong.
+    """
+    if len(args) > 1:
+        raise TypeError(
+            f"expected keyword arguments after input_ids, got {len(args)} positional arguments"
+        )
+    attention = module.config.text_config._attn_implementation
+    if attention != ATTENTION_NAME or kwargs.get("output_attentions"):
+        raise ValueError(
+            f"expected attention {ATTENTION_NAME!r} and output_attentions=False, got {attention!r} "
+            f"and {bool(kwargs.get('output_attentions'))}; the mask and its attention go together, "
+            "and attention weights never exist: call undo() on what enable returned first"
+        )
+    kwargs = dict(kwargs)
+    input_ids = args[0] if args else kwargs.get("input_ids")
+    cache = kwargs.get("past_key_values")
+    new_tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+    if new_tokens is None:
+        raise ValueError("expected input_ids, got neither input_ids nor inputs_embeds")
+    # One token on a cache is a decoding step: asking for its length might cost a host sync.
+    if cache is not None and (new_tokens.shape[1] == 1 or cache.get_seq_length() > 0):
+        _continue_from_cache(module.config, cache, input_ids, new_tokens.shape[1], kwargs)
+    else:
+        _mask_whole_prompt(module, cache, input_ids, kwargs)
+    return args, kwargs
+
+
+def _mask_whole_prompt(
+    module: nn.Module, cache: Cache | None, input_ids: Tensor | None, kwargs: dict
+) -> None:
+    config = module.config
+    if input_ids is None:
+        raise ValueError(
+            "expected input_ids, from which an enabled model derives its mask, got inputs_embeds "
+            "only; pass input_ids, or call undo() on what enable returned to run without VoCo "
+            "tokens"
+        )
+    real = _real_tokens(kwargs.get("attention_mask"), input_ids, cache)
+    position_ids = kwargs.get("position_ids")
+    if position_ids is not None:
+        position_ids = position_ids.expand_as(input_ids)
+    kwargs["voco_layout"] = MaskLayout.from_input_ids(
+        input_ids,
+        voco_token_id=config.voco_token_id,
+        image_token_id=config.image_token_id,
+        attention_mask=real,
+        position_ids=position_ids,
+    )
+    # A 4D mask goes through transformers untouched; from a 2D one it would build [B, 1, S, S]. No
+    # layer looks at it: the layout knows the padding.
+    kwargs["attention_mask"] = real[:, None, None, :]
+
+    if module.training and kwargs.get("use_cache") is None:
+        kwargs["use_cache"] = False
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = config.text_config.use_cache
+    if cache is None and use_cache:
+        # The language model would make the same one, out of reach of what follows.
+        cache = kwargs["past_key_values"] = DynamicCache(config=config.text_config)
+    if cache is not None and not isinstance(cache, VoCoCollector):
+        hidden = _hidden_from_what_follows(input_ids, real, config)
+        cache.voco_hidden = hidden
+        if not torch.compiler.is_compiling():
+            if not hidden.any():
+                # No VoCo tokens: decoding keeps its unmasked fast path.
+                cache.voco_hidden = None
+            elif kwargs.get("pixel_values") is None:
+                _check_no_image_expected(input_ids, config)
+
+
+def _continue_from_cache(
+    config, cache: Cache, input_ids: Tensor | None, length: int, kwargs: dict
+) -> None:
+    if isinstance(cache, CompactCache):
+        cache.check_continuation(length, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+    if length > 1 and input_ids is not None:
+        found = int((input_ids == config.voco_token_id).sum())
+        if found:
+            raise ValueError(
+                f"expected no VoCo tokens among the {length} tokens that follow a cache of "
+                f"{int(cache.get_seq_length())}, got {found}; the mask of a prompt read in pieces "
+                "(prefill_chunk_size, a new image in a later turn) can't be derived: pass the "
+                "whole prompt at once, or use voco_model.compress and voco_model.generate"
+            )
+    hidden = getattr(cache, "voco_hidden", None)
+    if hidden is not None:
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = hidden.new_ones(hidden.shape[0], int(cache.get_seq_length()) + length)
+        kwargs["attention_mask"] = _without(mask, hidden)
+
+
+def _real_tokens(mask: Mask, input_ids: Tensor, cache: Cache | None) -> Tensor:
+    """bool ``[B, S]``, False for padding."""
+    if isinstance(mask, dict):
+        mask = mask["full_attention"]
+    if mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if mask.dim() == 2:
+        return mask != 0
+    # generate makes dense masks in advance for a static cache; a token that sees itself is real.
+    if mask.dim() == 4 and cache is not None and cache.is_compileable:
+        sees_itself = mask.diagonal(dim1=-2, dim2=-1)[:, 0]
+        return sees_itself if mask.dtype == torch.bool else sees_itself == 0
+    raise ValueError(
+        f"expected an attention_mask of shape {list(input_ids.shape)}, 0 for padding, got "
+        f"{list(mask.shape)}; an enabled model derives the rest of its mask from input_ids"
+    )
+
+
+def _check_no_image_expected(input_ids: Tensor, config) -> None:
+    found = int((input_ids == config.image_token_id).sum())
+    if found:
+        raise ValueError(
+            f"expected pixel_values for the {found} image tokens that VoCo tokens compress, got "
+            "none; generate drops them when prefill_chunk_size is set: leave that out"
+        )
+
+
+def _hidden_from_what_follows(input_ids: Tensor, real: Tensor, config) -> Tensor:
+    """bool ``[B, S]``: the keys that a text token right after this prompt doesn't see."""
+    text_id = min({0, 1, 2} - {config.voco_token_id, config.image_token_id})
+    one_more = F.pad(real, (0, 1)) | F.pad(real, (1, 0))
+    layout = MaskLayout.from_input_ids(
+        F.pad(input_ids.masked_fill(~real, text_id), (0, 1), value=text_id),
+        voco_token_id=config.voco_token_id,
+        image_token_id=config.image_token_id,
+        attention_mask=one_more,
+    )
+    stop = torch.where(one_more, layout.visible_until, 0).amax(dim=1, keepdim=True)
+    return real & (layout.visible_until[:, :-1] < stop)
+
+
+def _without(mask: Mask, hidden: Tensor) -> Mask:
+    """The mask without the hidden keys: 2D ``[B, K]``, 4D ``[B, 1, Q, K]``, or a dict of 4D."""
+    if isinstance(mask, dict):
+        return {kind: _without(dense, hidden) for kind, dense in mask.items()}
+    if mask.shape[0] != hidden.shape[0]:
+        raise ValueError(
+            f"expected an attention_mask for the {hidden.shape[0]} rows whose prompt is in the "
+            f"cache, got {list(mask.shape)}; don't repeat or select rows of a cache after its "
+            "prompt was read"
+        )
+    # A cache may have been cropped since; slots keep their place.
+    hidden = F.pad(hidden, (0, mask.shape[-1] - hidden.shape[1])).to(mask.device)
+    if mask.dim() == 4:
+        hidden = hidden[:, None, None, :]
+    additive = mask.dtype.is_floating_point and mask.dim() == 4
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min if additive else 0)
