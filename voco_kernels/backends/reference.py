@@ -45,7 +45,9 @@ def backward(
     if dlse is not None:
         delta = delta - dlse.view_as(delta)
     seen = p > 0
-    ds = torch.where(seen, p * ((dout @ v.mT).to(p.dtype) - delta[..., None]) * scale, 0).to(q.dtype)
+    ds = torch.where(seen, p * ((dout @ v.mT).to(p.dtype) - delta[..., None]) * scale, 0).to(
+        q.dtype
+    )
     dv = (p.to(v.dtype).mT @ dout.masked_fill(lse.isinf()[..., None], 0)).sum(2)
     return (ds @ k).view(shapes[0]), (ds.mT @ q).sum(2).view(shapes[1]), dv.view(shapes[2])
 

@@ -37,7 +37,9 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     if q.device.type != "cuda" and not _INTERPRETED:
         reasons.append(f"expected tensors on CUDA, got {q.device}")
     if q.device.type == "cuda" and _capability(q.device) < 80:
-        reasons.append(f"expected compute capability 8.0 or later, got {_capability(q.device) / 10}")
+        reasons.append(
+            f"expected compute capability 8.0 or later, got {_capability(q.device) / 10}"
+        )
     if q.shape[-1] > _LARGEST_HEAD_DIM:
         reasons.append(f"expected head_dim up to {_LARGEST_HEAD_DIM}, got {q.shape[-1]}")
     return reasons

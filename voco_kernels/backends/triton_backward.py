@@ -41,9 +41,7 @@ def _accumulate_dq(
     GATHER: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """dQ / scale from keys [begin, end), the stretches of the forward kernel's ``_attend``."""
-    for start in tl.range(
-        begin, end, BLOCK_N, disable_licm=True, num_stages=1 if GATHER else None
-    ):
+    for start in tl.range(begin, end, BLOCK_N, disable_licm=True, num_stages=1 if GATHER else None):
         key = start + tl.arange(0, BLOCK_N)
         if GATHER:
             inside = key < end

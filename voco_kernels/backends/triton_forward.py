@@ -76,9 +76,7 @@ def _attend(
     Whole blocks, unless GATHER or PARTIAL. Only blocks on the diagonal, and the last of a gathered
     stretch, do mask arithmetic.
     """
-    for start in tl.range(
-        begin, end, BLOCK_N, disable_licm=True, num_stages=1 if GATHER else None
-    ):
+    for start in tl.range(begin, end, BLOCK_N, disable_licm=True, num_stages=1 if GATHER else None):
         key = start + tl.arange(0, BLOCK_N)
         if GATHER:
             inside = key < end

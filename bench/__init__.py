@@ -1,0 +1,2 @@
+"""Benchmarks: what is timed (``shapes``), against whom (``peers``), how (``timing``), how sure
+(``oracle``), and how the README's tables come from it (``report``)."""

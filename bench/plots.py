@@ -1,0 +1,148 @@
+"""Useful TFLOP/s by shape and implementation, as one picture a record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench import records
+
+OUR_COLOURS = ("#c0392b", "#e08e79", "#f0c4b8")
+COLOURS = {
+    "sdpa-two-call": "#1f4e79",
+    "fa2-two-call": "#1f4e79",
+    "cudnn-two-call": "#117a65",
+    "fa2-varlen": "#5dade2",
+    "flash-attn2-two-call": "#2e86c1",
+    "flash-attn2-varlen": "#a9cce3",
+    "flash-attn3-two-call": "#21618c",
+    "flash-attn3-varlen": "#7fb3d5",
+    "flash-attn4-two-call": "#154360",
+    "flash-attn4-varlen": "#5499c7",
+    "flex": "#8e44ad",
+    "sdpa-dense": "#d4ac0d",
+    "sdpa-causal": "#b2babb",
+}
+OTHER_COLOUR = "#566573"
+
+
+def plot_attention(record: dict, path: Path, *, metadata: dict[str, str] | None = None) -> None:
+    """Write a PNG: a panel for each direction and heads, a group of bars a shape.
+
+    Ours are red. Kernels-alone rivals are hatched; a grey bar is not this mask. A bar that is
+    missing was not measured.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = sorted(
+        {(case["direction"], case["num_heads"], case["num_kv_heads"]) for case in record["cases"]},
+        key=lambda panel: (records.DIRECTIONS.index(panel[0]), panel[1], -panel[2]),
+    )
+    if not panels:
+        raise ValueError("expected a record with cases to plot, got none")
+    looks = _looks(record)
+    on_gpu = record["environment"]["device"]["type"] == "cuda"
+    unit, factor = ("TFLOP/s", 1.0) if on_gpu else ("GFLOP/s", 1e3)
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=(12, 0.6 + 3.1 * len(panels)), squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        cases = [
+            case
+            for case in record["cases"]
+            if (case["direction"], case["num_heads"], case["num_kv_heads"]) == panel
+        ]
+        _draw_panel(axis, cases, looks, factor)
+        axis.set_title(f"{panel[0]}, heads {panel[1]}/{panel[2]}", loc="left", fontsize=10)
+        axis.set_ylabel(f"useful {unit}")
+    names = list(looks)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, **looks[name]) for name in names]
+    floor = "sdpa-causal"
+    labels = [f"{name} (not this mask)" if name == floor else name for name in names]
+    figure.legend(
+        handles,
+        labels,
+        loc="outside right upper",
+        fontsize=8,
+        frameon=False,
+        title="implementation",
+    )
+    figure.suptitle(_title(record), fontsize=10, x=0.01, ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata=metadata)
+    pyplot.close(figure)
+
+
+def _looks(record: dict) -> dict[str, dict]:
+    """Colour and hatch by name, in the order of the rows, for every name that was ever timed."""
+    ours, rivals = [], []
+    for case in record["cases"]:
+        for row in records.timed(case):
+            names = ours if row["ours"] else rivals
+            if row["name"] not in names:
+                names.append(row["name"])
+    order = [row["name"] for case in record["cases"] for row in case["rows"]]
+    rivals.sort(key=order.index)
+    looks = {
+        name: {"facecolor": OUR_COLOURS[index % len(OUR_COLOURS)], "edgecolor": "black", "lw": 0.6}
+        for index, name in enumerate(ours)
+    }
+    for name in rivals:
+        colour = COLOURS.get(name.removesuffix("-parts"), OTHER_COLOUR)
+        apart = name.endswith("-parts")
+        looks[name] = {
+            "facecolor": "white" if apart else colour,
+            "edgecolor": colour,
+            "hatch": "////" if apart else None,
+            "lw": 0.6,
+        }
+    return looks
+
+
+def _draw_panel(axis, cases: list[dict], looks: dict[str, dict], factor: float) -> None:
+    width = 0.84 / max(len(looks), 1)
+    for position, case in enumerate(cases):
+        for row in records.timed(case):
+            slot = list(looks).index(row["name"])
+            left = position - 0.42 + slot * width
+            height = factor * row["tflops"]
+            axis.bar(left, height, width, align="edge", **looks[row["name"]])
+            if row is records.our_row(case):
+                axis.annotate(
+                    f"{height:.3g}",
+                    (left + width / 2, height),
+                    ha="center",
+                    va="bottom",
+                    fontsize=7,
+                    fontweight="bold",
+                )
+    axis.set_xticks(range(len(cases)))
+    axis.set_xticklabels([_wrapped(case) for case in cases], fontsize=8)
+    axis.set_xlim(-0.5, max(len(cases) - 0.5, 0.5))
+    axis.margins(y=0.12)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _wrapped(case: dict) -> str:
+    title = case["title"]
+    for long, short in (
+        ("packed: ", "packed\n"),
+        (" isolated (", " isolated\n("),
+        (", then ", "\nthen "),
+    ):
+        title = title.replace(long, short)
+    return f"{case['shape']}\n{title}"
+
+
+def _title(record: dict) -> str:
+    environment, settings = record["environment"], record["settings"]
+    versions = environment["versions"]
+    return (
+        f"{environment['device']['name']}, {settings['dtype']}, {settings['size']} shapes "
+        f"(vision, VoCo, text x batch), medians; torch {versions['torch']}, "
+        f"{environment['commit'][:12]}, {environment['date'][:10]}"
+    )

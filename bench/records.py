@@ -1,0 +1,185 @@
+"""What a benchmark leaves behind: one JSON file, its schema, and the questions asked of it.
+
+A record holds ``environment`` (device, versions, commit, date), ``settings``, ``ceilings``,
+``unavailable`` (rivals that this machine does not have, with the reason), ``cases`` and
+``layouts``. A case is one shape, heads and direction; its ``rows`` are the peers, each with a
+``status``:
+
+* ``ok``: correct (or, for the unmasked floor, not compared) and timed;
+* ``red``: its error is over the limit; a red row carries no time;
+* ``unsupported``, ``failed``, ``skipped``: not measured, and ``reason`` says why.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+SCHEMA = 1
+STATUSES = ("ok", "red", "unsupported", "failed", "skipped")
+DIRECTIONS = ("forward", "forward+backward")
+
+_RECORD_KEYS = {
+    "schema": int,
+    "bench": str,
+    "finished": bool,
+    "environment": dict,
+    "settings": dict,
+    "ceilings": dict,
+    "unavailable": dict,
+    "cases": list,
+    "layouts": list,
+}
+_CASE_KEYS = {
+    "shape": str,
+    "title": str,
+    "direction": str,
+    "num_heads": int,
+    "num_kv_heads": int,
+    "head_dim": int,
+    "dtype": str,
+    "batch": int,
+    "length": int,
+    "pairs": int,
+    "flops": int,
+    "rows": list,
+}
+_TIMED_KEYS = ("timing", "tflops")
+
+
+def write(record: dict, path: Path) -> None:
+    """Write a checked record; a reader never sees half of one."""
+    check(record)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(path.name + ".part")
+    half.write_text(json.dumps(_finite(record), indent=1) + "\n")
+    os.replace(half, path)
+
+
+def read(path: Path) -> dict:
+    """Read a record and check it.
+
+    Raises:
+        ValueError: the file is not JSON, or not a record of this schema; the message names the
+        file.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected JSON in {path}, got: {error}") from error
+    try:
+        check(record)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return record
+
+
+def check(record: dict) -> None:
+    """Raise ``ValueError`` unless ``record`` has this schema."""
+    _check_keys(record, _RECORD_KEYS, "record")
+    if record["schema"] != SCHEMA:
+        raise ValueError(
+            f"expected schema {SCHEMA}, got {record['schema']}; run the benchmark again"
+        )
+    for case in record["cases"]:
+        _check_keys(case, _CASE_KEYS, "case")
+        if case["direction"] not in DIRECTIONS:
+            raise ValueError(f"expected a direction of {DIRECTIONS}, got {case['direction']!r}")
+        for row in case["rows"]:
+            _check_row(row, f"{case['shape']} {case['direction']}")
+    for layout in record["layouts"]:
+        _check_keys(layout, {"shape": str, "status": str}, "layout")
+
+
+def _check_row(row: dict, where: str) -> None:
+    keys = {"name": str, "ours": bool, "masked": bool, "drop_in": bool, "status": str}
+    _check_keys(row, keys, f"row of {where}")
+    if row["status"] not in STATUSES:
+        raise ValueError(f"expected a status of {STATUSES}, got {row['status']!r} in {where}")
+    timed = [key for key in _TIMED_KEYS if key in row]
+    if (row["status"] == "ok") != (len(timed) == len(_TIMED_KEYS)):
+        raise ValueError(
+            f"expected a time exactly where the status is 'ok', got status {row['status']!r} with "
+            f"{timed or 'none'} for {row['name']} in {where}"
+        )
+    if row["status"] != "ok" and not row.get("reason"):
+        raise ValueError(
+            f"expected a reason for status {row['status']!r} of {row['name']} in {where}"
+        )
+
+
+def _check_keys(value: dict, keys: dict[str, type], what: str) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a {what} as an object, got {type(value).__name__}")
+    for key, kind in keys.items():
+        if not isinstance(value.get(key), kind):
+            got = type(value[key]).__name__ if key in value else "nothing"
+            raise ValueError(f"expected {kind.__name__} {key!r} in a {what}, got {got}")
+
+
+def _finite(value):
+    """JSON has no NaN and no infinity: they become strings, so that any reader can load the
+    file."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value
+
+
+def timed(case: dict) -> list[dict]:
+    """The rows of a case that were correct and timed."""
+    return [row for row in case["rows"] if row["status"] == "ok"]
+
+
+def our_row(case: dict) -> dict | None:
+    """Our default backend's row, if it was timed: the first of ours."""
+    own = [row for row in case["rows"] if row["ours"]]
+    return own[0] if own and own[0]["status"] == "ok" else None
+
+
+def is_causal_pieces(row: dict) -> bool:
+    """A rival that cuts the mask into causal calls: the family of the strongest rivals."""
+    return "two-call" in row["name"] or "varlen" in row["name"]
+
+
+def fastest(rows: list[dict]) -> dict | None:
+    return min(rows, key=lambda row: row["timing"]["p50"], default=None)
+
+
+def best_pieces(case: dict, *, drop_in: bool) -> dict | None:
+    """The fastest causal-pieces rival, as a drop-in or as kernels alone."""
+    family = [row for row in timed(case) if not row["ours"] and is_causal_pieces(row)]
+    return fastest([row for row in family if row["drop_in"] == drop_in])
+
+
+def named(case: dict, name: str) -> dict | None:
+    return next((row for row in timed(case) if row["name"] == name), None)
+
+
+def times_faster(case: dict, rival: dict | None) -> float | None:
+    """How many times faster our default backend is than ``rival``; None unless both were timed."""
+    own = our_row(case)
+    if own is None or rival is None:
+        return None
+    return rival["timing"]["p50"] / own["timing"]["p50"]
+
+
+def our_failures(record: dict) -> list[str]:
+    """A line for each thing of ours that was wrong or raised."""
+    lines = [
+        f"{case['direction']} {case['shape']} {case['num_heads']}/{case['num_kv_heads']} "
+        f"{row['name']}: {row['status']}: {row['reason']}"
+        for case in record["cases"]
+        for row in case["rows"]
+        if row["ours"] and row["status"] in ("red", "failed")
+    ]
+    return lines + [
+        f"layout {entry['shape']}: {entry['status']}: {entry['reason']}"
+        for entry in record["layouts"]
+        if entry["status"] in ("red", "failed")
+    ]

@@ -1,0 +1,95 @@
+"""The record's schema, and the questions that tables ask of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import records
+
+
+def test_a_record_survives_its_file(record, tmp_path):
+    path = tmp_path / "new" / "attn.json"
+    records.write(record, path)
+    assert records.read(path) == record
+    assert [entry.name for entry in path.parent.iterdir()] == ["attn.json"]
+
+
+def test_nan_becomes_a_string(record, tmp_path):
+    row = {**record["cases"][0]["rows"][-1], "status": "red", "reason": "wrong"}
+    row["errors"] = {"out": {"error": float("nan"), "limit": 1e-3}}
+    record["cases"][0]["rows"] = [row]
+    records.write(record, tmp_path / "attn.json")
+    text = (tmp_path / "attn.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (
+        records.read(tmp_path / "attn.json")["cases"][0]["rows"][0]["errors"]["out"]["error"]
+        == "nan"
+    )
+
+
+def put(path: str, value):
+    """A change of one entry, its place written with dots."""
+
+    def change(record: dict) -> None:
+        *folders, last = path.split(".")
+        for folder in folders:
+            record = record[int(folder)] if folder.isdigit() else record[folder]
+        if value is None:
+            del record[last]
+        else:
+            record[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (put("schema", 99), "expected schema 1, got 99; run the benchmark again"),
+        (put("environment", None), "expected dict 'environment' in a record, got nothing"),
+        (put("cases.0.direction", "sideways"), "expected a direction of"),
+        (put("cases.0.flops", "many"), "expected int 'flops' in a case, got str"),
+        (put("cases.0.rows.0.status", "great"), "expected a status of"),
+        (put("cases.0.rows.0.tflops", None), "expected a time exactly where the status is 'ok'"),
+        (put("cases.0.rows.0.status", "red"), "expected a time exactly where the status is 'ok'"),
+        (put("cases.0.rows.6.reason", ""), "expected a reason for status 'failed' of sdpa-dense"),
+        (put("layouts.0.status", None), "expected str 'status' in a layout, got nothing"),
+    ],
+)
+def test_a_wrong_record_is_refused(record, tmp_path, change, message):
+    change(record)
+    with pytest.raises(ValueError, match=message):
+        records.write(record, tmp_path / "attn.json")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "there.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"there.json: .*{message}"):
+        records.read(tmp_path / "there.json")
+
+
+def test_a_file_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "half.json").write_text("{")
+    with pytest.raises(ValueError, match="expected JSON in .*half.json"):
+        records.read(tmp_path / "half.json")
+
+
+def test_ratios_are_against_our_default_backend(record):
+    case = record["cases"][0]
+    drop_in = records.best_pieces(case, drop_in=True)
+    assert drop_in["name"] == "fa2-varlen" and records.times_faster(case, drop_in) == 1.25
+    apart = records.best_pieces(case, drop_in=False)
+    assert apart["name"] == "cudnn-two-call-parts" and records.times_faster(case, apart) == 1.1
+    assert records.named(case, "sdpa-dense") is None
+    assert records.times_faster(case, None) is None
+
+
+def test_no_ratio_if_our_default_backend_has_no_time(record):
+    case = record["cases"][0]
+    ours = case["rows"][0]
+    second = {**ours, "name": "voco sdpa"}
+    red = {key: value for key, value in ours.items() if key not in ("timing", "tflops")}
+    case["rows"][:1] = [{**red, "status": "red", "reason": "wrong"}, second]
+    records.check(record)
+    assert records.our_row(case) is None
+    assert records.times_faster(case, records.named(case, "flex")) is None
