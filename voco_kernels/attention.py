@@ -42,8 +42,8 @@ def masked_attention(
         TypeError, ValueError: arguments that don't fit together.
         RuntimeError: no backend, or not the named one, can serve; the message has all reasons.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v = cast_for_autocast(q, k, v)
     validate(q, k, v, layout, scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     out, lse = attention_forward(q, k, v, *layout.tensors(), scale, choose(q, k, v, backend))
     return (out, lse) if return_lse else out

@@ -10,7 +10,7 @@ from torch import Tensor
 from voco_kernels.layout import MaskLayout
 
 
-def validate(q: Tensor, k: Tensor, v: Tensor, layout: MaskLayout, scale: float) -> None:
+def validate(q: Tensor, k: Tensor, v: Tensor, layout: MaskLayout, scale: float | None) -> None:
     """Raise for arguments that no backend can serve; see ``masked_attention`` for the contract.
 
     Raises:
@@ -55,7 +55,7 @@ def validate(q: Tensor, k: Tensor, v: Tensor, layout: MaskLayout, scale: float) 
         )
     if head_dim == 0:
         raise ValueError(f"expected head_dim >= 1, got q of shape {list(q.shape)}")
-    if not (math.isfinite(scale) and scale > 0):
+    if scale is not None and not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"expected a finite scale > 0, got {scale}")
 
 

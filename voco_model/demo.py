@@ -267,8 +267,11 @@ def times_table(
 def sizes_table(text: LlamaConfig, entry) -> Table:
     ours = (text.num_hidden_layers, text.num_key_value_heads, text.head_dim)
     llava_7b = (32, 32, 128)
-    table = Table(title="Keys and values kept of an image")
-    table.add_column("2 x layers x heads x head_dim x bytes x tokens")
+    table = Table(
+        title="Keys and values kept of an image",
+        caption="2 x layers x heads x head_dim x bytes x tokens",
+    )
+    table.add_column("model")
     for heading in (f"{VISION_TOKENS} vision tokens", f"{entry.num_tokens} VoCo", "ratio"):
         table.add_column(heading, justify="right")
     for name, full, compact in (

@@ -181,6 +181,7 @@ def _attend_backward(
     # Its lse is as long as a multiple of 32 queries, with inf behind the last.
     lse = F.pad(lse, (0, -queries % 32), value=float("inf")).contiguous()
     dout, q, k, v, out = (_for_cutlass(tensor, heads) for tensor in (dout, q, k, v, out))
+    out = out.contiguous()  # the kernel takes heads * D for the stride between its queries
     no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)
     # With more than one split of the keys, atomics would add up dq, in any order.
     gradients = _aten._efficient_attention_backward(

@@ -1,0 +1,105 @@
+"""How far results may be off: twice as far as eager attention in the same dtype, plus 1e-5.
+
+The truth is the reference backend in float64. Every tensor's largest error counts by itself: of
+out, lse and the gradients with respect to q, k and v, for random gradients of out and of lse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from voco_kernels import MaskLayout, masked_attention
+
+
+class Inputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    dlse: Tensor
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """In another dtype; dlse in the one that lse has then."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return Inputs(*(tensor.to(dtype) for tensor in self[:4]), self.dlse.to(wide))
+
+
+class Results(NamedTuple):
+    out: Tensor
+    lse: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+def random_inputs(
+    layout: MaskLayout,
+    dtype: torch.dtype,
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+    seed: int = 0,
+) -> Inputs:
+    generator = torch.Generator(layout.device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=layout.device, dtype=torch.float64)
+
+    batch, length = layout.batch, layout.length
+    q, dout = (normal(batch, heads, length, head_dim) for _ in range(2))
+    k, v = (normal(batch, kv_heads, length, head_dim) for _ in range(2))
+    return Inputs(q, k, v, dout, normal(batch, heads, length)).to(dtype)
+
+
+def attend(inputs: Inputs, layout: MaskLayout, backend: str, scale: float | None = None) -> Results:
+    """Forward and backward through the public function."""
+    q, k, v = (tensor.detach().requires_grad_() for tensor in inputs[:3])
+    out, lse = masked_attention(q, k, v, layout, scale=scale, backend=backend, return_lse=True)
+    gradients = torch.autograd.grad((out, lse), (q, k, v), (inputs.dout, inputs.dlse))
+    return Results(out.detach(), lse.detach(), *gradients)
+
+
+def assert_close_to_truth(
+    results: Results, inputs: Inputs, layout: MaskLayout, scale: float | None = None
+) -> None:
+    """By the rule above; besides, padding is exactly 0, or -inf in lse.
+
+    ``inputs`` are those that gave ``results``, with anything finite in the padding.
+    """
+    truth = attend(inputs.to(torch.float64), layout, "reference", scale)
+    eager = attend(inputs, layout, "reference", scale)
+    padding = (layout.visible_until == 0)[:, None, :].expand(inputs.q.shape[:3])
+    for name, ours, exact, rounded in zip(Results._fields, results, truth, eager, strict=True):
+        assert ours.dtype == rounded.dtype and ours.shape == exact.shape, name
+        where = padding[:, : exact.shape[1]]
+        nothing = float("-inf") if name == "lse" else 0.0
+        assert (ours[where] == nothing).all(), f"{name} is not {nothing} in padding"
+        error = (ours.double() - exact)[~where].abs().amax().item()
+        allowed = 2 * (rounded.double() - exact)[~where].abs().amax().item() + 1e-5
+        assert error <= allowed, f"{name} is off by {error:.3g}, where {allowed:.3g} is allowed"
+
+
+def plant_nan_in_padding(inputs: Inputs, layout: MaskLayout) -> Inputs:
+    padding = (layout.visible_until == 0)[:, None, :]
+    return Inputs(
+        *(tensor.masked_fill(padding[..., None], torch.nan) for tensor in inputs[:4]),
+        inputs.dlse.masked_fill(padding, torch.nan),
+    )
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Memory that was never written holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        yield
+    torch.use_deterministic_algorithms(before)
