@@ -20,6 +20,7 @@ from voco_kernels.layout import MaskLayout
 from voco_kernels.reasons import dtype_reasons, strided_reasons
 
 
+@torch.compiler.assume_constant_result  # an import is not for torch.compile to trace
 def missing() -> list[str]:
     try:
         _package()

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 _LARGEST_HEAD_DIM = 256
-# Triton decides when it is imported; so do we.
+# Read once, on import: torch.compile can't trace either. Triton, too, decides when it is imported.
+_INSTALLED = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def missing() -> list[str]:
-    if find_spec("triton") is None:
+    if not _INSTALLED:
         return ["triton is not installed; CUDA builds of torch bring it"]
     if not torch.cuda.is_available() and not _INTERPRETED:
         return ["no CUDA device; TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests"]
