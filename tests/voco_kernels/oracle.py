@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from voco_kernels import MaskLayout, masked_attention
+from voco_kernels.dispatch import load
 
 
 class Inputs(NamedTuple):
@@ -56,6 +57,13 @@ def random_inputs(
     q, dout = (normal(batch, heads, length, head_dim) for _ in range(2))
     k, v = (normal(batch, kv_heads, length, head_dim) for _ in range(2))
     return Inputs(q, k, v, dout, normal(batch, heads, length)).to(dtype)
+
+
+def skip_unless_it_serves(backend: str, inputs: Inputs) -> None:
+    module = load(backend)
+    reasons = module.missing() or module.unsupported(*inputs[:3])
+    if reasons:
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
 
 
 def attend(inputs: Inputs, layout: MaskLayout, backend: str, scale: float | None = None) -> Results:

@@ -1,0 +1,71 @@
+# `make demo` and `make test` on a fresh machine do all the set-up: a virtual environment in .venv with the
+# pinned versions of requirements/, made once and brought up to date when a pin changes.
+
+VENV    ?= .venv
+PYTHON  ?= python3
+# Test processes; each one computes on one thread.
+WORKERS ?= 2
+# More arguments for the command behind a target: make test ARGS="-k layout", make bench ARGS="--help"
+ARGS    ?=
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+READY := $(STAMP)
+
+# An environment that make did not make is used as it is, and never written to: make test VENV=~/envs/mine
+ifneq ($(origin VENV),file)
+ifneq ($(wildcard $(PY)),)
+ifeq ($(wildcard $(VENV)/.made-by-make),)
+READY :=
+export PYTHONPATH := $(CURDIR)
+endif
+endif
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format bench docs clean
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(READY)  ## a photograph through a small LLaVA on the CPU: one masked pass against two passes
+	$(PY) -m voco_model.demo $(ARGS)
+
+test: lint  ## ruff, then every test that this machine can run
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+bench: $(READY)  ## time masked_attention against its rivals on this machine
+	$(PY) bench/attn.py $(ARGS)
+
+lint: $(READY)  ## ruff: lint and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(READY)  ## let ruff mend what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+docs: $(READY)  ## draw docs/mask.png and the README's tables again, from code and committed results
+	$(PY) docs/draw_mask.py
+	$(PY) bench/report.py
+
+venv: $(READY)  ## only the environment, in .venv
+
+clean:  ## remove the environment that make made, and caches
+	@if [ -e $(VENV)/.made-by-make ]; then rm -rf $(VENV); fi
+	rm -rf .pytest_cache .ruff_cache .hypothesis build demo-output *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.made-by-make:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer for the pinned environment (the package itself runs on 3.10), got %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	@$(PYTHON) -c 'import ensurepip' || { echo 'expected a Python that can make environments: install its venv module (Debian: apt install python3-venv)'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch first and on its own, then Triton where torch brought none, then the rest, which finds both there.
+$(STAMP): $(VENV)/.made-by-make requirements/torch.txt requirements/triton.txt requirements/dev.txt pyproject.toml setup.py
+	$(PY) -m pip install -r requirements/torch.txt
+	$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install -r requirements/triton.txt
+	$(PY) -m pip install -r requirements/dev.txt
+	$(PY) -m pip install --no-build-isolation --no-deps -e .
+	touch $@
