@@ -141,7 +141,8 @@ def _mask_whole_prompt(
             if not hidden.any():
                 # No VoCo tokens: decoding keeps its unmasked fast path.
                 cache.voco_hidden = None
-            elif kwargs.get("pixel_values") is None:
+            # Newer Transformers encode images before the first step and pass on what came of it.
+            elif kwargs.get("pixel_values") is None and not kwargs.get("mm_encoder_outputs"):
                 _check_no_image_expected(input_ids, config)
 
 

@@ -157,8 +157,14 @@ def test_refuses_a_prompt_in_pieces(enabled):
     start = kinds[0].index("c")
     with pytest.raises(ValueError, match="got 2; the mask of a prompt read in pieces"):
         enabled.generate(**inputs, **STEPS, prefill_chunk_size=start)
-    with pytest.raises(ValueError, match="generate drops them when prefill_chunk_size is set"):
-        enabled.generate(**inputs, **STEPS, prefill_chunk_size=start + 4)
+    # With the VoCo tokens in the first piece, Transformers 5.17 loses the pixels on the way, which is
+    # refused; 5.23 encodes the image first, and then the answer has to be right.
+    try:
+        tokens = enabled.generate(**inputs, **STEPS, prefill_chunk_size=start + 4)
+    except ValueError as error:
+        assert "generate drops them when prefill_chunk_size is set" in str(error)
+    else:
+        assert torch.equal(tokens, enabled.generate(**inputs, **STEPS))
     ids = inputs["input_ids"]
     with pytest.raises(ValueError, match="got inputs_embeds only"):
         enabled.generate(inputs_embeds=enabled.get_input_embeddings()(ids), **STEPS)
@@ -221,7 +227,9 @@ def test_refuses_prompt_lookup_on_a_compact_cache(enabled):
     entries = voco_model.compress(enabled, inputs=inputs)
     cache = CompactCache(entries, _layer_devices(enabled), enabled.dtype)
     prompt = _second_pass_prompt(enabled, cache, [[7, 8, 9, 7, 8, 9, 7, 8]])
-    with pytest.raises(ValueError, match="with the cache's prefix_mask in front"):
+    # Which of the two goes wrong first depends on the version of Transformers.
+    refusal = "with the cache's prefix_mask in front|position_ids that go on where the first pass"
+    with pytest.raises(ValueError, match=refusal):
         enabled.generate(**prompt, past_key_values=cache, **STEPS, prompt_lookup_num_tokens=2)
 
 
