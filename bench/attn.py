@@ -164,7 +164,7 @@ def main(
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            help="A shape, A to G (DESIGN, section 6); repeat for more.", show_default="all"
+            help="A shape, A to G (the README has them); repeat for more.", show_default="all"
         ),
     ] = None,
     heads: Annotated[

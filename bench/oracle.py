@@ -2,7 +2,7 @@
 
 Attention and its gradients are computed for a sample of tokens: whole rows of the softmax for the
 sampled queries and for every query that sees a sampled key, chunk by chunk. In float64 that is the
-truth; in the working dtype, the error that the plain maths makes. The rule (DESIGN, section 3):
+truth; in the working dtype, the error that the plain maths makes. The rule (CONTRIBUTING):
 
     max|ours - fp64| <= 2 * max|eager in the working dtype - fp64| + 1e-5
 """

@@ -3,7 +3,7 @@ plain causal by themselves, attend, and join the results.
 
 A segment ``[vision | VoCo]`` is one piece; the text of a document, with the VoCo tokens before it,
 is the other. The VoCo tokens stay in the second piece as queries, so that it is square and causal;
-their rows are dropped. That is exact for one image and for isolated segments (DESIGN, section 2).
+their rows are dropped. That is exact for one image and for isolated segments.
 """
 
 from __future__ import annotations

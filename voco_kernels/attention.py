@@ -22,7 +22,8 @@ def masked_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``softmax(scale * q k^T + mask) v`` under the layout's mask, differentiable, never dense.
 
-    Works under ``torch.compile(fullgraph=True)``, CUDA graphs, autocast and gradient checkpointing.
+    Works under ``torch.compile(fullgraph=True)``, autocast, gradient checkpointing and, with the
+    Triton backend, CUDA graphs; the others ask the host for the layout's runs.
     The backward pass has no atomics: the same inputs give the same gradients, bit for bit.
 
     Args:

@@ -41,7 +41,9 @@ def choose(q: Tensor, k: Tensor, v: Tensor, name: str | None = None) -> str:
         ValueError: there is no backend of that name.
         RuntimeError: it can't serve, or none can; the message lists every reason.
     """
-    candidates = (name,) if name else PREFERENCE.get(q.device.type, PREFERENCE_ELSEWHERE)
+    candidates = (
+        (name,) if name is not None else PREFERENCE.get(q.device.type, PREFERENCE_ELSEWHERE)
+    )
     reasons = {}
     for candidate in candidates:
         backend = load(candidate)
@@ -49,7 +51,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, name: str | None = None) -> str:
         if not reasons[candidate]:
             return candidate
     listed = "".join(f"\n  {who}: {'; '.join(why)}" for who, why in reasons.items())
-    what = f"backend {name!r}" if name else "a backend"
+    what = "a backend" if name is None else f"backend {name!r}"
     raise RuntimeError(
         f"expected {what} that can serve q {list(q.shape)}, k {list(k.shape)} {q.dtype} on "
         f"{q.device}, got none:{listed}"

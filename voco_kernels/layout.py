@@ -23,7 +23,8 @@ class MaskLayout:
     ``i < visible_until[j]``. With one image this is Eq. 3 of VoCo-LLaMA (arXiv 2406.12275) on top of
     causality: text sees the VoCo tokens and the text before it, never the image behind them.
 
-    Build one with a constructor below, once per batch; all layers and all backends share it.
+    Build one with a constructor below, once per batch; all layers and all backends share it. Its
+    tensors belong together: don't write to them.
 
     Attributes:
         visible_from: int32 ``[B, S]``, the first key that a query may see. ``S`` for padding, which
@@ -56,8 +57,8 @@ class MaskLayout:
             ValueError: a negative length, an empty row, VoCo tokens with no vision before them.
         """
         spans = [("vision", vision), ("voco", voco), ("text", text)]
-        if batch < 1:
-            raise ValueError(f"expected batch >= 1, got {batch}; pass the number of equal rows")
+        if not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"expected batch >= 1, got {batch!r}; pass the number of equal rows")
         one_row = visibility_from_documents([[spans]], isolated=False, padding_side="right")
         return cls._from_host(*(rows.expand(batch, -1) for rows in one_row), device)
 
@@ -127,17 +128,24 @@ class MaskLayout:
             input_ids: integer ``[B, S]``.
             voco_token_id, image_token_id: ids of ``<VoCo>`` and of the image placeholder.
             attention_mask: bool or integer ``[B, S]``, 0 for padding on the left or on the right.
-            position_ids: integer ``[B, S]`` of packed rows: a document starts at each position 0.
+            position_ids: integer ``[B, S]`` of packed rows: a document starts wherever they don't go
+                on by 1, as in Transformers.
             isolated: see ``from_spans``.
 
         Raises:
+            TypeError, ValueError: arguments that don't fit together.
             ValueError: on the CPU, outside ``torch.compile``: VoCo tokens with no context before them,
                 or an attention_mask with holes. On CUDA such a check would need a host sync: there, a
-                VoCo token with nothing before it counts as text.
+                VoCo token with nothing before it counts as text, and a hole divides documents.
         """
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype.is_floating_point:
+        if not isinstance(input_ids, Tensor) or not isinstance(voco_token_id, int):
+            raise TypeError(
+                "expected input_ids as a tensor and voco_token_id as an int, got "
+                f"{type(input_ids).__name__} and {type(voco_token_id).__name__}"
+            )
+        if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.dtype.is_floating_point:
             raise ValueError(
-                f"expected integer input_ids [B, S] with S >= 1, got {input_ids.dtype} "
+                f"expected integer input_ids [B, S] with B, S >= 1, got {input_ids.dtype} "
                 f"{list(input_ids.shape)}"
             )
         for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):

@@ -48,7 +48,13 @@ def visibility_from_documents(
 def _merge(document: Sequence[Span], where: str) -> list[Span]:
     """The document without empty spans, neighbours of one kind joined, each span checked."""
     merged: list[Span] = []
-    for kind, length in document:
+    for span in document:
+        if isinstance(span, str) or len(span) != 2:
+            raise ValueError(
+                f"expected (kind, length) spans, got {span!r} in {where}; pass a list of rows, each "
+                "a list of spans (packed: a list of documents)"
+            )
+        kind, length = span
         if kind not in KINDS:
             raise ValueError(f"expected a kind among {KINDS}, got {kind!r} in {where}")
         if isinstance(length, bool) or not isinstance(length, int) or length < 0:

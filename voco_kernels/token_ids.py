@@ -85,7 +85,7 @@ def _documents(
         real = attention_mask != 0
     starts = real & ~shift_right(real, False)
     if position_ids is not None:
-        starts = starts | (real & (position_ids == 0))
+        starts = starts | (real & (position_ids != shift_right(position_ids, -1) + 1))
     return real, starts
 
 

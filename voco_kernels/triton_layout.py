@@ -199,7 +199,8 @@ def _of_chunks(
 def _token(
     ids, attention_mask, position_ids, position, length, voco_token_id
 ):  # fmt: skip
-    """Whether these positions of a row hold a real token, a VoCo token, one of position id 0."""
+    """Whether these positions of a row hold a real token, a VoCo token, and one whose position id
+    doesn't go on from the one before."""
     inside = (position >= 0) & (position < length)
     real = inside
     if attention_mask is not None:
@@ -207,7 +208,9 @@ def _token(
     voco = real & (tl.load(ids + position, mask=inside, other=0) == voco_token_id)
     first = real & (position < 0)
     if position_ids is not None:
-        first = real & (tl.load(position_ids + position, mask=inside, other=1) == 0)
+        own = tl.load(position_ids + position, mask=inside, other=0)
+        before = tl.load(position_ids + position - 1, mask=inside & (position > 0), other=-1)
+        first = real & (own != before + 1)
     return real, voco, first
 
 

@@ -6,16 +6,18 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from voco_kernels.layout import MaskLayout
 
 
 def validate(q: Tensor, k: Tensor, v: Tensor, layout: MaskLayout, scale: float | None) -> None:
-    """Raise for arguments that no backend can serve; see ``masked_attention`` for the contract.
+    """Raise for arguments that no backend is to serve; see ``masked_attention`` for the contract.
 
     Raises:
         TypeError: wrong types or dtypes.
-        ValueError: shapes, devices or a scale that don't fit together.
+        ValueError: shapes, strides, devices or a scale that don't fit together.
+        NotImplementedError: forward-mode derivatives.
     """
     if not isinstance(layout, MaskLayout):
         raise TypeError(
@@ -36,6 +38,11 @@ def validate(q: Tensor, k: Tensor, v: Tensor, layout: MaskLayout, scale: float |
             raise TypeError(
                 f"expected q, k and v of one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
             )
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(
+                f"expected {name} with a contiguous last dimension, got strides "
+                f"{tuple(tensor.stride())}; call {name}.contiguous()"
+            )
     batch, heads, length, head_dim = q.shape
     if (batch, length) != (layout.batch, layout.length):
         raise ValueError(
@@ -55,6 +62,14 @@ def validate(q: Tensor, k: Tensor, v: Tensor, layout: MaskLayout, scale: float |
         )
     if head_dim == 0:
         raise ValueError(f"expected head_dim >= 1, got q of shape {list(q.shape)}")
+    # A custom operator would drop the tangents without a word.
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in (q, k, v)
+    ):
+        raise NotImplementedError(
+            "expected q, k and v without forward-mode tangents, got some that have them; "
+            "differentiate in reverse mode (backward, torch.func.grad)"
+        )
     if scale is not None and not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"expected a finite scale > 0, got {scale}")
 
@@ -62,7 +77,7 @@ def validate(q: Tensor, k: Tensor, v: Tensor, layout: MaskLayout, scale: float |
 def cast_for_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under ``torch.autocast``, q, k and v in its dtype, as SDPA does; otherwise unchanged."""
     device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+    if torch.is_autocast_enabled(device) and q.dtype.is_floating_point and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        return q.to(dtype), k.to(dtype), v.to(dtype)
+        q, k, v = (t.to(dtype) if t.dtype.is_floating_point else t for t in (q, k, v))
     return q, k, v

@@ -77,8 +77,8 @@ def enable(
 
     Raises:
         TypeError: another model class, or no processor where one is expected.
-        ValueError: a model that is enabled already, sliding-window attention, attention dropout, an
-            unknown token id, or ids that don't fit together. Nothing is changed then.
+        ValueError: a model that is enabled already, sliding-window attention, attention dropout or
+            soft-capping, an unknown token id, or ids that don't fit together. Nothing is changed then.
     """
     _check_model(model)
     tokenizer = _checked_tokenizer(model, processor)
@@ -129,6 +129,12 @@ def _check_model(model) -> None:
             f"{window} and layer types {sorted(others)}; VoCo tokens outside a window would be "
             "lost. Where the prompts are shorter than the window, set "
             "config.text_config.sliding_window = None before the model is built"
+        )
+    softcap = getattr(text, "attn_logit_softcapping", None)
+    if softcap is not None:
+        raise ValueError(
+            f"expected a text model without attention soft-capping, got attn_logit_softcapping="
+            f"{softcap}; masked_attention has none"
         )
     dropout = getattr(text, "attention_dropout", 0.0)
     if dropout:

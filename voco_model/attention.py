@@ -58,6 +58,14 @@ def voco_attention(
             f"expected attention_dropout 0, got {dropout}; masked_attention has no dropout: set "
             "model.config.text_config.attention_dropout = 0.0"
         )
+    unknown = {"softcap", "s_aux", "position_bias", "sliding_window"} & {
+        name for name, value in kwargs.items() if value is not None
+    }
+    if unknown:
+        raise ValueError(
+            f"expected plain softmax attention, got a text model that asks for {sorted(unknown)}; "
+            "masked_attention has none of it: call undo() on what enable returned"
+        )
     length = voco_layout.length
     out = masked_attention(
         query, key[:, :, :length], value[:, :, :length], voco_layout, scale=scaling

@@ -295,7 +295,9 @@ def _token_rows(
 ) -> list[list[int]]:
     """The text's token ids, a list without padding for each row."""
     if isinstance(text, Tensor):
-        return _rows_of_ids(text, attention_mask)
+        rows = _rows_of_ids(text, attention_mask)
+        _check_text_only(rows, model.config)
+        return rows
     if attention_mask is not None:
         raise ValueError("expected an attention_mask with token ids only, got one with text")
     if processor is None:
@@ -325,6 +327,18 @@ def _tokenize(tokenizer, voco_token_id: int, turns: Turns) -> list[int]:
             "the processor that was given to enable"
         )
     return ids
+
+
+def _check_text_only(rows: list[list[int]], config) -> None:
+    for name in ("image_token_id", "voco_token_id"):
+        token_id = getattr(config, name)
+        for index, row in enumerate(rows):
+            if token_id in row:
+                raise ValueError(
+                    "expected ids of the text behind the VoCo tokens only, got "
+                    f"{name} {token_id} at position {row.index(token_id)} of row {index}; leave the "
+                    "image and the VoCo tokens out, compact stands for both"
+                )
 
 
 def _rows_of_ids(ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""The shapes A to G: what they are, and that their layouts are the mask of DESIGN, section 2."""
+"""The shapes A to G: what they are, and that their layouts are the mask they describe."""
 
 from __future__ import annotations
 

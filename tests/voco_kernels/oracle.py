@@ -109,5 +109,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-        yield
-    torch.use_deterministic_algorithms(before)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)

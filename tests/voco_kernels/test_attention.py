@@ -317,3 +317,23 @@ def test_triton_needs_no_host_sync_and_can_be_captured():
         graph.replay()
         layout = MaskLayout.from_input_ids(ids, voco_token_id=voco)
         assert_close_to_truth(results, inputs, layout)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_the_reference_hides_no_infinities(bad):
+    """What is masked is masked by the mask, never by the value of its score."""
+    layout = MaskLayout.from_lengths(3, 1, 3)
+    q, k, v = (torch.randn(1, 1, 7, 8, dtype=torch.float64) for _ in range(3))
+    q[0, 0, 5, 0] = bad
+    out = masked_attention(q, k, v, layout, backend="reference")
+    assert out[0, 0, 5].isnan().all() and out[0, 0, [0, 1, 2, 3, 4, 6]].isfinite().all()
+
+
+def test_a_batch_of_padding_only():
+    rows = torch.zeros(2, 5).long()
+    layout = MaskLayout.from_input_ids(rows, voco_token_id=1, attention_mask=rows)
+    inputs = [torch.randn(2, 2, 5, 16, requires_grad=True) for _ in range(3)]
+    for backend in ("reference", "sdpa"):
+        out, lse = masked_attention(*inputs, layout, backend=backend, return_lse=True)
+        assert out.eq(0).all() and lse.isneginf().all()
+        assert all(g.eq(0).all() for g in torch.autograd.grad(out.sum(), inputs))

@@ -186,3 +186,13 @@ def test_says_what_it_does_not_support(dtype, head_dim, reason):
     reasons = flash_attn.unsupported(q, q, q)
     assert any("expected tensors on CUDA, got cpu" in text for text in reasons)
     assert any(re.search(reason, text) for text in reasons)
+
+
+def test_a_batch_of_padding_only_needs_no_call():
+    rows = torch.zeros(2, 5).long()
+    layout = MaskLayout.from_input_ids(rows, voco_token_id=1, attention_mask=rows)
+    q = torch.randn(2, 2, 5, 16)
+    out, lse = flash_attn.forward(q, q, q, layout, 1.0)
+    assert out.eq(0).all() and lse.isneginf().all()
+    gradients = flash_attn.backward(q, None, q, q, q, out, lse, layout, 1.0)
+    assert all(gradient.eq(0).all() for gradient in gradients)

@@ -401,3 +401,35 @@ def test_on_cuda_equals_the_cpu_without_a_sync():
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(layout.materialize().cpu(), here.materialize())
     assert repr(layout) == repr(here).replace("cpu", "cuda:0")
+
+
+@pytest.mark.parametrize("first", [0, 1, 7])
+def test_packed_documents_may_start_at_any_position(first):
+    """As in Transformers: a document starts where positions don't go on by 1."""
+    positions = [*range(first, first + 4), *range(first, first + 3)]
+    layout = MaskLayout.from_input_ids(
+        torch.full((1, 7), 5), voco_token_id=VOCO_ID, position_ids=torch.tensor([positions])
+    )
+    packed = MaskLayout.packed([[("text", 4)], [("text", 3)]])
+    assert torch.equal(layout.materialize(), packed.materialize())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MaskLayout.from_spans([("vision", 5), ("voco", 1)]), "pass a list of rows"),
+        (
+            lambda: MaskLayout.from_input_ids(torch.zeros(0, 4).long(), voco_token_id=1),
+            "B, S >= 1",
+        ),
+        (lambda: MaskLayout.from_lengths(5, 1, 1, batch=2.0), "batch >= 1, got 2.0"),
+    ],
+)
+def test_beginners_slips_are_explained(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_token_id_that_is_no_number_is_explained():
+    with pytest.raises(TypeError, match="voco_token_id as an int, got Tensor and NoneType"):
+        MaskLayout.from_input_ids(torch.zeros(1, 4).long(), voco_token_id=None)

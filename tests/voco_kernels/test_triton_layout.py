@@ -74,8 +74,10 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-        yield
-    torch.use_deterministic_algorithms(before)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
 
 
 def assert_kernels_equal_torch(arguments: tuple, block: int | None, tile: int) -> None:

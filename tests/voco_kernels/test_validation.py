@@ -22,6 +22,11 @@ def arguments(q=(2, 4, 11, 8), k=(2, 2, 11, 8), v=(2, 2, 11, 8), layout=LAYOUT, 
 
 
 WRONG = {
+    "rows that are not contiguous": (
+        arguments(q=torch.zeros(2, 4, 8, 11).mT),
+        ValueError,
+        r"q with a contiguous last dimension, got strides .*call q.contiguous\(\)",
+    ),
     "layout of another length": (
         arguments(layout=MaskLayout.from_lengths(6, 1, 5, batch=2)),
         ValueError,
@@ -114,3 +119,11 @@ def test_right_arguments_pass():
     out, lse = masked_attention(*positional, **options, return_lse=True)
     assert out.shape == (2, 4, 11, 8) and lse.shape == (2, 4, 11)
     assert lse.dtype == torch.float32
+
+
+def test_forward_mode_is_refused_rather_than_dropped():
+    (q, k, v, layout), _ = arguments()
+    with pytest.raises(NotImplementedError, match="forward-mode tangents"):
+        torch.func.jvp(lambda q: masked_attention(q, k, v, layout), (q,), (q,))
+    with torch.autograd.forward_ad.dual_level():
+        masked_attention(q, k, v, layout)  # a level without tangents is nobody's concern

@@ -154,6 +154,9 @@ def test_refuses_other_models_and_leaves_them_alone(kind):
 def test_refuses_a_window_and_dropout():
     windowed = tiny.tiny_llava("next", sliding_window=64)
     refused("sliding_window=64", windowed, voco_token_id=tiny.VOCO)
+    model = tiny.tiny_llava("llava")
+    model.config.text_config.attn_logit_softcapping = 50.0
+    refused("attn_logit_softcapping=50.0", model, voco_token_id=tiny.VOCO)
     dropping = tiny.tiny_llava("llava", attention_dropout=0.1)
     refused("attention_dropout 0, got 0.1", dropping, voco_token_id=tiny.VOCO)
 

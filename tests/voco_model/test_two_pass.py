@@ -264,3 +264,11 @@ def test_refuses_a_model_that_is_not_enabled(model):
         voco_model.compress(model, inputs=inputs)
     with pytest.raises(ValueError, match="voco_model.enable"):
         voco_model.generate(model, [], "Who?")
+
+
+@pytest.mark.parametrize("token_id", [tiny.IMAGE, tiny.VOCO])
+def test_refuses_ids_that_hold_the_image_again(enabled, token_id):
+    inputs, _ = tiny.batch_of(enabled, [(2, 6)])
+    entries = voco_model.compress(enabled, inputs=inputs)
+    with pytest.raises(ValueError, match=f"{token_id} at position 1 of row 0; leave the image"):
+        voco_model.generate(enabled, entries, torch.tensor([[7, token_id, 8]]), max_new_tokens=2)

@@ -45,11 +45,13 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: MaskLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
     pack = _packing(layout)
+    out = torch.zeros_like(q)
+    lse = torch.full(q.shape[:3], float("-inf"), device=q.device)
+    if pack is None:
+        return out, lse
     run_out, run_lse = _attend(
         _gather(q, pack.queries), *(_gather(t, pack.keys) for t in (k, v)), pack, scale
     )
-    out = torch.zeros_like(q)
-    lse = torch.full(q.shape[:3], float("-inf"), device=q.device)
     out.transpose(1, 2)[pack.queries] = run_out
     lse.transpose(1, 2)[pack.queries] = run_lse.T
     return out, lse
@@ -67,6 +69,8 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pack = _packing(layout)
+    if pack is None:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     run_q, run_out, run_dout = (_gather(tensor, pack.queries) for tensor in (q, out, dout))
     run_k, run_v = (_gather(tensor, pack.keys) for tensor in (k, v))
     run_lse = _gather(lse, pack.queries).T.contiguous()
@@ -103,7 +107,8 @@ class _Packing(NamedTuple):
 _packings: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _packing(layout: MaskLayout) -> _Packing:
+def _packing(layout: MaskLayout) -> _Packing | None:
+    """None where all is padding."""
     tiles = layout.schedule.query_tiles
     if tiles.is_inference():  # may have been written to without a trace
         return _build_packing(layout)
@@ -114,7 +119,7 @@ def _packing(layout: MaskLayout) -> _Packing:
     return packing
 
 
-def _build_packing(layout: MaskLayout) -> _Packing:
+def _build_packing(layout: MaskLayout) -> _Packing | None:
     kept = layout.schedule.kept.cpu()
     queries, keys = [], []
     for row, start, stop, key_start, prefix_start, prefix_stop, *_ in layout.schedule.host_runs():
@@ -122,6 +127,9 @@ def _build_packing(layout: MaskLayout) -> _Packing:
             prefix = kept[row, prefix_start:prefix_stop].long()
             queries.append((row, torch.arange(start, stop)))
             keys.append((row, torch.cat([prefix, torch.arange(key_start, stop)])))
+
+    if not queries:
+        return None
 
     def on_device(runs: list[tuple[int, Tensor]]) -> tuple[tuple[Tensor, Tensor], Tensor, int]:
         lengths = [len(positions) for _, positions in runs]

@@ -20,9 +20,10 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: MaskLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
     q, k, v = _grouped(q, k, v, layout)
-    scores = _scores(q, k, layout, scale)
+    hidden = _hidden(layout)
+    scores = _scores(q, k, scale).masked_fill(hidden, float("-inf"))
     lse = scores.logsumexp(-1)
-    out = _probabilities(scores, lse).to(v.dtype) @ v
+    out = (scores - lse[..., None]).exp().masked_fill(hidden, 0).to(v.dtype) @ v
     return out.flatten(1, 2), lse.flatten(1, 2)
 
 
@@ -40,15 +41,15 @@ def backward(
     shapes = [tensor.shape for tensor in (q, k, v)]
     dout, out, lse = (tensor.unflatten(1, (k.shape[1], -1)) for tensor in (dout, out, lse))
     q, k, v = _grouped(q, k, v, layout)
-    p = _probabilities(_scores(q, k, layout, scale), lse)
+    hidden, padding = _hidden(layout), lse.isneginf()[..., None]
+    p = (_scores(q, k, scale) - lse[..., None]).exp().masked_fill(hidden, 0)
+    dout, out = dout.masked_fill(padding, 0), out.masked_fill(padding, 0)
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     if dlse is not None:
         delta = delta - dlse.view_as(delta)
-    seen = p > 0
-    ds = torch.where(seen, p * ((dout @ v.mT).to(p.dtype) - delta[..., None]) * scale, 0).to(
-        q.dtype
-    )
-    dv = (p.to(v.dtype).mT @ dout.masked_fill(lse.isinf()[..., None], 0)).sum(2)
+    dp = (dout @ v.mT).to(p.dtype)
+    ds = (p * (dp - delta[..., None]) * scale).masked_fill(hidden, 0).to(q.dtype)
+    dv = (p.to(v.dtype).mT @ dout).sum(2)
     return (ds @ k).view(shapes[0]), (ds.mT @ q).sum(2).view(shapes[1]), dv.view(shapes[2])
 
 
@@ -60,10 +61,9 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, layout: MaskLayout) -> list[Tensor
     return [q.unflatten(1, (k.shape[1], -1)), k.unsqueeze(2), v.unsqueeze(2)]
 
 
-def _scores(q: Tensor, k: Tensor, layout: MaskLayout, scale: float) -> Tensor:
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
-    return scores.masked_fill(~layout.materialize()[:, None, None], float("-inf"))
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
 
 
-def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    return torch.where(scores.isinf(), 0, (scores - lse[..., None]).exp())
+def _hidden(layout: MaskLayout) -> Tensor:
+    return ~layout.materialize()[:, None, None]

@@ -85,7 +85,7 @@ def backward(
     delta = torch.empty_like(lse)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     with _device(q):
-        kernels.delta_kernel[(-(-length // 64), batch * heads)](
+        kernels.delta_kernel[(batch * heads, -(-length // 64))](
             out, dout, dlse if dlse is None else dlse.contiguous(), delta,
             *out.stride()[:3], *dout.stride()[:3], heads, length,
             HEAD_DIM=head_dim, BLOCK_D=_block_d(head_dim), BLOCK_M=64, HAS_DLSE=dlse is not None,

@@ -17,9 +17,9 @@ def delta_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     """Delta fp32 ``[B, Hq, S]`` = rowsum(Out * DOut) - DLse, so that dS = P * (dP - Delta)."""
-    item = tl.program_id(1).to(tl.int64)
+    item = tl.program_id(0).to(tl.int64)
     row, head = item // heads, item % heads
-    position = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    position = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = position < length
     wide = position.to(tl.int64)
     o_base = Out + row * stride_ob + head * stride_oh
