@@ -55,10 +55,10 @@ def validate(q: Tensor, k: Tensor, v: Tensor, layout: MaskLayout, scale: float |
             f"expected k and v of one shape [{batch}, kv_heads, {length}, {head_dim}] to go with q "
             f"{list(q.shape)}, got k {list(k.shape)} and v {list(v.shape)}"
         )
-    if kv_heads == 0 or heads % kv_heads:
+    if heads == 0 or kv_heads == 0 or heads % kv_heads:
         raise ValueError(
-            f"expected a number of query heads divisible by the key/value heads, got {heads} and "
-            f"{kv_heads}"
+            "expected at least one query head, and a number divisible by the key/value heads, got "
+            f"{heads} and {kv_heads}"
         )
     if head_dim == 0:
         raise ValueError(f"expected head_dim >= 1, got q of shape {list(q.shape)}")
@@ -70,6 +70,8 @@ def validate(q: Tensor, k: Tensor, v: Tensor, layout: MaskLayout, scale: float |
             "expected q, k and v without forward-mode tangents, got some that have them; "
             "differentiate in reverse mode (backward, torch.func.grad)"
         )
+    if scale is not None and not isinstance(scale, int | float):
+        raise TypeError(f"expected scale as a number, got {type(scale).__name__} {scale!r}")
     if scale is not None and not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"expected a finite scale > 0, got {scale}")
 

@@ -127,3 +127,24 @@ def test_forward_mode_is_refused_rather_than_dropped():
         torch.func.jvp(lambda q: masked_attention(q, k, v, layout), (q,), (q,))
     with torch.autograd.forward_ad.dual_level():
         masked_attention(q, k, v, layout)  # a level without tangents is nobody's concern
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(q=(2, 0, 11, 8)), ValueError, "at least one query head.*got 0 and 2"),
+        (dict(scale="a"), TypeError, "scale as a number, got str 'a'"),
+    ],
+)
+def test_no_heads_and_no_number(change, error, message):
+    positional, options = arguments(**change)
+    with pytest.raises(error, match=message):
+        masked_attention(*positional, **options)
+
+
+def test_dtypes_that_no_backend_computes_in_are_listed():
+    q = torch.zeros(2, 2, 11, 8, dtype=torch.float8_e4m3fn)
+    with pytest.raises(
+        RuntimeError, match="float64, float32, float16, bfloat16, got float8_e4m3fn"
+    ):
+        masked_attention(q, q, q, LAYOUT)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from voco_kernels.layout import MaskLayout
+from voco_kernels.reasons import dtype_reasons
 
 
 def missing() -> list[str]:
@@ -13,7 +14,7 @@ def missing() -> list[str]:
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
-    return []
+    return dtype_reasons(q, torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def forward(
