@@ -1,0 +1,241 @@
+// The gradient of the queries, for sm_90a: dQ = scale * dS K with dS = P * (dOut V^T - delta).
+//
+// The frame is query_tiles.cuh's, as in the forward kernel: a consumer has 64 rows of queries, meets all
+// keys that they see, and adds up dQ in registers. Nobody else writes these rows: no atomics.
+#include "attention.h"
+#include "mask.cuh"
+#include "products.cuh"
+#include "query_tiles.cuh"
+#include "softmax.cuh"
+#include "store.cuh"
+
+namespace {
+
+// Keys and values of a block are read together; its keys stay until dS is multiplied with them.
+struct DqLoads {
+  int first;
+
+  VOCO_DEVICE explicit DqLoads(const QueryTile& tile) : first(tile.first_load) {}
+  VOCO_DEVICE int keys(int block) const { return first + 2 * block; }
+  VOCO_DEVICE int values(int block) const { return first + 2 * block + 1; }
+  VOCO_DEVICE static Load at(int n) { return {n / 2, n % 2 == 1}; }
+};
+
+template <typename T, int D>
+struct DqConsumer {
+  // Beyond that, registers don't bear the queries, which are then multiplied from shared memory ...
+  static constexpr bool QUERIES_IN_REGISTERS = D <= 128;
+  // ... nor dS of one block beside scores and dP of the next.
+  static constexpr bool PIPELINED = D <= 128;
+
+  const AttentionParams& params;
+  const Packing packing;
+  const QueryTileShared<D, true>& shared;
+  const ConsumerThread me;
+  const Turns turns{me.warpgroup};
+  const float scale_log2;
+
+  uint32_t fragments[QUERIES_IN_REGISTERS ? D / 16 : 1][4];
+  RowsByHeadDim<D> dq;
+  float lse_log2[2], delta[2];
+
+  VOCO_DEVICE DqConsumer(const QueryTileArguments& arguments, const QueryTileShared<D, true>& shared)
+      : params(arguments.params),
+        packing(arguments.packing),
+        shared(shared),
+        scale_log2(params.scale * LOG2_E) {}
+
+  VOCO_DEVICE void run() {
+    turns.open();
+    for (int i = 0;; ++i) {
+      const QueryTile& tile = shared.queue.read(i);
+      if (tile.is_end()) break;
+      const Rows rows(tile.start + me.warpgroup * packing.positions(), packing, me.warp, me.lane);
+      const int mine = tile.blocks_until(rows.first_position + packing.positions() - 1);
+      if (mine == 0) dq.clear();
+      if (tile.blocks > 0) {
+        load_statistics(tile, rows);
+        shared.resident.wait_full(tile.fill);
+        if constexpr (QUERIES_IN_REGISTERS) load_fragments<D>(fragments, my(shared.q), me.warp, me.lane);
+        accumulate(tile, rows, mine);
+        shared.resident.release(me.lane);
+      }
+      store(tile, rows);
+      shared.queue.release(i, me.lane);
+    }
+    turns.close();
+  }
+
+ private:
+  VOCO_DEVICE uint32_t my(uint32_t operand) const { return operand + me.warpgroup * BLOCK_BYTES<D>; }
+
+  VOCO_DEVICE int head(const QueryTile& tile, int h) const {
+    return (tile.pack << packing.log2) + (Rows::row(h, me.warp, me.lane) & (packing.heads() - 1));
+  }
+
+  VOCO_DEVICE void load_statistics(const QueryTile& tile, const Rows& rows) {
+    for (int h = 0; h < 2; ++h) {
+      const bool valid = rows.position[h] >= tile.run_start;
+      const int64_t i = statistic_index(params, tile.row, head(tile, h), rows.position[h]);
+      // exp2(-inf) is 0: rows that are not of this run take part without effect.
+      lse_log2[h] = valid ? params.lse[i] * LOG2_E : INFINITY_F;
+      delta[h] = valid ? params.delta[i] : 0.f;
+    }
+  }
+
+  // Starts scores and dP of a block: over its last N keys.
+  template <int N>
+  VOCO_DEVICE void multiply(float (&scores)[N / 2], float (&dp)[N / 2], int block, DqLoads loads) {
+    const int keys = loads.keys(block), values = loads.values(block);
+    shared.ring.wait_full(keys);
+    shared.ring.wait_full(values);
+    ptx::wgmma_fence();
+    if constexpr (QUERIES_IN_REGISTERS) {
+      rows_by_rows<T, D, N>(scores, fragments, shared.ring.slot(keys), BLOCK_ROWS - N);
+    } else {
+      rows_by_rows<T, D, N>(scores, ptx::opaque(my(shared.q)), shared.ring.slot(keys), BLOCK_ROWS - N);
+    }
+    rows_by_rows<T, D, N>(dp, ptx::opaque(my(shared.dout)), shared.ring.slot(values), BLOCK_ROWS - N);
+    ptx::wgmma_commit();
+  }
+
+  // dP becomes dS.
+  template <int COUNT>
+  VOCO_DEVICE void differentiate(const float (&scores)[COUNT], float (&dp)[COUNT], const Rows& rows,
+                                 int start, int first_key) const {
+    const bool cut = is_cut(rows, start, first_key);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const int h = i / 2 % 2;
+      const float p = ptx::exp2(fmaf(scores[i], scale_log2, -lse_log2[h]));
+      dp[i] = p * (dp[i] - delta[h]);
+    }
+    if (cut) {
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        if (!sees(rows, i, start, first_key, me.lane)) dp[i] = 0.f;
+      }
+    }
+  }
+
+  template <int STEPS>
+  VOCO_DEVICE void add(const uint32_t (&ds)[STEPS][4], int keys, bool accumulate) {
+    ptx::wgmma_fence();
+    rows_by_block<T, D>(dq, ds, shared.ring.slot(keys), BLOCK_ROWS - 16 * STEPS, accumulate);
+    ptx::wgmma_commit();
+  }
+
+  // The last N keys of a block, from the scores to dQ, with nothing else under way.
+  template <int N>
+  VOCO_DEVICE void finish_block(const Rows& rows, int block, int start, int first_key, DqLoads loads,
+                                bool accumulate) {
+    float scores[N / 2], dp[N / 2];
+    uint32_t ds[N / 16][4];
+    turns.take();
+    multiply<N>(scores, dp, block, loads);
+    turns.pass();
+    ptx::wgmma_wait<0>();
+    ptx::pin(scores);
+    ptx::pin(dp);
+    shared.ring.release(loads.values(block), me.elected);
+    differentiate(scores, dp, rows, start, first_key);
+    round_to_operand<T>(ds, dp);
+    add(ds, loads.keys(block), accumulate);
+    ptx::wgmma_wait<0>();
+    dq.pin();
+    shared.ring.release(loads.keys(block), me.elected);
+  }
+
+  // Whole blocks [begin, end): scores and dP of one are under way while dS of the one before is multiplied.
+  VOCO_DEVICE void pipeline_blocks(const Rows& rows, int begin, int end, int first_start, int first_key,
+                                   DqLoads loads) {
+    const auto& ring = shared.ring;
+    float scores[BLOCK_ROWS / 2], dp[BLOCK_ROWS / 2];
+    uint32_t ds[BLOCK_ROWS / 16][4];
+    turns.take();
+    multiply<BLOCK_ROWS>(scores, dp, begin, loads);
+    turns.pass();
+    ptx::wgmma_wait<0>();
+    ptx::pin(scores);
+    ptx::pin(dp);
+    ring.release(loads.values(begin), me.elected);
+    differentiate(scores, dp, rows, first_start + BLOCK_ROWS * begin, first_key);
+    round_to_operand<T>(ds, dp);
+
+    for (int block = begin + 1; block < end; ++block) {
+      const int keys_before = loads.keys(block - 1);
+      turns.take();
+      multiply<BLOCK_ROWS>(scores, dp, block, loads);
+      add(ds, keys_before, block - 1 > 0);
+      turns.pass();
+      ptx::wgmma_wait<1>();
+      ptx::pin(scores);
+      ptx::pin(dp);
+      ring.release(loads.values(block), me.elected);
+      differentiate(scores, dp, rows, first_start + BLOCK_ROWS * block, first_key);
+      ptx::wgmma_wait<0>();
+      dq.pin();
+      ring.release(keys_before, me.elected);
+      round_to_operand<T>(ds, dp);
+    }
+
+    const int last_keys = loads.keys(end - 1);
+    turns.take();
+    add(ds, last_keys, end - 1 > 0);
+    turns.pass();
+    ptx::wgmma_wait<0>();
+    dq.pin();
+    ring.release(last_keys, me.elected);
+  }
+
+  // dQ / scale over the first `mine` blocks of a tile, and all its turns and loads.
+  VOCO_DEVICE void accumulate(const QueryTile& tile, const Rows& rows, int mine) {
+    const int narrow = tile.narrow(), blocks = tile.blocks;
+    const int first_start = tile.block_start(0), first_key = tile.first_key;
+    const DqLoads loads(tile);
+    int turns_left = blocks - mine;
+    if (narrow && mine > 0) {
+      finish_block<NARROW_ROWS>(rows, 0, first_start + BLOCK_ROWS - NARROW_ROWS, first_key, loads, false);
+    }
+    if constexpr (PIPELINED) {
+      if (narrow < mine) pipeline_blocks(rows, narrow, mine, first_start, first_key, loads);
+      turns_left += narrow < blocks && narrow >= mine;  // the turn for the last product
+    } else {
+      for (int block = narrow; block < mine; ++block) {
+        finish_block<BLOCK_ROWS>(rows, block, first_start + BLOCK_ROWS * block, first_key, loads,
+                                 block > 0);
+      }
+    }
+    for (; turns_left > 0; --turns_left) turns.forgo();
+    for (int block = mine; block < blocks; ++block) {
+      shared.ring.skip(loads.keys(block), me.elected);
+      shared.ring.skip(loads.values(block), me.elected);
+    }
+  }
+
+  VOCO_DEVICE void store(const QueryTile& tile, const Rows& rows) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      store_row<T, D>(row_address(params.dq, tile.row, head(tile, h), rows.position[h]),
+                      rows.position[h] >= tile.run_start, dq, h, params.scale, 0, params.head_dim, me.lane);
+    }
+  }
+};
+
+template <typename T, int D>
+__global__ void __launch_bounds__(THREADS, 1)
+    dq_kernel(const __grid_constant__ QueryTileArguments arguments) {
+  walk_query_tiles<D, DqLoads, DqConsumer<T, D>, true>(arguments);
+}
+
+}  // namespace
+
+void attention_dq_sm90(const AttentionParams& params, runtime::Stream stream) {
+  const QueryTileArguments arguments(params);
+  runtime::set_zero(params.next_item, sizeof(int), stream);
+  by_type(params, [&](auto type, auto head_dim) {
+    constexpr int D = decltype(head_dim)::value;
+    runtime::launch(dq_kernel<decltype(type), D>, runtime::multiprocessors(), THREADS,
+                    QueryTileShared<D, true>::BYTES, stream, arguments);
+  });
+}

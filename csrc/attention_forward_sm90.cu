@@ -1,0 +1,230 @@
+// Forward attention under a VoCo mask, for sm_90a (docs/hopper.md).
+//
+// The frame is query_tiles.cuh's; here is what a consumer does with the 64 rows that it has of a tile: scores,
+// online softmax and output, all in registers.
+#include "attention.h"
+#include "mask.cuh"
+#include "products.cuh"
+#include "query_tiles.cuh"
+#include "softmax.cuh"
+#include "store.cuh"
+
+namespace {
+
+// The order in which blocks are read: scores of a block are under way while the values of the one before
+// are added. A narrow first block is finished before the others begin.
+struct ForwardLoads {
+  int first, blocks, narrow;
+
+  VOCO_DEVICE explicit ForwardLoads(const QueryTile& tile)
+      : first(tile.first_load), blocks(tile.blocks), narrow(tile.narrow()) {}
+
+  VOCO_DEVICE int keys(int block) const {
+    const int wide = block - narrow;  // how many wide blocks stand before it
+    return first + (wide < 0 ? 0 : 2 * narrow + max(0, 2 * wide - 1));
+  }
+  VOCO_DEVICE int values(int block) const {
+    return first + 2 * block + (block == blocks - 1 || block < narrow ? 1 : 2);
+  }
+  // One for each block of scores, one for the last values of the wide blocks.
+  VOCO_DEVICE int turns() const { return blocks + (blocks > narrow); }
+
+  // The inverse: what is read as the n-th of this tile.
+  VOCO_DEVICE Load at(int n) const {
+    const bool first_or_last = n <= 2 * narrow || n == 2 * blocks - 1;
+    if (first_or_last) return {n / 2, n % 2 == 1};
+    const int wide = n - 2 * narrow;
+    return wide % 2 ? Load{narrow + (wide + 1) / 2, false} : Load{narrow + wide / 2 - 1, true};
+  }
+};
+
+template <typename T, int D>
+struct ForwardConsumer {
+  // Queries wider than 128 would take 64 registers or more: they are multiplied from shared memory.
+  static constexpr bool QUERIES_IN_REGISTERS = D <= 128;
+
+  const AttentionParams& params;
+  const Packing packing;
+  const QueryTileShared<D, false>& shared;
+  const ConsumerThread me;
+  const Turns turns{me.warpgroup};
+  const float scale_log2;
+
+  uint32_t fragments[QUERIES_IN_REGISTERS ? D / 16 : 1][4];
+  RowsByHeadDim<D> out;
+  OnlineSoftmax softmax;
+
+  VOCO_DEVICE ForwardConsumer(const QueryTileArguments& arguments,
+                              const QueryTileShared<D, false>& shared)
+      : params(arguments.params),
+        packing(arguments.packing),
+        shared(shared),
+        scale_log2(params.scale * LOG2_E) {}
+
+  VOCO_DEVICE void run() {
+    turns.open();
+    for (int i = 0;; ++i) {
+      const QueryTile& tile = shared.queue.read(i);
+      if (tile.is_end()) break;
+      const Rows rows(tile.start + me.warpgroup * packing.positions(), packing, me.warp, me.lane);
+      const int mine = tile.blocks_until(rows.first_position + packing.positions() - 1);
+      softmax.reset();
+      if (mine == 0) out.clear();
+      if (tile.blocks > 0) {
+        shared.resident.wait_full(tile.fill);
+        if constexpr (QUERIES_IN_REGISTERS) {
+          load_fragments<D>(fragments, my_queries(), me.warp, me.lane);
+          shared.resident.release(me.lane);
+        }
+        attend(tile, rows, mine);
+        if constexpr (!QUERIES_IN_REGISTERS) shared.resident.release(me.lane);
+      }
+      store(tile, rows);
+      shared.queue.release(i, me.lane);
+    }
+    turns.close();
+  }
+
+ private:
+  VOCO_DEVICE uint32_t my_queries() const { return shared.q + me.warpgroup * BLOCK_BYTES<D>; }
+
+  template <int N>
+  VOCO_DEVICE void multiply_keys(float (&scores)[N / 2], int load) {
+    shared.ring.wait_full(load);
+    ptx::wgmma_fence();
+    if constexpr (QUERIES_IN_REGISTERS) {
+      rows_by_rows<T, D, N>(scores, fragments, shared.ring.slot(load), BLOCK_ROWS - N);
+    } else {
+      rows_by_rows<T, D, N>(scores, ptx::opaque(my_queries()), shared.ring.slot(load), BLOCK_ROWS - N);
+    }
+    ptx::wgmma_commit();
+  }
+
+  template <int STEPS>
+  VOCO_DEVICE void add_values(const uint32_t (&probabilities)[STEPS][4], int load, bool accumulate) {
+    shared.ring.wait_full(load);
+    ptx::wgmma_fence();
+    rows_by_block<T, D>(out, probabilities, shared.ring.slot(load), BLOCK_ROWS - 16 * STEPS, accumulate);
+    ptx::wgmma_commit();
+  }
+
+  VOCO_DEVICE void rescale_out(const float (&rescale)[2]) {
+    if (!__any_sync(0xffffffffu, rescale[0] != 1.f || rescale[1] != 1.f)) return;
+#pragma unroll
+    for (int span = 0; span < SPANS<D>; ++span) multiply_rows(out.values[span], rescale);
+  }
+
+  // out and softmax over the first `mine` blocks of a tile, and all its turns and loads.
+  VOCO_DEVICE void attend(const QueryTile& tile, const Rows& rows, int mine) {
+    const ForwardLoads loads(tile);
+    const int first_start = tile.block_start(0), first_key = tile.first_key;
+    const auto& ring = shared.ring;
+    int turns_left = loads.turns();
+    float rescale[2];
+
+    if (loads.narrow && mine > 0) {
+      float scores[NARROW_ROWS / 2];
+      uint32_t probabilities[1][4];
+      turns.take();
+      multiply_keys<NARROW_ROWS>(scores, loads.keys(0));
+      turns.pass();
+      --turns_left;
+      ptx::wgmma_wait<0>();
+      ptx::pin(scores);
+      ring.release(loads.keys(0), me.elected);
+      hide(scores, rows, first_start + BLOCK_ROWS - NARROW_ROWS, first_key, me.lane);
+      softmax.update(scores, scale_log2, rescale);
+      round_to_operand<T>(probabilities, scores);
+      add_values(probabilities, loads.values(0), false);
+      ptx::wgmma_wait<0>();
+      out.pin();
+      ring.release(loads.values(0), me.elected);
+    }
+
+    int block = loads.narrow;
+    if (block < mine) {
+      float scores[BLOCK_ROWS / 2];
+      uint32_t probabilities[BLOCK_ROWS / 16][4];
+      turns.take();
+      multiply_keys<BLOCK_ROWS>(scores, loads.keys(block));
+      turns.pass();
+      ptx::wgmma_wait<0>();
+      ptx::pin(scores);
+      ring.release(loads.keys(block), me.elected);
+      hide_if_cut(scores, rows, first_start + BLOCK_ROWS * block, first_key, me.lane);
+      softmax.update(scores, scale_log2, rescale);
+      if (loads.narrow) rescale_out(rescale);
+      bool accumulate = loads.narrow;
+      round_to_operand<T>(probabilities, scores);
+      --turns_left;
+
+      for (++block; block < mine; ++block) {
+        turns.take();
+        multiply_keys<BLOCK_ROWS>(scores, loads.keys(block));
+        add_values(probabilities, loads.values(block - 1), accumulate);
+        turns.pass();
+        --turns_left;
+        accumulate = true;
+        ptx::wgmma_wait<1>();
+        ptx::pin(scores);
+        ring.release(loads.keys(block), me.elected);
+        hide_if_cut(scores, rows, first_start + BLOCK_ROWS * block, first_key, me.lane);
+        softmax.update(scores, scale_log2, rescale);
+        ptx::wgmma_wait<0>();
+        out.pin();
+        ring.release(loads.values(block - 1), me.elected);
+        rescale_out(rescale);
+      round_to_operand<T>(probabilities, scores);
+      }
+
+      turns.take();
+      add_values(probabilities, loads.values(mine - 1), accumulate);
+      turns.pass();
+      --turns_left;
+      ptx::wgmma_wait<0>();
+      out.pin();
+      ring.release(loads.values(mine - 1), me.elected);
+    }
+
+    for (; turns_left > 0; --turns_left) turns.forgo();
+    for (block = mine; block < tile.blocks; ++block) {
+      ring.skip(loads.keys(block), me.elected);
+      ring.skip(loads.values(block), me.elected);
+    }
+  }
+
+  VOCO_DEVICE void store(const QueryTile& tile, const Rows& rows) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int token = rows.position[h];
+      const int member = Rows::row(h, me.warp, me.lane) & (packing.heads() - 1);
+      const int head = (tile.pack << packing.log2) + member;
+      const bool valid = token >= tile.run_start;
+      // Padding has seen no key: its maximum is -inf and its sum 0.
+      const float sum = row_total(softmax.sum[h]);
+      const float lse = (softmax.maximum[h] + ptx::log2(sum)) * LN_2;
+      if (valid && me.lane % 4 == 0) params.lse[statistic_index(params, tile.row, head, token)] = lse;
+      store_row<T, D>(row_address(params.out, tile.row, head, token), valid, out, h,
+                      sum > 0.f ? 1.f / sum : 0.f, 0, params.head_dim, me.lane);
+    }
+  }
+};
+
+template <typename T, int D>
+__global__ void __launch_bounds__(THREADS, 1)
+    forward_kernel(const __grid_constant__ QueryTileArguments arguments) {
+  walk_query_tiles<D, ForwardLoads, ForwardConsumer<T, D>, false>(arguments);
+}
+
+}  // namespace
+
+void attention_forward_sm90(const AttentionParams& params, runtime::Stream stream) {
+  const runtime::DeviceGuard guard(params.device);
+  const QueryTileArguments arguments(params);
+  runtime::set_zero(params.next_item, sizeof(int), stream);
+  by_type(params, [&](auto type, auto head_dim) {
+    constexpr int D = decltype(head_dim)::value;
+    runtime::launch(forward_kernel<decltype(type), D>, runtime::multiprocessors(), THREADS,
+                    QueryTileShared<D, false>::BYTES, stream, arguments);
+  });
+}

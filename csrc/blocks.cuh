@@ -1,0 +1,87 @@
+// Blocks of 64 rows in shared memory, as TMA writes and wgmma reads them.
+//
+// A block [64, D] of 16-bit elements lies in D / 64 panels, one behind the other. A panel holds 64 columns:
+// 64 rows of 128 bytes, whose eight chunks of 16 bytes are swizzled: chunk c of row r lies at c ^ (r % 8),
+// so that neither rows nor columns of chunks meet in one bank. Panels start at multiples of 1,024 bytes.
+#pragma once
+
+#include "ptx.cuh"
+
+constexpr int BLOCK_ROWS = 64;
+constexpr int PANEL_COLUMNS = 64;
+constexpr int PANEL_BYTES = BLOCK_ROWS * PANEL_COLUMNS * 2;
+constexpr int CHUNK = 8;          // elements of 16 bytes
+constexpr int ROW_GROUP = 1024;   // bytes of 8 rows of a panel: the swizzle's period
+constexpr int NARROW_ROWS = 16;   // of a block that is used from its last rows only
+
+template <int D>
+constexpr int BLOCK_BYTES = D / PANEL_COLUMNS * PANEL_BYTES;
+
+// wgmma's name for a matrix in shared memory with this swizzle.
+VOCO_DEVICE uint64_t descriptor(uint32_t address, int leading_bytes, int stride_bytes) {
+  constexpr uint64_t SWIZZLE_128_BYTES = 1;
+  return static_cast<uint64_t>(address >> 4) | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+         static_cast<uint64_t>(stride_bytes >> 4) << 32 | SWIZZLE_128_BYTES << 62;
+}
+
+// A block's rows from `row` (a multiple of 8) on as M or N and its columns as K, 16 a step.
+struct RowsOperand {
+  uint64_t first;
+
+  VOCO_DEVICE RowsOperand(uint32_t block, int row) : first(descriptor(block + row * 128, 16, ROW_GROUP)) {}
+  VOCO_DEVICE uint64_t step(int i) const { return first + (i / 4 * PANEL_BYTES + i % 4 * 32) / 16; }
+};
+
+// Its columns from panel `panel` on as M or N and its rows from `row` (a multiple of 8) on as K.
+struct ColumnsOperand {
+  uint64_t first;
+
+  VOCO_DEVICE ColumnsOperand(uint32_t block, int panel, int row)
+      : first(descriptor(block + panel * PANEL_BYTES + row * 128, PANEL_BYTES, ROW_GROUP)) {}
+  VOCO_DEVICE uint64_t step(int i) const { return first + i * 2 * ROW_GROUP / 16; }
+};
+
+// Where chunk `chunk` of row `row` lies.
+VOCO_DEVICE uint32_t chunk_address(uint32_t block, int row, int chunk) {
+  const uint32_t panel = block + chunk / CHUNK * PANEL_BYTES;
+  return panel + row * 128 + ((chunk % CHUNK) ^ (row % 8)) * 16;
+}
+
+// The rows of one warp, 16 of the 64 of its warpgroup's block, as A operands in registers.
+template <int D>
+VOCO_DEVICE void load_fragments(uint32_t (&fragments)[D / 16][4], uint32_t block, int warp, int lane) {
+  const int matrix = lane / 8;
+  const int row = 16 * warp + matrix % 2 * 8 + lane % 8;
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) {
+    ptx::ldmatrix_x4(fragments[step], chunk_address(block, row, 2 * step + matrix / 2));
+  }
+}
+
+// An accumulator [64, 16 * STEPS] is an A operand once it is rounded.
+template <typename T, int STEPS>
+VOCO_DEVICE void round_to_operand(uint32_t (&operand)[STEPS][4], const float (&values)[8 * STEPS]) {
+#pragma unroll
+  for (int i = 0; i < 4 * STEPS; ++i) {
+    operand[i / 4][i % 4] = ptx::pack<T>(values[2 * i], values[2 * i + 1]);
+  }
+}
+
+// A warp copies rows [begin, end), wherever they are, into a block. `token_of(row)` is negative for a row of
+// zeros; columns behind head_dim are zeros too.
+template <int D, typename TokenOf>
+VOCO_DEVICE void copy_rows(uint32_t block, const uint16_t* base, int64_t token_stride, int head_dim,
+                           int begin, int end, int lane, TokenOf token_of) {
+  constexpr int CHUNKS = D / CHUNK;
+#pragma unroll 1
+  for (int i = begin * CHUNKS + lane; i < end * CHUNKS; i += 32) {
+    const int row = i / CHUNKS, chunk = i % CHUNKS;
+    const int token = token_of(row);
+    const bool valid = token >= 0 && chunk * CHUNK < head_dim;
+    const uint16_t* source = valid ? base + token * token_stride + chunk * CHUNK : base;
+    ptx::cp_async_16(chunk_address(block, row, chunk), source, valid);
+  }
+  ptx::cp_async_wait_all();
+  ptx::fence_async_proxy();
+  __syncwarp();
+}

@@ -1,0 +1,146 @@
+// How the warps of a block hand each other work: a ring of slots, a queue of items, and turns.
+#pragma once
+
+#include "ptx.cuh"
+
+constexpr int WARPGROUP = 128;
+constexpr int CONSUMERS = 2;  // warpgroups that compute; one more copies
+constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
+constexpr int GATHER_WARPS = 3;  // of the copying warpgroup; its first warp drives TMA
+
+// Registers a thread: launched with 168, of which the copying warpgroup gives most away.
+constexpr int COPY_REGISTERS = 40;
+constexpr int COMPUTE_REGISTERS = 232;
+
+// Slots of shared memory that are filled in one order and read in the same order. Everybody counts
+// the loads from the kernel's start, and so knows slot and phase of each without asking.
+// READERS arrive for each slot that they are done with: one thread of each consumer, or of each warp.
+template <int SLOTS, int SLOT_BYTES, int READERS = CONSUMERS>
+struct Ring {
+  static constexpr int BYTES = SLOTS * SLOT_BYTES;
+  static constexpr int BARRIER_BYTES = 2 * SLOTS * 8;
+
+  uint32_t slots, barriers;
+
+  VOCO_DEVICE void init() const {
+    for (int i = 0; i < SLOTS; ++i) {
+      ptx::barrier_init(full(i), 1);
+      ptx::barrier_init(empty(i), READERS);
+    }
+  }
+  VOCO_DEVICE uint32_t slot(int load) const { return slots + load % SLOTS * SLOT_BYTES; }
+  VOCO_DEVICE uint32_t full(int load) const { return barriers + load % SLOTS * 8; }
+  VOCO_DEVICE uint32_t empty(int load) const { return barriers + (SLOTS + load % SLOTS) * 8; }
+
+  VOCO_DEVICE void wait_empty(int load) const {
+    ptx::barrier_wait(empty(load), (load / SLOTS & 1) ^ 1);
+  }
+  VOCO_DEVICE void wait_full(int load) const { ptx::barrier_wait(full(load), load / SLOTS & 1); }
+  // When all for whom the elected thread speaks have read the slot.
+  VOCO_DEVICE void release(int load, bool elected) const {
+    if (elected) ptx::barrier_arrive(empty(load));
+  }
+  // A consumer that has no use for a load must still wait for it: its arrival counts for that phase.
+  VOCO_DEVICE void skip(int load, bool elected) const {
+    wait_full(load);
+    release(load, elected);
+  }
+};
+
+// A place for what is loaded once an item, and read by warps that keep their own time. `fill` counts
+// the items for which it is used.
+struct Resident {
+  static constexpr int BARRIER_BYTES = 16;
+
+  uint32_t barriers;
+
+  VOCO_DEVICE void init(int arrivals = 1) const {
+    ptx::barrier_init(full(), arrivals);
+    ptx::barrier_init(empty(), CONSUMERS * 4);
+  }
+  VOCO_DEVICE uint32_t full() const { return barriers; }
+  VOCO_DEVICE uint32_t empty() const { return barriers + 8; }
+  VOCO_DEVICE void wait_empty(int fill) const { ptx::barrier_wait(empty(), (fill & 1) ^ 1); }
+  VOCO_DEVICE void wait_full(int fill) const { ptx::barrier_wait(full(), fill & 1); }
+  // By every warp of the consumers.
+  VOCO_DEVICE void release(int lane) const {
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(empty());
+  }
+};
+
+// The items that this block takes, decoded. One thread draws them from a counter in global memory, so that
+// blocks which had short ones take more; all warps read them here, where they cost no registers.
+template <typename Entry>
+struct WorkQueue {
+  static constexpr int DEPTH = 4;
+  static constexpr int READERS = CONSUMERS * 4 + GATHER_WARPS;  // warps
+  static constexpr int BARRIER_BYTES = DEPTH * 2 * 8;
+
+  uint32_t barriers;
+  Entry* entries;  // [DEPTH], shared memory
+
+  VOCO_DEVICE void init() const {
+    for (int i = 0; i < DEPTH; ++i) {
+      ptx::barrier_init(full(i), 1);
+      ptx::barrier_init(empty(i), READERS);
+    }
+  }
+  VOCO_DEVICE uint32_t full(int i) const { return barriers + i % DEPTH * 8; }
+  VOCO_DEVICE uint32_t empty(int i) const { return barriers + (DEPTH + i % DEPTH) * 8; }
+
+  // The number of this block's i-th item; the list has ended where it is not below the list's length.
+  VOCO_DEVICE static int draw(int i, int* next_item) {
+    return i == 0 ? blockIdx.x : gridDim.x + atomicAdd(next_item, 1);
+  }
+  // The publisher may go on reading the entry until the last of an item's loads is issued.
+  VOCO_DEVICE const Entry& publish(int i, const Entry& entry) const {
+    ptx::barrier_wait(empty(i), (i / DEPTH & 1) ^ 1);
+    entries[i % DEPTH] = entry;
+    ptx::barrier_arrive(full(i));
+    return entries[i % DEPTH];
+  }
+  // Valid until it is released, by all lanes of a warp.
+  VOCO_DEVICE const Entry& read(int i) const {
+    ptx::barrier_wait(full(i), i / DEPTH & 1);
+    return entries[i % DEPTH];
+  }
+  VOCO_DEVICE void release(int i, int lane) const {
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(empty(i));
+  }
+};
+
+// Who a computing thread is.
+struct ConsumerThread {
+  const int warpgroup = threadIdx.x / WARPGROUP - 1;  // 0 or 1
+  const int warp = threadIdx.x % WARPGROUP / 32;
+  const int lane = threadIdx.x % 32;
+  const bool elected = threadIdx.x % WARPGROUP == 0;  // speaks for its warpgroup
+};
+
+// The two consumers issue products by turns: while one has the tensor cores, the other has the softmax.
+// Both take equally many turns an item, so that the alternation never breaks.
+struct Turns {
+  static constexpr int FIRST_BARRIER = 1;  // 0 is __syncthreads
+
+  int warpgroup;
+
+  VOCO_DEVICE void open() const {
+    if (warpgroup == 1) pass();
+  }
+  VOCO_DEVICE void take() const {
+    ptx::named_barrier_sync(FIRST_BARRIER + warpgroup, CONSUMERS * WARPGROUP);
+  }
+  VOCO_DEVICE void pass() const {
+    ptx::named_barrier_arrive(FIRST_BARRIER + 1 - warpgroup, CONSUMERS * WARPGROUP);
+  }
+  VOCO_DEVICE void forgo() const {
+    take();
+    pass();
+  }
+  // The turn that the other consumer passed on at the very end.
+  VOCO_DEVICE void close() const {
+    if (warpgroup == 0) take();
+  }
+};

@@ -1,0 +1,157 @@
+// The frame of the kernels that walk query tiles (forward, dQ): shared memory, and the warpgroup that copies.
+//
+// One block a multiprocessor takes items, 128 rows of queries each, until there are none. The first of its
+// three warpgroups copies: one thread by TMA what is contiguous, three warps row by row what is not. The
+// other two compute, 64 rows each.
+#pragma once
+
+#include "launch.cuh"
+#include "pipeline.cuh"
+#include "tiles.cuh"
+
+// One block that a consumer reads: of keys, or of values.
+struct Load {
+  int block;
+  bool values;
+};
+
+// A kernel's argument. The maps show q and dout as [batch, packs, length, heads of a pack, head_dim], k and v
+// alike with packs of one head.
+struct QueryTileArguments {
+  AttentionParams params;
+  Packing packing;
+  ptx::TensorMap q, dout, k, v;
+
+  explicit QueryTileArguments(const AttentionParams& params)
+      : params(params), packing{packing_log2(params.heads, params.kv_heads)} {
+    const int heads = 1 << packing.log2;
+    q = panel_map(params.q, params, params.heads, heads);
+    if (params.dout.data) dout = panel_map(params.dout, params, params.heads, heads);
+    k = panel_map(params.k, params, params.kv_heads, 1);
+    v = panel_map(params.v, params, params.kv_heads, 1);
+  }
+};
+
+// WITH_DOUT: beside q, dout is there for each item.
+template <int D, bool WITH_DOUT>
+struct QueryTileShared {
+  static constexpr int OPERAND_BYTES = CONSUMERS * BLOCK_BYTES<D>;
+  static constexpr int RESIDENT_BYTES = (WITH_DOUT ? 2 : 1) * OPERAND_BYTES;
+  static constexpr int FITTING = (SHARED_LIMIT - SHARED_RESERVE - RESIDENT_BYTES) / BLOCK_BYTES<D>;
+  using Slots = Ring<(FITTING < 16 ? FITTING : 16), BLOCK_BYTES<D>>;
+  static constexpr int BYTES = RESIDENT_BYTES + Slots::BYTES + SHARED_RESERVE;
+
+  uint32_t q, dout;  // a block for each consumer
+  Slots ring;
+  Resident resident;
+  WorkQueue<QueryTile> queue;
+
+  VOCO_DEVICE QueryTileShared() {
+    unsigned char* memory = ptx::dynamic_shared();
+    q = ptx::shared_address(memory);
+    dout = q + OPERAND_BYTES;
+    ring.slots = q + RESIDENT_BYTES;
+    ring.barriers = ring.slots + Slots::BYTES;
+    resident.barriers = ring.barriers + Slots::BARRIER_BYTES;
+    queue.barriers = resident.barriers + Resident::BARRIER_BYTES;
+    queue.entries = reinterpret_cast<QueryTile*>(memory + (queue.barriers - q) + queue.BARRIER_BYTES);
+  }
+  VOCO_DEVICE void init() const {
+    ring.init();
+    resident.init();
+    queue.init();
+    ptx::barrier_init_fence();
+  }
+};
+
+// One thread: draws the items, copies queries and contiguous blocks.
+template <int D, typename Loads, bool WITH_DOUT>
+VOCO_DEVICE void copy_by_tma(const QueryTileArguments& arguments, const QueryTileShared<D, WITH_DOUT>& shared) {
+  const auto& [params, packing, q_map, dout_map, k_map, v_map] = arguments;
+  const auto& ring = shared.ring;
+  int next_load = 0, fill = 0;
+  for (int i = 0;; ++i) {
+    QueryTile drawn = query_tile(params, packing, shared.queue.draw(i, params.next_item));
+    drawn.fill = fill;
+    drawn.first_load = next_load;
+    const QueryTile& tile = shared.queue.publish(i, drawn);
+    if (tile.is_end()) return;
+    if (tile.blocks == 0) continue;
+
+    shared.resident.wait_empty(fill++);
+    ptx::barrier_arrive_expect(shared.resident.full(), shared.RESIDENT_BYTES);
+    for (int block = 0; block < CONSUMERS; ++block) {
+      const int position = tile.start + block * packing.positions();
+      for (int panel = 0; panel < D / PANEL_COLUMNS; ++panel) {
+        const int offset = block * BLOCK_BYTES<D> + panel * PANEL_BYTES, column = panel * PANEL_COLUMNS;
+        ptx::tma_load(shared.q + offset, &q_map, shared.resident.full(), column, 0, position, tile.pack,
+                      tile.row);
+        if constexpr (WITH_DOUT) {
+          ptx::tma_load(shared.dout + offset, &dout_map, shared.resident.full(), column, 0, position,
+                        tile.pack, tile.row);
+        }
+      }
+    }
+    const Loads loads(tile);
+    for (int n = 0; n < 2 * tile.blocks; ++n, ++next_load) {
+      const Load load = loads.at(n);
+      if (!tile.contiguous(load.block)) continue;
+      ring.wait_empty(next_load);
+      ptx::barrier_arrive_expect(ring.full(next_load), BLOCK_BYTES<D>);
+      for (int panel = 0; panel < D / PANEL_COLUMNS; ++panel) {
+        ptx::tma_load(ring.slot(next_load) + panel * PANEL_BYTES, load.values ? &v_map : &k_map,
+                      ring.full(next_load), panel * PANEL_COLUMNS, 0, tile.block_start(load.block),
+                      tile.kv_head, tile.row);
+      }
+    }
+  }
+}
+
+// One of the gathering warps: blocks that are not contiguous or begin before the first key. They are
+// dealt out in turn, so that several are under way at once.
+template <int D, typename Loads, bool WITH_DOUT>
+VOCO_DEVICE void copy_by_rows(const AttentionParams& params, const QueryTileShared<D, WITH_DOUT>& shared,
+                              int gather_warp, int lane) {
+  const auto& ring = shared.ring;
+  int gathered = 0;
+  for (int i = 0;; ++i) {
+    const QueryTile& tile = shared.queue.read(i);
+    if (tile.is_end()) return;
+    const int* kept = params.kept + static_cast<int64_t>(tile.row) * params.length;
+    const Loads loads(tile);
+    int next_load = tile.first_load;
+    for (int n = 0; n < 2 * tile.blocks; ++n, ++next_load) {
+      const Load load = loads.at(n);
+      if (tile.contiguous(load.block) || gathered++ % GATHER_WARPS != gather_warp) continue;
+      const Tensor4& tensor = load.values ? params.v : params.k;
+      const uint16_t* base = row_address(tensor, tile.row, tile.kv_head, 0);
+      const int start = tile.block_start(load.block);
+      ring.wait_empty(next_load);
+      copy_rows<D>(ring.slot(next_load), base, tensor.token_stride, params.head_dim,
+                   load.block == 0 && tile.narrow() ? BLOCK_ROWS - NARROW_ROWS : 0, BLOCK_ROWS, lane,
+                   [&](int row) { return tile.token(start + row, kept); });
+      if (lane == 0) ptx::barrier_arrive(ring.full(next_load));
+    }
+    shared.queue.release(i, lane);
+  }
+}
+
+// What every thread of such a kernel runs. `Consumer(arguments, shared).run()` reads the items.
+template <int D, typename Loads, typename Consumer, bool WITH_DOUT>
+VOCO_DEVICE void walk_query_tiles(const QueryTileArguments& arguments) {
+  const QueryTileShared<D, WITH_DOUT> shared;
+  if (threadIdx.x == 0) shared.init();
+  __syncthreads();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp < WARPGROUP / 32) {
+    ptx::give_registers<COPY_REGISTERS>();
+    if (warp > 0) {
+      copy_by_rows<D, Loads>(arguments.params, shared, warp - 1, lane);
+    } else if (lane == 0) {
+      copy_by_tma<D, Loads>(arguments, shared);
+    }
+  } else {
+    ptx::take_registers<COMPUTE_REGISTERS>();
+    Consumer(arguments, shared).run();
+  }
+}

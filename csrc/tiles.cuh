@@ -1,0 +1,121 @@
+// From an item's number to the queries and keys that it is about (docs/schedule.md, docs/hopper.md).
+#pragma once
+
+#include "blocks.cuh"
+#include "params.h"
+
+VOCO_DEVICE uint16_t* row_address(const Tensor4& tensor, int row, int head, int token) {
+  return static_cast<uint16_t*>(tensor.data) + row * tensor.batch_stride + head * tensor.head_stride +
+         token * tensor.token_stride;
+}
+
+// Index into a [batch, heads, length] array of one number a query.
+VOCO_DEVICE int64_t statistic_index(const AttentionParams& params, int row, int head, int token) {
+  return (static_cast<int64_t>(row) * params.heads + head) * params.length + token;
+}
+
+constexpr int SCHEDULE_TILE = 128;            // TILE in voco_kernels/schedule.py
+constexpr int TILE_COLUMNS = 8;               // of a tile in the schedule
+
+// Items are numbered so that blocks running side by side share keys: within a section of tiles, a few
+// heads are finished before the next few begin, and their keys and values stay in L2.
+constexpr int SECTION = 16;
+constexpr int HEAD_GROUP = 8;
+
+struct Item {
+  int tile, head;
+};
+
+VOCO_DEVICE Item item_at(int index, int tiles, int heads) {
+  const int section = index / (SECTION * heads);
+  const int in_section = index - section * SECTION * heads;
+  const int tiles_here = min(SECTION, tiles - section * SECTION);
+  const int group = in_section / (tiles_here * HEAD_GROUP);
+  const int in_group = in_section - group * tiles_here * HEAD_GROUP;
+  const int heads_here = min(HEAD_GROUP, heads - group * HEAD_GROUP);
+  return {section * SECTION + in_group / heads_here, group * HEAD_GROUP + in_group % heads_here};
+}
+
+// Grouped queries are packed: 2^log2 heads that share keys lie side by side as rows, of which a consumer
+// then has 64 >> log2 positions of each. Row r is head r % 2^log2 at position r >> log2.
+struct Packing {
+  int log2;
+
+  VOCO_DEVICE int heads() const { return 1 << log2; }
+  VOCO_DEVICE int positions() const { return BLOCK_ROWS >> log2; }
+};
+
+// The largest power of two that divides the group.
+inline int packing_log2(int heads, int kv_heads) {
+  int log2 = 0;
+  while (log2 < 5 && (heads / kv_heads) % (2 << log2) == 0) ++log2;
+  return log2;
+}
+
+// Queries [start, end) of one pack of heads, cut from the end of a run, so that only a run's first tile
+// is short (its queries before run_start belong to others and are not stored).
+//
+// What they see is one axis of keys, [first_key, end). From key_start on these are token positions; before
+// it they are the prefix, kept keys that are gathered: key j is token kept[prefix_stop - (key_start - j)].
+// A query sees all keys up to its own position. Blocks of 64 keys are cut from the end as well: only
+// the first can be cut off by first_key, and the diagonal runs through corners of blocks.
+struct QueryTile {
+  int row, pack, kv_head;
+  int start, end, run_start;
+  int first_key, key_start, prefix_stop;
+  int blocks;  // negative behind the last item
+  // How many items with keys, and blocks of keys and of values, this block has copied before.
+  int fill, first_load;
+
+  VOCO_DEVICE bool is_end() const { return blocks < 0; }
+  VOCO_DEVICE int block_start(int block) const { return end - BLOCK_ROWS * (blocks - block); }
+  // Keys that lie one behind the other, none of them outside: a copy by TMA.
+  VOCO_DEVICE bool contiguous(int block) const { return block_start(block) >= key_start; }
+  // The first block has at most 16 keys: a product of a quarter of the width.
+  VOCO_DEVICE bool narrow() const {
+    return blocks > 0 && first_key - block_start(0) >= BLOCK_ROWS - NARROW_ROWS;
+  }
+  // The token of a key, negative where there is none.
+  VOCO_DEVICE int token(int key, const int* kept) const {
+    if (key < first_key) return -1;
+    return key >= key_start ? key : kept[prefix_stop - (key_start - key)];
+  }
+  // The blocks that one consumer needs, none if all its queries lie before the run.
+  VOCO_DEVICE int blocks_until(int last_position) const {
+    return last_position < run_start ? 0 : max(0, blocks - (end - 1 - last_position) / BLOCK_ROWS);
+  }
+};
+
+// Each tile of the schedule is 2^log2 tiles here, for heads / 2^log2 packs.
+VOCO_DEVICE int query_items(const AttentionParams& params) {
+  return params.counts[0] * params.heads;
+}
+
+VOCO_DEVICE QueryTile query_tile(const AttentionParams& params, Packing packing, int index) {
+  QueryTile tile = {};
+  if (index >= query_items(params)) {
+    tile.blocks = -1;
+    return tile;
+  }
+  const int packs = params.heads >> packing.log2;
+  const Item item = item_at(index, params.counts[0] << packing.log2, packs);
+  const int* column = params.query_tiles + (item.tile >> packing.log2) * TILE_COLUMNS;
+  const int start = column[1], run_start = column[6], run_stop = column[7];
+  // The schedule cuts 128 positions from the run's start; here the n-th from its end is taken instead.
+  const int tiles_behind = (run_stop - 1 - run_start) / SCHEDULE_TILE - (start - run_start) / SCHEDULE_TILE;
+  const int part = item.tile & (packing.heads() - 1);
+  const int positions = 2 * packing.positions();
+
+  tile.row = column[0];
+  tile.pack = item.head;
+  tile.kv_head = (item.head << packing.log2) / (params.heads / params.kv_heads);
+  tile.end = run_stop - ((tiles_behind << packing.log2) + part) * positions;
+  tile.start = tile.end - positions;
+  tile.run_start = run_start;
+  tile.key_start = column[3];
+  tile.first_key = tile.key_start - (column[5] - column[4]);
+  tile.prefix_stop = column[5];
+  const bool sees_nothing = tile.key_start >= run_stop || tile.end <= run_start;
+  tile.blocks = sees_nothing ? 0 : (tile.end - tile.first_key + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  return tile;
+}

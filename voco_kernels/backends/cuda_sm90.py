@@ -1,0 +1,149 @@
+"""CUDA backend for Hopper (compute capability 9.0), from ``csrc/``: the default there where it is built."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from voco_kernels.layout import MaskLayout
+from voco_kernels.reasons import dtype_reasons, strided_reasons
+
+_LARGEST_HEAD_DIM = 256
+_ALIGNMENT = 16  # bytes: what TMA asks of addresses and strides
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The extension, or None and why it can't be imported."""
+    try:
+        return import_module("voco_kernels._C"), ""
+    except ModuleNotFoundError:
+        return None, (
+            "the CUDA extension is not built; pip install voco-kernels where nvcc is, from CUDA 12.3 on"
+        )
+    except ImportError as error:
+        return None, f"the CUDA extension can't be imported: {error}"
+
+
+# On import: torch.compile can't trace it. Tests put an extension here that runs on the CPU.
+_extension, _why_not = _load()
+_emulated = False
+
+
+def missing() -> list[str]:
+    if _extension is None:
+        return [_why_not]
+    if not torch.cuda.is_available() and not _emulated:
+        return ["no CUDA device"]
+    return []
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    reasons = dtype_reasons(q, torch.bfloat16, torch.float16)
+    reasons += strided_reasons(q, k, v)
+    if q.device.type != "cuda" and not _emulated:
+        reasons.append(f"expected tensors on CUDA, got {q.device}")
+    if q.device.type == "cuda" and _capability(q.device) != (9, 0):
+        reasons.append(f"expected compute capability 9.0, got {_capability(q.device)}")
+    head_dim = q.shape[-1]
+    if head_dim > _LARGEST_HEAD_DIM or head_dim % 8:
+        reasons.append(f"expected head_dim a multiple of 8 up to {_LARGEST_HEAD_DIM}, got {head_dim}")
+    if not all(map(_is_aligned, (q, k, v))):
+        strides = ", ".join(str(tuple(tensor.stride())) for tensor in (q, k, v))
+        reasons.append(
+            f"expected addresses and strides that are multiples of {_ALIGNMENT} bytes, got strides "
+            f"{strides} of {q.element_size()} bytes"
+        )
+    return reasons
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: MaskLayout, scale: float
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    _launch("attention_forward_sm90", q, k, v, layout, scale, out=out, lse=lse)
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: MaskLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    _launch(
+        "attention_backward_sm90",
+        q,
+        k,
+        v,
+        layout,
+        scale,
+        out=out if _is_aligned(out) else out.contiguous(),
+        dout=dout if _is_aligned(dout) else dout.contiguous(),
+        lse=lse.contiguous(),
+        dlse=None if dlse is None else dlse.contiguous(),
+        delta=torch.empty_like(lse, memory_format=torch.contiguous_format),
+        dq=dq,
+        dk=dk,
+        dv=dv,
+    )
+    return dq, dk, dv
+
+
+def _launch(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: MaskLayout,
+    scale: float,
+    **tensors: Tensor | None,
+) -> None:
+    """Call one function of the extension on the current stream of q's device.
+
+    ``tensors`` are the fields of the same name in ``csrc/params.h``.
+    """
+    params = _extension.AttentionParams()
+    params.batch, params.heads, params.length, params.head_dim = q.shape
+    params.kv_heads = k.shape[1]
+    params.bf16 = q.dtype == torch.bfloat16
+    params.scale = scale
+    for field, tensor in dict(q=q, k=k, v=v, **tensors).items():
+        if tensor is None:
+            continue
+        if tensor.dim() == 4:
+            setattr(params, field, _extension.Tensor4(tensor.data_ptr(), *tensor.stride()[:3]))
+        else:
+            setattr(params, field, tensor.data_ptr())
+    params.visible_from = layout.visible_from.data_ptr()
+    for field, tensor in layout.schedule._asdict().items():
+        setattr(params, field, tensor.data_ptr())
+    next_item = torch.empty(2, dtype=torch.int32, device=q.device)
+    params.next_item = next_item.data_ptr()
+    on_cuda = q.device.type == "cuda"
+    params.device = q.device.index if on_cuda else 0
+    stream = torch.cuda.current_stream(q.device).cuda_stream if on_cuda else 0
+    with torch.cuda.device(q.device) if on_cuda else nullcontext():
+        getattr(_extension, name)(params, stream)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    size = tensor.element_size()
+    return tensor.data_ptr() % _ALIGNMENT == 0 and all(
+        stride * size % _ALIGNMENT == 0 for stride in tensor.stride()[:3]
+    )
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
