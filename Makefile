@@ -10,7 +10,9 @@ ARGS    ?=
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-READY := $(STAMP)
+# One stamp for each value of VOCO_BUILD_CUDA (see setup.py): after make VOCO_BUILD_CUDA=0, make builds again.
+EXTENSION := $(VENV)/.extension$(VOCO_BUILD_CUDA)
+READY := $(EXTENSION)
 
 # An environment that make did not make is used as it is, and never written to: make test VENV=~/envs/mine
 ifneq ($(origin VENV),file)
@@ -53,7 +55,7 @@ venv: $(READY)  ## only the environment, in .venv
 
 clean:  ## remove the environment that make made, and caches
 	@if [ -e $(VENV)/.made-by-make ]; then rm -rf $(VENV); fi
-	rm -rf .pytest_cache .ruff_cache .hypothesis build demo-output *.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis build demo-output *.egg-info voco_kernels/_C.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.made-by-make:
@@ -68,4 +70,9 @@ $(STAMP): $(VENV)/.made-by-make requirements/torch.txt requirements/triton.txt r
 	$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install -r requirements/triton.txt
 	$(PY) -m pip install -r requirements/dev.txt
 	$(PY) -m pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+# The line above has built the CUDA extension, or not; this shows which, and builds it again when csrc/ changes.
+$(EXTENSION): $(STAMP) setup.py $(wildcard csrc/*)
+	$(PY) setup.py --quiet build_ext --inplace
 	touch $@

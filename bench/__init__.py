@@ -1,2 +1,3 @@
 """Benchmarks: what is timed (``shapes``), against whom (``peers``), how (``timing``), how sure
-(``oracle``), and how the README's tables come from it (``report``)."""
+(``oracle``), and how the README's tables come from it (``report``); and the choice of the Triton
+kernels' blocks (``tune``)."""

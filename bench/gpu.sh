@@ -3,7 +3,8 @@
 #
 #   OUT=folder bash bench/gpu.sh          on a machine with a GPU; needs no network and no installation
 #   bash bench/gpu.sh --dry-run           the same steps, small, on a CPU: a rehearsal, as in CI
-#   bash bench/gpu.sh --only parity       one step: environment, build, parity, forward or backward
+#   bash bench/gpu.sh --only parity       one step: environment, build, parity, sanitizer, forward, backward,
+#                                         tune or ncu
 #
 # What it finds goes to OUT (by default a temporary folder, named at the end) as it comes: a run that is cut
 # off loses little. The commit is taken from VOCO_COMMIT, or git, or a file COMMIT. PYTHON names the
@@ -11,7 +12,19 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-steps=(environment build parity forward backward)
+# The steps, the seconds that each may take, and those that it is sure of: earlier steps leave them to it.
+plan=(
+    "environment 40 20"
+    "build 150 60"
+    "parity 200 90"
+    "sanitizer 75 35"
+    "forward 230 90"
+    "backward 300 100"
+    "tune 200 100"
+    "ncu 60 30"
+)
+steps=("${plan[@]%% *}")
+
 dry_run=${VOCO_DRY_RUN:-}
 only=
 inside=
@@ -43,8 +56,11 @@ environment() {
 import json, os, pathlib, torch
 from bench import timing
 
-on_gpu = not os.environ.get("VOCO_DRY_RUN")
-record = timing.environment(torch.device("cuda" if on_gpu else "cpu"))
+device = torch.device("cpu" if os.environ.get("VOCO_DRY_RUN") else "cuda")
+on_gpu = device.type == "cuda"
+record = timing.environment(device)
+dtype, effort = (torch.bfloat16, timing.FULL) if on_gpu else (torch.float32, timing.QUICK)
+record["ceilings"] = timing.ceilings(device, dtype, effort[device.type])
 text = json.dumps(record, indent=1)
 pathlib.Path(os.environ["OUT"], "environment.json").write_text(text + "\n")
 print(text)
@@ -52,13 +68,23 @@ PY
 }
 
 build() {
+    local command=("$PYTHON" -m pip install --no-build-isolation --no-deps -e .)
     if [ ! -d csrc ]; then
         echo "nothing to build: there is no csrc/"
-    elif [ -n "$dry_run" ]; then
-        echo "not built again: a rehearsal uses what is installed"
-    else
-        "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
+        return
     fi
+    if [ -n "$dry_run" ]; then
+        echo "not built: a rehearsal uses what is installed. On a GPU machine: ${command[*]}"
+        echo "of these kernels:" csrc/*.cu
+    else
+        "${command[@]}" || return
+    fi
+    "$PYTHON" -c '
+import voco_kernels
+
+for name, reasons in voco_kernels.backends().items():
+    print(f"backend {name}:", "; ".join(reasons) or "can run here")
+'
 }
 
 # The tests that need a GPU, on eight processes where pytest-xdist is installed. Without a GPU they would all be
@@ -70,14 +96,66 @@ parity() {
     elif "$PYTHON" -c 'import xdist' 2>/dev/null; then
         chosen+=(-n 8)
     fi
-    "$PYTHON" -m pytest -q -p no:cacheprovider "${chosen[@]}" 2>&1 | tee "$OUT/parity.log"
+    "$PYTHON" -m pytest -q -p no:cacheprovider "${chosen[@]}"
 }
 
-# attn DIRECTION ARGUMENTS...: a kernel that breaks the CUDA context ends the process with status 3; the rest
+# Memory first, with every head_dim; then races and barriers with one, as far as the time goes: they are slow, and
+# not to get through is no fault.
+sanitizer() {
+    local finish=$((SECONDS + STEP_SECONDS - 5)) failed=0 tool share rc
+    if [ -n "$dry_run" ]; then
+        "$PYTHON" bench/sanitize.py --backend sdpa
+        return
+    fi
+    if ! command -v compute-sanitizer >/dev/null; then
+        echo "skipped: compute-sanitizer is not on this machine"
+        return
+    fi
+    # Every tensor an allocation of its own: behind torch's pool an access out of bounds would not show.
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    "$PYTHON" bench/sanitize.py || return # compiles what is compiled at the first call
+    for tool in memcheck racecheck synccheck; do
+        share=$((finish - SECONDS))
+        local arguments=()
+        if [ "$tool" != memcheck ]; then
+            arguments=(--head-dim 128)
+        fi
+        [ "$tool" != racecheck ] || share=$((share * 2 / 3))
+        if [ "$share" -lt 5 ]; then
+            echo "$tool: skipped, no time was left"
+            [ "$tool" != memcheck ] || failed=1
+            continue
+        fi
+        timeout --kill-after=2 "$share" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            "$PYTHON" bench/sanitize.py "${arguments[@]}"
+        rc=$?
+        if [ "$rc" -eq 124 ] || [ "$rc" -eq 137 ]; then
+            echo "$tool: not finished in $share s"
+            [ "$tool" != memcheck ] || failed=1
+        else
+            echo "$tool: rc $rc"
+            [ "$rc" -eq 0 ] || failed=1
+        fi
+    done
+    return "$failed"
+}
+
+# resuming SCRIPT OUT ARGUMENTS...: a kernel that breaks the CUDA context ends the process with status 3; the rest
 # goes on behind it.
+resuming() {
+    local script=$1 out=$2 finish=$((SECONDS + STEP_SECONDS - 25)) rc=3 resume=()
+    shift 2
+    while [ "$rc" -eq 3 ] && [ "$SECONDS" -lt "$finish" ]; do
+        "$PYTHON" "$script" "$@" --out "$out" --budget $((finish - SECONDS)) "${resume[@]}"
+        rc=$?
+        resume=(--resume)
+    done
+    return "$rc"
+}
+
+# attn DIRECTION ARGUMENTS...
 attn() {
-    local direction=$1 finish=$((SECONDS + STEP_SECONDS - 25)) rc=3 resume=()
-    local out=$OUT/attn-$direction.json
+    local out=$OUT/attn-$1.json rival
     shift
     if [ -n "$dry_run" ]; then
         set -- --device cpu --size tiny --quick --heads 4/2 --shape A --shape F --shape G "$@"
@@ -87,16 +165,33 @@ attn() {
     else
         set -- --device cuda "$@"
     fi
-    while [ "$rc" -eq 3 ] && [ "$SECONDS" -lt "$finish" ]; do
-        "$PYTHON" bench/attn.py "$@" --out "$out" --budget $((finish - SECONDS)) "${resume[@]}"
-        rc=$?
-        resume=(--resume)
-    done
-    return "$rc"
+    resuming bench/attn.py "$out" "$@"
 }
 
 forward() { attn forward --direction forward; }
 backward() { attn backward --direction forward+backward --no-layouts; }
+
+# Nothing is written into the package here: python bench/tune.py --from tune.json --write does that at home.
+tune() { resuming bench/tune.py "$OUT/tune.json" ${dry_run:+--dry-run}; }
+
+ncu() {
+    if [ -n "$dry_run" ]; then
+        "$PYTHON" bench/profile_kernels.py --backend sdpa
+        return
+    fi
+    if ! type -P ncu >/dev/null; then
+        echo "skipped: Nsight Compute (ncu) is not on this machine"
+        return
+    fi
+    # Names differ between chips (wgmma is "gmma" on Hopper): a pattern takes what this one has.
+    local metrics=gpu__time_duration.sum,launch__registers_per_thread
+    metrics+=,sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active
+    metrics+=',regex:sm__inst_executed_pipe_tensor_op_.*\.avg\.pct_of_peak_sustained_active$'
+    # The clocks stay as they are: they are not ours alone.
+    command ncu --clock-control none --profile-from-start off \
+        --section SpeedOfLight --section LaunchStats --section Occupancy --metrics "$metrics" \
+        --csv --page raw --log-file "$OUT/ncu.csv" "$PYTHON" bench/profile_kernels.py
+}
 
 if [ -n "$inside" ]; then
     "$inside"
@@ -117,12 +212,10 @@ failed=0
 
 say() { printf '%s\n' "$*" | tee -a "$OUT/gpu.log"; }
 
-# step NAME SECONDS: run it within its own time and what is left of the whole, and remember how it went.
+# step NAME SECONDS RESERVED: run it within its own time and what is left of the whole but for what is reserved for
+# others, and remember how it went.
 step() {
-    local name=$1 allowed=$2 started=$SECONDS left=$((limit - SECONDS)) rc=124
-    if [ -n "$only" ] && [ "$only" != "$name" ]; then
-        return
-    fi
+    local name=$1 allowed=$2 started=$SECONDS left=$((limit - SECONDS - $3)) rc=124
     [ "$left" -ge "$allowed" ] || allowed=$left
     say "==> $name (at most $allowed s)"
     if [ "$allowed" -ge 5 ]; then
@@ -136,13 +229,21 @@ step() {
     printf '%s\n' "${summary[@]}" "wall ${SECONDS} s of ${limit} s" >"$OUT/summary.txt"
 }
 
-step environment 40
-step build 150
-step parity 200
-step forward 230
-step backward 300
+for index in "${!plan[@]}"; do
+    read -r name most _ <<<"${plan[index]}"
+    if [ -n "$only" ]; then
+        [ "$only" != "$name" ] || step "$name" "$most" 0
+        continue
+    fi
+    reserved=0
+    for later in "${plan[@]:index+1}"; do
+        reserved=$((reserved + ${later##* }))
+    done
+    step "$name" "$most" $((reserved * limit / 560))
+done
 
-rm -f "$OUT"/*.part
+# What comes home from a borrowed machine is eight files at most; bench/report.py draws the plots again.
+rm -f "$OUT"/*.part "$OUT"/*.png
 for record in "$OUT"/attn-*.json; do
     [ -e "$record" ] && "$PYTHON" bench/report.py --show "$record"
 done

@@ -194,21 +194,27 @@ class Ours(Peer):
 
     ours = True
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, deterministic: bool = True) -> None:
         self.backend = backend
-        self.name = f"voco {backend}"
-        self.legend = f'masked_attention(..., backend="{backend}")'
+        self.deterministic = deterministic
+        self.name = f"voco {backend}" + ("" if deterministic else ", any order")
+        options = "" if deterministic else ", deterministic=False"
+        self.legend = f'masked_attention(..., backend="{backend}"{options})'
 
     def missing(self, device: torch.device) -> str | None:
         return "; ".join(dispatch.load(self.backend).missing()) or None
 
     def unsupported(self, case: Case) -> str | None:
         reasons = dispatch.load(self.backend).unsupported(case.q, case.k, case.v)
+        if not (self.deterministic or case.backward):
+            reasons.append("the order of sums differs in the backward pass only")
         return "; ".join(reasons) or None
 
     def prepare(self, case: Case) -> Job:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return voco_kernels.masked_attention(q, k, v, case.layout, backend=self.backend)
+            return voco_kernels.masked_attention(
+                q, k, v, case.layout, backend=self.backend, deterministic=self.deterministic
+            )
 
         return whole(case, attend)
 
@@ -518,8 +524,13 @@ RIVALS: dict[str, Peer] = {rival.name: rival for rival in _rivals()}
 """Every rival by name, on every device."""
 
 
+ANY_ORDER = ("cuda_sm90",)
+"""Our backends that do something else with ``deterministic=False``."""
+
+
 def ours(probe: Tensor, names: Sequence[str] = ()) -> list[Ours]:
-    """Our backends: the named ones, or all but the reference, the default for ``probe`` first.
+    """Our backends: the named ones, or all but the reference, the default for ``probe`` first; then,
+    once more, those of ``ANY_ORDER``.
 
     Args:
         probe: a small q, of the device, dtype and head_dim that will be run.
@@ -541,4 +552,8 @@ def ours(probe: Tensor, names: Sequence[str] = ()) -> list[Ours]:
         if name not in (default, "reference")
         and not dispatch.load(name).unsupported(probe, probe, probe)
     ]
-    return [Ours(default), *(Ours(name) for name in others)]
+    any_order = [name for name in (default, *others) if name in ANY_ORDER]
+    return [
+        *(Ours(name) for name in (default, *others)),
+        *(Ours(name, deterministic=False) for name in any_order),
+    ]

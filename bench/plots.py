@@ -1,4 +1,4 @@
-"""Useful TFLOP/s by shape and implementation, as one picture a record."""
+"""Pictures of a record: useful TFLOP/s by shape and implementation, and the same under the roofline."""
 
 from __future__ import annotations
 
@@ -36,10 +36,7 @@ def plot_attention(record: dict, path: Path, *, metadata: dict[str, str] | None 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = sorted(
-        {(case["direction"], case["num_heads"], case["num_kv_heads"]) for case in record["cases"]},
-        key=lambda panel: (records.DIRECTIONS.index(panel[0]), panel[1], -panel[2]),
-    )
+    panels = _panels(record)
     if not panels:
         raise ValueError("expected a record with cases to plot, got none")
     looks = _looks(record)
@@ -49,11 +46,7 @@ def plot_attention(record: dict, path: Path, *, metadata: dict[str, str] | None 
         len(panels), 1, figsize=(12, 0.6 + 3.1 * len(panels)), squeeze=False, layout="constrained"
     )
     for axis, panel in zip(axes[:, 0], panels, strict=True):
-        cases = [
-            case
-            for case in record["cases"]
-            if (case["direction"], case["num_heads"], case["num_kv_heads"]) == panel
-        ]
+        cases = _cases_of(record, panel)
         _draw_panel(axis, cases, looks, factor)
         axis.set_title(f"{panel[0]}, heads {panel[1]}/{panel[2]}", loc="left", fontsize=10)
         axis.set_ylabel(f"useful {unit}")
@@ -73,6 +66,137 @@ def plot_attention(record: dict, path: Path, *, metadata: dict[str, str] | None 
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata=metadata)
     pyplot.close(figure)
+
+
+ROOFLINE_LOOKS = {
+    "ours": {"color": OUR_COLOURS[0], "marker": "o", "s": 46, "zorder": 4},
+    "drop-in": {"color": "#117a65", "marker": "_", "s": 110, "lw": 2.2, "zorder": 3},
+    "kernels alone": {
+        "facecolors": "white",
+        "edgecolors": "#1f4e79",
+        "marker": "D",
+        "s": 22,
+        "zorder": 3,
+    },
+}
+
+
+def plot_roofline(record: dict, path: Path, *, metadata: dict[str, str] | None = None) -> None:
+    """Write a PNG: for each direction and heads, every shape at its intensity, under what the copy
+    and the matrix product of the same run allow; above it, the share of that which ours reaches.
+
+    Raises:
+        ValueError: the record has no cases, or no ceilings.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    if not record["cases"] or not record["ceilings"]:
+        raise ValueError("expected a record with cases and ceilings to plot, got none")
+    panels = _panels(record)
+    rows = len({panel[0] for panel in panels})
+    columns = -(-len(panels) // rows)
+    figure, axes = pyplot.subplots(
+        rows,
+        columns,
+        figsize=(12, 1 + 4.4 * rows),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        _draw_roofline(axis, record, _cases_of(record, panel))
+        axis.set_title(f"{panel[0]}, heads {panel[1]}/{panel[2]}", loc="left", fontsize=10)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("useful TFLOP/s")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.suptitle(_title(record), fontsize=10, x=0.01, ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata=metadata)
+    pyplot.close(figure)
+
+
+def _draw_roofline(axis, record: dict, cases: list[dict]) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    ceilings = record["ceilings"]
+    peak, bandwidth = ceilings["matmul_tflops"], ceilings["copy_tb_per_s"]
+    ridge = peak / bandwidth
+    intensities = [records.intensity(case) for case in cases]
+    low, high = min(*intensities, ridge) / 1.3, max(*intensities, ridge) * 1.3
+    axis.loglog(
+        [low, ridge, high],
+        [low * bandwidth, peak, peak],
+        color="black",
+        lw=1.4,
+        label=f"measured in the same run: copy {bandwidth:.2f} TB/s, matrix product {peak:.0f} TFLOP/s",
+    )
+    names = dict.fromkeys(row["name"] for case in cases if (row := records.our_row(case)))
+    labels = {
+        "ours": ", ".join(names),
+        "drop-in": "fastest causal pieces, drop-in",
+        "kernels alone": "fastest causal pieces, kernels alone",
+    }
+    for kind, label in labels.items():
+        axis.scatter([], [], label=label, **ROOFLINE_LOOKS[kind])
+    for case, x in zip(cases, intensities, strict=True):
+        found = {
+            "ours": records.our_row(case),
+            "drop-in": records.best_pieces(case, drop_in=True),
+            "kernels alone": records.best_pieces(case, drop_in=False),
+        }
+        roof = records.roof(record, case)
+        for kind, row in found.items():
+            if row is not None:
+                axis.scatter(x, row["tflops"], **ROOFLINE_LOOKS[kind])
+        own = found["ours"]
+        share = "not measured" if own is None else f"{100 * own['tflops'] / roof:.0f}%"
+        axis.annotate(
+            f"{case['shape']}  {share}",
+            (x, roof),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            rotation=90,
+            fontsize=9,
+            color=OUR_COLOURS[0],
+        )
+        if own is not None:
+            axis.plot([x, x], [own["tflops"], roof], color="#b2babb", lw=0.8, zorder=1)
+    axis.set_xlim(low, high)
+    axis.set_ylim(top=1.5 * peak)
+    for sides, ticks in (
+        (axis.xaxis, (50, 100, 200, 500, 1000, 2000)),
+        (axis.yaxis, (50, 100, 200, 400, 800)),
+    ):
+        sides.set_major_locator(FixedLocator(ticks))
+        sides.set_major_formatter("{x:.0f}")
+        sides.set_minor_locator(NullLocator())
+    gradients = "" if cases[0]["direction"] == records.DIRECTIONS[0] else " and their gradients"
+    axis.set_xlabel(f"useful FLOPs a byte: q, k, v, out{gradients}, moved once each", fontsize=9)
+    axis.grid(alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _panels(record: dict) -> list[tuple[str, int, int]]:
+    """Direction, heads and key/value heads of each panel, in their order."""
+    return sorted(
+        {(case["direction"], case["num_heads"], case["num_kv_heads"]) for case in record["cases"]},
+        key=lambda panel: (records.DIRECTIONS.index(panel[0]), panel[1], -panel[2]),
+    )
+
+
+def _cases_of(record: dict, panel: tuple[str, int, int]) -> list[dict]:
+    return [
+        case
+        for case in record["cases"]
+        if (case["direction"], case["num_heads"], case["num_kv_heads"]) == panel
+    ]
 
 
 def _looks(record: dict) -> dict[str, dict]:

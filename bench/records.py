@@ -47,11 +47,17 @@ _CASE_KEYS = {
     "rows": list,
 }
 _TIMED_KEYS = ("timing", "tflops")
+_ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def write(record: dict, path: Path) -> None:
     """Write a checked record; a reader never sees half of one."""
     check(record)
+    save(record, path)
+
+
+def save(record: dict, path: Path) -> None:
+    """Write any record as JSON, all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(path.name + ".part")
     half.write_text(json.dumps(_finite(record), indent=1) + "\n")
@@ -65,15 +71,24 @@ def read(path: Path) -> dict:
         ValueError: the file is not JSON, or not a record of this schema; the message names the
         file.
     """
-    try:
-        record = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"expected JSON in {path}, got: {error}") from error
+    record = load(path)
     try:
         check(record)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return record
+
+
+def load(path: Path) -> dict:
+    """The JSON in a file, whatever it is a record of.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected JSON in {path}, got: {error}") from error
 
 
 def check(record: dict) -> None:
@@ -137,9 +152,14 @@ def timed(case: dict) -> list[dict]:
 
 
 def our_row(case: dict) -> dict | None:
-    """Our default backend's row, if it was timed: the first of ours."""
-    own = [row for row in case["rows"] if row["ours"]]
+    """The row of the backend that a user gets, if it was timed: the first of ours that can serve."""
+    own = [row for row in case["rows"] if row["ours"] and row["status"] != "unsupported"]
     return own[0] if own and own[0]["status"] == "ok" else None
+
+
+def our_next(case: dict) -> dict | None:
+    """The fastest of our other backends."""
+    return fastest([row for row in timed(case) if row["ours"] and row is not our_row(case)])
 
 
 def is_causal_pieces(row: dict) -> bool:
@@ -167,6 +187,24 @@ def times_faster(case: dict, rival: dict | None) -> float | None:
     if own is None or rival is None:
         return None
     return rival["timing"]["p50"] / own["timing"]["p50"]
+
+
+def intensity(case: dict) -> float:
+    """Useful FLOPs a byte that nobody can avoid to move: q, k, v and out once each; with the backward
+    pass their gradients too."""
+    itemsize = _ITEMSIZES[case["dtype"]]
+    tensors = 2 * case["num_heads"] + 2 * case["num_kv_heads"]
+    if case["direction"] != DIRECTIONS[0]:
+        tensors *= 2
+    return case["flops"] / (tensors * case["batch"] * case["length"] * case["head_dim"] * itemsize)
+
+
+def roof(record: dict, case: dict) -> float | None:
+    """The TFLOP/s that a case's intensity and the ceilings of its run allow; None without ceilings."""
+    if not record["ceilings"]:
+        return None
+    by_memory = intensity(case) * record["ceilings"]["copy_tb_per_s"]
+    return min(record["ceilings"]["matmul_tflops"], by_memory)
 
 
 def our_failures(record: dict) -> list[str]:

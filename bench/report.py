@@ -6,9 +6,10 @@
 
 A text says where a table belongs with two comment lines, ``<!-- bench:NAME:start -->`` and
 ``<!-- bench:NAME:end -->``; what stands between them is replaced. Names: ``attn`` and ``attn-cpu``
-(tables of bench/attn.py on a GPU and on a CPU), ``attn-plot`` (its plots), ``layout`` (making a
-layout against making a BlockMask), ``shapes`` (what A to G are). A figure that no record holds is
-"not measured".
+(tables of bench/attn.py on a GPU and on a CPU), ``attn-plot`` (its plots), ``roofline`` (each shape
+under its roof), ``layout`` (making a layout against making a BlockMask), ``shapes`` (what A to G
+are), ``tiles`` (the visible share of what kernels multiply). A figure that no record holds is "not
+measured".
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if __name__ == "__main__":
 
 import typer
 
-from bench import plots, records
+from bench import plots, records, tiles
 from bench.shapes import SIZES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,8 +86,10 @@ def tables_for(results: Records, text_folder: Path, results_folder: Path) -> dic
         "attn": lambda: attention_tables(on_gpu, "full"),
         "attn-cpu": lambda: attention_tables(on_cpu, "small"),
         "attn-plot": lambda: plot_links(attn, text_folder, results_folder),
+        "roofline": lambda: roofline_links(on_gpu, text_folder, results_folder),
         "layout": lambda: layout_table(on_gpu or on_cpu, "full" if on_gpu else "small"),
         "shapes": shapes_table,
+        "tiles": tiles_table,
     }
 
 
@@ -130,10 +133,23 @@ def _attention_table(
         "× dense-mask SDPA",
         "error / limit",
     ]
+    cases = [newest.get(key, (None, None))[1] for key in keys]
+    served = [case and records.our_row(case) for case in cases]
+    mixed = len({own["name"] for own in served if own}) > 1
+    several = any(case and records.our_next(case) for case in cases)
+    if several:
+        header.insert(4, "× our next backend")
+    if mixed:
+        header.insert(2, "backend")
     rows = []
-    for key in keys:
-        _, case = newest.get(key, (None, None))
-        rows.append([f"**{key[0]}**", f"{key[1]}/{key[2]}", *_figures(case, factor)])
+    for key, case, own in zip(keys, cases, served, strict=True):
+        figures = _figures(case, factor)
+        if several:
+            next_ratio = case and _ratio(case, records.our_next(case), named=True)
+            figures.insert(2, next_ratio or NOT_MEASURED)
+        if mixed:
+            figures.insert(0, own["name"].removeprefix("voco ") if own else NOT_MEASURED)
+        rows.append([f"**{key[0]}**", f"{key[1]}/{key[2]}", *figures])
     used = list(dict.fromkeys(name for name, _ in newest.values()))
     return f"**{direction}**. {_origin(results, used)}\n\n{_markdown(header, rows)}"
 
@@ -157,7 +173,8 @@ def _ratio(case: dict, rival: dict | None, named: bool = False) -> str:
     ratio = records.times_faster(case, rival)
     if ratio is None:
         return NOT_MEASURED
-    return f"{ratio:.2f} ({rival['name'].removesuffix('-parts')})" if named else f"{ratio:.2f}"
+    name = rival["name"].removesuffix("-parts").removeprefix("voco ")
+    return f"{ratio:.2f} ({name})" if named else f"{ratio:.2f}"
 
 
 def _origin(results: Records, used: list[str]) -> str:
@@ -168,14 +185,19 @@ def _origin(results: Records, used: list[str]) -> str:
     environment, settings = newest["environment"], newest["settings"]
     versions = environment["versions"]
     commits = dict.fromkeys(_short(results[name]["environment"]["commit"]) for name in used)
-    backend = next(row["name"] for row in newest["cases"][0]["rows"] if row["ours"])
+    own = [records.our_row(case) or _first_of_ours(case) for case in newest["cases"]]
+    backends = dict.fromkeys(row["name"].removeprefix("voco ") for row in own)
     files = ", ".join(f"`bench/results/{name}`" for name in used)
     triton = f", triton {versions['triton']}" if environment["device"]["type"] == "cuda" else ""
     return (
         f"{device_of(newest)}, {settings['dtype']}, head_dim {settings['head_dim']}, backend "
-        f"`{backend.removeprefix('voco ')}`; torch {versions['torch']}{triton}, commit "
+        f"{', '.join(f'`{name}`' for name in backends)}; torch {versions['torch']}{triton}, commit "
         f"{', '.join(commits)}, {environment['date'][:10]} ({files})."
     )
+
+
+def _first_of_ours(case: dict) -> dict:
+    return next(row for row in case["rows"] if row["ours"])
 
 
 def _short(commit: str) -> str:
@@ -225,6 +247,47 @@ def plot_links(results: Records, text_folder: Path, results_folder: Path) -> str
     return "\n\n".join(links) or f"Useful TFLOP/s by shape and implementation: {NOT_MEASURED}."
 
 
+def roofline_links(results: Records, text_folder: Path, results_folder: Path) -> str:
+    """The roofline plots of all records with ceilings; of the others, what they lack."""
+    blocks = []
+    for name, record in results.items():
+        directions = " and ".join(record["settings"]["directions"])
+        title = f"Roofline, {directions}, {device_of(record)}"
+        if record["ceilings"]:
+            picture = roofline_path(results_folder / name)
+            target = Path(os.path.relpath(picture, text_folder)).as_posix()
+            blocks.append(f"![{title}]({target})")
+        else:
+            blocks.append(f"{title} (`bench/results/{name}`): ceilings {NOT_MEASURED}.")
+    return "\n\n".join(blocks) or f"Roofline: {NOT_MEASURED}."
+
+
+def roofline_path(record: Path) -> Path:
+    return record.with_name(f"{record.stem}-roofline.png")
+
+
+def tiles_table() -> str:
+    """Visible pairs as a share of executed ones."""
+    rows = []
+    for name, shape in SIZES["full"].shapes.items():
+        layout = shape.layout("cpu")
+        executed = [
+            tiles.pairs_of_two_calls(layout),
+            tiles.pairs_of_cuda_sm90(layout),
+            tiles.pairs_of_cuda_sm90(layout, packed_heads=4),
+        ]
+        rows.append(
+            [f"**{name}**", *(f"{100 * layout.pairs() / pairs:.0f}%" for pairs in executed)]
+        )
+    header = [
+        "shape",
+        "two calls, 128 x 128",
+        "`cuda_sm90`, 32/32 heads",
+        "`cuda_sm90`, 32/8 heads",
+    ]
+    return _markdown(header, rows)
+
+
 def shapes_table() -> str:
     """What A to G are, in the two sizes that are measured."""
     rows = [
@@ -260,12 +323,16 @@ def update(root: Path, results_folder: Path, *, check: bool) -> list[Path]:
     for name, record in results.items():
         if record["bench"] != "attn" or not record["cases"]:
             continue
-        picture = (results_folder / name).with_suffix(".png")
-        digest = hashlib.sha256((results_folder / name).read_bytes()).hexdigest()
-        if plot_source(picture) != digest:
-            stale.append(picture)
-            if not check:
-                plots.plot_attention(record, picture, metadata={PLOT_SOURCE: digest})
+        path = results_folder / name
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        pictures = {path.with_suffix(".png"): plots.plot_attention}
+        if record["environment"]["device"]["type"] == "cuda" and record["ceilings"]:
+            pictures[roofline_path(path)] = plots.plot_roofline
+        for picture, plot in pictures.items():
+            if plot_source(picture) != digest:
+                stale.append(picture)
+                if not check:
+                    plot(record, picture, metadata={PLOT_SOURCE: digest})
     return stale
 
 

@@ -64,7 +64,8 @@ def _outcome(row: dict) -> str:
         return f"{row['status']}: {row['reason']}"
     if "tflops" in row:
         return f"{row['timing']['p50']:.4g} ms, {row['tflops']:.4g} useful TFLOP/s"
-    return f"{row['layout']['p50']:.4g} ms"
+    timing = row["layout"] if "layout" in row else row["timing"]
+    return f"{timing['p50']:.4g} ms"
 
 
 @dataclass

@@ -1,5 +1,5 @@
-// The backward pass: delta, then dQ by query tiles, then dK and dV by key tiles (docs/hopper.md says why in
-// two walks). Every gradient is written by one thread, once.
+// The backward pass. First delta; then either dQ by query tiles and dK, dV by key tiles, each row with one author,
+// or all three by key tiles, dQ in float32 sums that are rounded at last (docs/hopper.md weighs the two).
 #include "attention.h"
 #include "launch.cuh"
 #include "pipeline.cuh"
@@ -8,13 +8,13 @@ namespace {
 
 // A row of out and dout is read by 8 threads.
 constexpr int THREADS_A_ROW = 8;
-constexpr int DELTA_THREADS = 256;
+constexpr int ROW_THREADS = 256;
 
 // delta = rowsum(out * dout) - dlse, with which dS = P * (dP - delta).
 template <typename T>
-__global__ void __launch_bounds__(DELTA_THREADS) delta_kernel(const __grid_constant__ AttentionParams params) {
+__global__ void __launch_bounds__(ROW_THREADS) delta_kernel(const __grid_constant__ AttentionParams params) {
   const int64_t rows = static_cast<int64_t>(params.batch) * params.heads * params.length;
-  const int64_t row = (static_cast<int64_t>(blockIdx.x) * DELTA_THREADS + threadIdx.x) / THREADS_A_ROW;
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * ROW_THREADS + threadIdx.x) / THREADS_A_ROW;
   const int part = threadIdx.x % THREADS_A_ROW;
   float sum = 0.f;
   if (row < rows) {
@@ -40,17 +40,46 @@ __global__ void __launch_bounds__(DELTA_THREADS) delta_kernel(const __grid_const
   if (row < rows && part == 0) params.delta[row] = sum - (params.dlse ? params.dlse[row] : 0.f);
 }
 
-}  // namespace
-
-void attention_delta(const AttentionParams& params, runtime::Stream stream) {
-  const int64_t threads = static_cast<int64_t>(params.batch) * params.heads * params.length * THREADS_A_ROW;
-  const int blocks = (threads + DELTA_THREADS - 1) / DELTA_THREADS;
-  runtime::launch(params.bf16 ? delta_kernel<BF16> : delta_kernel<FP16>, blocks, DELTA_THREADS, 0, stream, params);
+// dq = scale * dq_sum, rounded; a thread has 8 columns of a row.
+template <typename T>
+__global__ void __launch_bounds__(ROW_THREADS) round_dq_kernel(const __grid_constant__ AttentionParams params) {
+  const int chunks = params.head_dim / CHUNK;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * ROW_THREADS + threadIdx.x;
+  const int64_t row = index / chunks;
+  if (row >= static_cast<int64_t>(params.batch) * params.heads * params.length) return;
+  const int column = index % chunks * CHUNK;
+  const int token = row % params.length;
+  const int head = row / params.length % params.heads;
+  const int batch = row / params.length / params.heads;
+  const float4* sum = reinterpret_cast<const float4*>(params.dq_sum + row * params.head_dim + column);
+  const float4 x = sum[0], y = sum[1];
+  const float scale = params.scale;
+  *reinterpret_cast<uint4*>(row_address(params.dq, batch, head, token) + column) = {
+      ptx::pack<T>(x.x * scale, x.y * scale), ptx::pack<T>(x.z * scale, x.w * scale),
+      ptx::pack<T>(y.x * scale, y.y * scale), ptx::pack<T>(y.z * scale, y.w * scale)};
 }
 
-void attention_backward_sm90(const AttentionParams& params, runtime::Stream stream) {
+int blocks_for(int64_t threads) { return static_cast<int>((threads + ROW_THREADS - 1) / ROW_THREADS); }
+
+}  // namespace
+
+void attention_delta(const AttentionParams& params, void* stream) {
+  const int64_t rows = static_cast<int64_t>(params.batch) * params.heads * params.length;
+  runtime::launch(params.bf16 ? delta_kernel<BF16> : delta_kernel<FP16>, blocks_for(rows * THREADS_A_ROW),
+                  ROW_THREADS, 0, stream, params);
+}
+
+void attention_backward_sm90(const AttentionParams& params, void* stream) {
   const runtime::DeviceGuard guard(params.device);
   attention_delta(params, stream);
-  attention_dq_sm90(params, stream);
-  attention_dkdv_sm90(params, stream);
+  if (!params.dq_sum) {
+    attention_dq_sm90(params, stream);
+    attention_dkdv_sm90(params, stream);
+    return;
+  }
+  const int64_t elements = static_cast<int64_t>(params.batch) * params.heads * params.length * params.head_dim;
+  runtime::set_zero(params.dq_sum, elements * sizeof(float), stream);
+  attention_dkdv_and_dq_sm90(params, stream);
+  runtime::launch(params.bf16 ? round_dq_kernel<BF16> : round_dq_kernel<FP16>, blocks_for(elements / CHUNK),
+                  ROW_THREADS, 0, stream, params);
 }

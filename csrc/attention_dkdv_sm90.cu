@@ -1,10 +1,14 @@
 // The gradients of keys and values, for sm_90a: dV = P^T dOut, dK = scale * dS^T Q.
 //
 // A consumer has 64 keys, meets all queries that see them, of all heads that share them, and adds up dK and
-// dV in registers; scores are transposed, keys by queries. Nobody else writes these rows: no atomics. Two
-// accumulators of 256 columns don't fit: there the consumers have the same keys and half of the
-// columns each.
+// dV in registers; scores are transposed, keys by queries. Two accumulators of 256 columns don't fit: there
+// both consumers have the same keys, and half of the columns each.
+//
+// With ADD_DQ the kernel makes dQ as well, from the dS that it has anyway: five products a block, where a walk
+// of its own (attention_dq_sm90.cu) brings them to seven. But then each row of dQ has many authors, which add
+// to it in memory, in float32, in whatever order they come.
 #include "attention.h"
+#include "jobs.cuh"
 #include "launch.cuh"
 #include "pipeline.cuh"
 #include "products.cuh"
@@ -18,6 +22,11 @@ template <int D>
 constexpr int KEY_BLOCKS = D <= 128 ? CONSUMERS : 1;
 template <int D>
 constexpr int COLUMNS = D <= 128 ? D : D / CONSUMERS;
+// Of dQ a consumer makes some columns, from all keys.
+template <int D>
+constexpr int DQ_COLUMNS = D / CONSUMERS;
+// The named barrier at which both consumers meet when dS is written.
+constexpr int DS_WRITTEN = FIRST_BARRIER;
 
 // Keys [start, stop) of one head and the queries [query_start, query_stop) that see them, in 64-query blocks
 // from the first on. Both are token positions and every key sees from itself on; or, gathered, both are ranks,
@@ -69,52 +78,51 @@ VOCO_DEVICE KeyTile key_tile(const AttentionParams& params, int index) {
   return tile;
 }
 
-// What is known of the 64 queries of a block, one number each.
-struct QueryStatistics {
-  float lse_log2[BLOCK_ROWS];  // inf where there is no query: its probabilities are 0
-  float delta[BLOCK_ROWS];
-  int token[BLOCK_ROWS];  // asked for in gathered tiles only, as is
-  int visible_from[BLOCK_ROWS];
-};
-
 struct KeyTileArguments {
   AttentionParams params;
   ptx::TensorMap q, dout, k, v;
 };
 
-template <int D>
+template <int D, bool ADD_DQ>
 struct KeyTileShared {
   static constexpr int OPERAND_BYTES = KEY_BLOCKS<D> * BLOCK_BYTES<D>;
   static constexpr int STATISTIC_SLOTS = 8;
   using Statistics = Ring<STATISTIC_SLOTS, sizeof(QueryStatistics), CONSUMERS * 4>;
-  static constexpr int FIXED_BYTES = 2 * OPERAND_BYTES + Statistics::BYTES;
+  // dS [64 keys, 64 queries] of each block of keys, twice: one is written while the other is read.
+  static constexpr int DS_BYTES = ADD_DQ ? KEY_BLOCKS<D> * PANEL_BYTES : 0;
+  static constexpr int FIXED_BYTES = 2 * OPERAND_BYTES + 2 * DS_BYTES + Statistics::BYTES;
   using Slots = Ring<(SHARED_LIMIT - SHARED_RESERVE - FIXED_BYTES) / BLOCK_BYTES<D>, BLOCK_BYTES<D>>;
   static constexpr int BYTES = FIXED_BYTES + Slots::BYTES + SHARED_RESERVE;
 
-  uint32_t k, v;
+  uint32_t k, v, ds;
   Slots ring;
   Statistics statistics;
   Resident resident;
   WorkQueue<KeyTile> queue;
+  JobQueue jobs;
   unsigned char* memory;
 
   VOCO_DEVICE KeyTileShared() {
     memory = ptx::dynamic_shared();
     k = ptx::shared_address(memory);
     v = k + OPERAND_BYTES;
-    ring.slots = v + OPERAND_BYTES;
+    ds = v + OPERAND_BYTES;
+    ring.slots = ds + 2 * DS_BYTES;
     statistics.slots = ring.slots + Slots::BYTES;
     ring.barriers = statistics.slots + Statistics::BYTES;
     statistics.barriers = ring.barriers + Slots::BARRIER_BYTES;
     resident.barriers = statistics.barriers + Statistics::BARRIER_BYTES;
     queue.barriers = resident.barriers + Resident::BARRIER_BYTES;
-    queue.entries = reinterpret_cast<KeyTile*>(memory + (queue.barriers - k) + queue.BARRIER_BYTES);
+    jobs.barriers = queue.barriers + queue.BARRIER_BYTES;
+    queue.entries = reinterpret_cast<KeyTile*>(memory + (jobs.barriers - k) + JobQueue::BARRIER_BYTES);
+    jobs.jobs = reinterpret_cast<Job*>(queue.entries + queue.DEPTH);
   }
   VOCO_DEVICE void init() const {
     ring.init();
     statistics.init();
     resident.init(2 * KEY_BLOCKS<D>);
     queue.init();
+    jobs.init();
     ptx::barrier_init_fence();
   }
   VOCO_DEVICE QueryStatistics& statistics_of(int n) const {
@@ -122,121 +130,82 @@ struct KeyTileShared {
   }
 };
 
-// One thread: draws the items, copies contiguous blocks of keys, values, queries and dout.
-template <int D>
-VOCO_DEVICE void copy_by_tma(const KeyTileArguments& arguments, const KeyTileShared<D>& shared) {
+// One thread: draws the items and sees to it that everything is copied.
+template <int D, bool ADD_DQ>
+VOCO_DEVICE void copy_items(const KeyTileArguments& arguments, const KeyTileShared<D, ADD_DQ>& shared) {
   const AttentionParams& params = arguments.params;
-  const auto copy = [](const ptx::TensorMap& map, uint32_t target, uint32_t barrier, int token, int head,
-                       int row) {
+  const int group = params.heads / params.kv_heads;
+  int pair = 0, fill = 0, next_job = 0;
+
+  const auto by_tma = [](const ptx::TensorMap& map, uint32_t target, uint32_t barrier, int token, int head,
+                         int row) {
     ptx::barrier_arrive_expect(barrier, BLOCK_BYTES<D>);
     for (int panel = 0; panel < D / PANEL_COLUMNS; ++panel) {
       ptx::tma_load(target + panel * PANEL_BYTES, &map, barrier, panel * PANEL_COLUMNS, 0, token, head, row);
     }
   };
-  const int group = params.heads / params.kv_heads;
-  int pair = 0, fill = 0;
+  const auto by_job = [&](Copy what, uint32_t target, uint32_t barrier, const KeyTile& tile, int head, int start,
+                          int stop, int rows) {
+    Job job = {};
+    job.what = what;
+    job.target = target;
+    job.barrier = barrier;
+    job.row = tile.row;
+    job.head = head;
+    job.end = rows;
+    job.start = start;
+    job.high = stop;
+    job.direct_from = tile.gathered ? stop : 0;
+    job.list_readers = what != Copy::K && what != Copy::V;
+    shared.jobs.publish(next_job, job);
+  };
+
   for (int i = 0;; ++i) {
     KeyTile drawn = key_tile<D>(params, shared.queue.draw(i, params.next_item));
     drawn.fill = fill;
     drawn.first_pair = pair;
     const KeyTile& tile = shared.queue.publish(i, drawn);
-    if (tile.is_end()) return;
+    if (tile.is_end()) break;
     if (tile.blocks == 0) continue;
+
     shared.resident.wait_empty(fill++);
-    for (int block = 0; block < KEY_BLOCKS<D>; ++block) {
-      if (!tile.keys_contiguous(block)) continue;
-      const int token = tile.start + BLOCK_ROWS * block, offset = BLOCK_BYTES<D> * block;
-      copy(arguments.k, shared.k + offset, shared.resident.full(), token, tile.kv_head, tile.row);
-      copy(arguments.v, shared.v + offset, shared.resident.full(), token, tile.kv_head, tile.row);
+    for (int n = 0; n < 2 * KEY_BLOCKS<D>; ++n) {
+      const bool values = n % 2;
+      const int block = n / 2, start = tile.start + BLOCK_ROWS * block;
+      const uint32_t target = (values ? shared.v : shared.k) + BLOCK_BYTES<D> * block;
+      if (tile.keys_contiguous(block)) {
+        by_tma(values ? arguments.v : arguments.k, target, shared.resident.full(), start, tile.kv_head, tile.row);
+      } else {
+        by_job(values ? Copy::V : Copy::K, target, shared.resident.full(), tile, tile.kv_head, start, tile.stop,
+               BLOCK_ROWS);
+      }
     }
     for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
       for (int block = 0; block < tile.blocks; ++block, ++pair) {
-        if (!tile.queries_contiguous(block)) continue;
-        const int token = tile.query_start + BLOCK_ROWS * block;
+        const int start = tile.query_start + BLOCK_ROWS * block;
+        shared.statistics.wait_empty(pair);
+        by_job(Copy::STATISTICS, shared.statistics.slot(pair), shared.statistics.full(pair), tile, head, start,
+               tile.query_stop, BLOCK_ROWS);
         for (int load = 2 * pair; load < 2 * pair + 2; ++load) {
           shared.ring.wait_empty(load);
-          copy(load % 2 ? arguments.dout : arguments.q, shared.ring.slot(load), shared.ring.full(load), token,
-               head, tile.row);
+          if (tile.queries_contiguous(block)) {
+            by_tma(load % 2 ? arguments.dout : arguments.q, shared.ring.slot(load), shared.ring.full(load), start,
+                   head, tile.row);
+          } else {
+            by_job(load % 2 ? Copy::DOUT : Copy::Q, shared.ring.slot(load), shared.ring.full(load), tile, head,
+                   start, tile.query_stop, tile.narrow(block) ? NARROW_ROWS : BLOCK_ROWS);
+          }
         }
       }
     }
   }
+  shared.jobs.publish_end(next_job);
 }
 
-// A gathering warp copies keys or queries of a tile, by their ranks: rows [0, rows) of a block.
-template <int D>
-VOCO_DEVICE void copy_ranks(const AttentionParams& params, const KeyTile& tile, const Tensor4& tensor, int head,
-                            const int* list, int start, int stop, int rows, uint32_t block, int lane) {
-  list += static_cast<int64_t>(tile.row) * params.length;
-  copy_rows<D>(block, row_address(tensor, tile.row, head, 0), tensor.token_stride, params.head_dim, 0, rows, lane,
-               [&](int row) {
-                 const int rank = start + row;
-                 return rank >= stop ? -1 : tile.gathered ? list[rank] : rank;
-               });
-}
-
-VOCO_DEVICE void copy_statistics(const AttentionParams& params, const KeyTile& tile, int head, int block,
-                                 QueryStatistics& statistics, int lane) {
-  const int64_t row = static_cast<int64_t>(tile.row) * params.length;
-#pragma unroll 1
-  for (int r = lane; r < BLOCK_ROWS; r += 32) {
-    const int rank = tile.query_start + BLOCK_ROWS * block + r;
-    const bool valid = rank < tile.query_stop;
-    const int token = !valid ? 0 : tile.gathered ? params.readers[row + rank] : rank;
-    const int64_t index = statistic_index(params, tile.row, head, token);
-    statistics.lse_log2[r] = valid ? params.lse[index] * LOG2_E : INFINITY_F;
-    statistics.delta[r] = valid ? params.delta[index] : 0.f;
-    statistics.token[r] = token;
-    statistics.visible_from[r] = params.visible_from[row + token];
-  }
-  __syncwarp();
-}
-
-// One of the gathering warps: everything else, dealt out in turn, so that several copies are under way.
-template <int D>
-VOCO_DEVICE void copy_by_rows(const AttentionParams& params, const KeyTileShared<D>& shared, int gather_warp,
-                              int lane) {
-  const int group = params.heads / params.kv_heads;
-  int dealt = 0;
-  const auto mine = [&] { return dealt++ % GATHER_WARPS == gather_warp; };
-  for (int i = 0;; ++i) {
-    const KeyTile& tile = shared.queue.read(i);
-    if (tile.is_end()) return;
-    for (int n = 0; n < 2 * KEY_BLOCKS<D> && tile.blocks > 0; ++n) {
-      const int block = n / 2;
-      if (tile.keys_contiguous(block) || !mine()) continue;
-      shared.resident.wait_empty(tile.fill);
-      copy_ranks<D>(params, tile, n % 2 ? params.v : params.k, tile.kv_head, params.kept,
-                    tile.start + BLOCK_ROWS * block, tile.stop, BLOCK_ROWS,
-                    (n % 2 ? shared.v : shared.k) + BLOCK_BYTES<D> * block, lane);
-      if (lane == 0) ptx::barrier_arrive(shared.resident.full());
-    }
-    int pair = tile.first_pair;
-    for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
-      for (int block = 0; block < tile.blocks; ++block, ++pair) {
-        if (mine()) {
-          shared.statistics.wait_empty(pair);
-          copy_statistics(params, tile, head, block, shared.statistics_of(pair), lane);
-          if (lane == 0) ptx::barrier_arrive(shared.statistics.full(pair));
-        }
-        for (int load = 2 * pair; load < 2 * pair + 2 && !tile.queries_contiguous(block); ++load) {
-          if (!mine()) continue;
-          shared.ring.wait_empty(load);
-          copy_ranks<D>(params, tile, load % 2 ? params.dout : params.q, head, params.readers,
-                        tile.query_start + BLOCK_ROWS * block, tile.query_stop,
-                        tile.narrow(block) ? NARROW_ROWS : BLOCK_ROWS, shared.ring.slot(load), lane);
-          if (lane == 0) ptx::barrier_arrive(shared.ring.full(load));
-        }
-      }
-    }
-    shared.queue.release(i, lane);
-  }
-}
-
-template <typename T, int D>
+template <typename T, int D, bool ADD_DQ>
 struct DkdvConsumer {
   const AttentionParams& params;
-  const KeyTileShared<D>& shared;
+  const KeyTileShared<D, ADD_DQ>& shared;
   const ConsumerThread me;
   const int key_block = KEY_BLOCKS<D> == 1 ? 0 : me.warpgroup;
   const int first_panel = KEY_BLOCKS<D> == 1 ? me.warpgroup * COLUMNS<D> / PANEL_COLUMNS : 0;
@@ -244,7 +213,7 @@ struct DkdvConsumer {
 
   RowsByHeadDim<COLUMNS<D>> dk, dv;
 
-  VOCO_DEVICE DkdvConsumer(const AttentionParams& params, const KeyTileShared<D>& shared)
+  VOCO_DEVICE DkdvConsumer(const AttentionParams& params, const KeyTileShared<D, ADD_DQ>& shared)
       : params(params), shared(shared), scale_log2(params.scale * LOG2_E) {}
 
   VOCO_DEVICE void run() {
@@ -274,102 +243,159 @@ struct DkdvConsumer {
     return look_up ? params.kept[static_cast<int64_t>(tile.row) * params.length + r] : r;
   }
 
+  // How many blocks of keys see queries of a block: with contiguous keys, those that begin before it ends.
+  VOCO_DEVICE int key_blocks_of(const KeyTile& tile, int block) const {
+    const int seen = tile.gathered ? KEY_BLOCKS<D> : min(block + 1, KEY_BLOCKS<D>);
+    return min(seen, (tile.stop - tile.start + BLOCK_ROWS - 1) / BLOCK_ROWS);
+  }
+
   VOCO_DEVICE void accumulate(const KeyTile& tile) {
-    const int blocks = tile.blocks, group = params.heads / params.kv_heads;
-    // Keys behind the tile's end have no queries, nor have keys behind a block of queries.
-    const bool any = tile.start + BLOCK_ROWS * key_block < tile.stop;
-    const int begin = !any ? blocks : tile.gathered ? 0 : key_block;
-    const int wide_end = blocks - tile.narrow(blocks - 1);
+    const int group = params.heads / params.kv_heads;
     int pair = tile.first_pair;
-    for (int member = 0; member < group; ++member, pair += blocks) {
-      for (int block = 0; block < min(begin, blocks); ++block) skip(pair + block);
-      if (begin < wide_end) {
-        for (int block = begin; block < wide_end; ++block) {
-          add<BLOCK_ROWS>(tile, pair + block, block, block > begin);
+    for (int member = 0; member < group; ++member) {
+      for (int block = 0; block < tile.blocks; ++block, ++pair) {
+        if (!ADD_DQ && key_block >= key_blocks_of(tile, block)) {
+          skip(pair);
+        } else if (tile.narrow(block)) {
+          add<NARROW_ROWS>(tile, pair, block, member);
+        } else {
+          add<BLOCK_ROWS>(tile, pair, block, member);
         }
-        finish(pair + wide_end - 1);
-      }
-      if (begin < blocks && wide_end < blocks) {
-        add<NARROW_ROWS>(tile, pair + wide_end, wide_end, false);
-        finish(pair + wide_end);
       }
     }
   }
 
-  VOCO_DEVICE void finish(int pair) {
-    ptx::wgmma_wait<0>();
-    dk.pin();
-    dv.pin();
-    release(pair);
-  }
-
-  VOCO_DEVICE void release(int pair) {
-    shared.ring.release(2 * pair, me.elected);
-    shared.ring.release(2 * pair + 1, me.elected);
-  }
-
   VOCO_DEVICE void skip(int pair) {
-    shared.ring.skip(2 * pair, me.elected);
-    shared.ring.skip(2 * pair + 1, me.elected);
+    shared.ring.skip(2 * pair, 2 * pair + 1, me);
     shared.statistics.wait_full(pair);
     __syncwarp();
     shared.statistics.release(pair, me.lane == 0);
   }
 
-  // The first N queries of a block. Its last products are left under way, as those of the pair before are
-  // where they are pending.
+  // The first N queries of a block.
   template <int N>
-  VOCO_DEVICE void add(const KeyTile& tile, int pair, int block, bool pending) {
+  VOCO_DEVICE void add(const KeyTile& tile, int pair, int block, int member) {
     const auto& ring = shared.ring;
-    const uint32_t q = ring.slot(2 * pair), dout = ring.slot(2 * pair + 1);
-    const uint32_t keys = BLOCK_BYTES<D> * key_block;
-    float scores[N / 2], dp[N / 2];
-    uint32_t p[N / 16][4], ds[N / 16][4];
-
-    ring.wait_full(2 * pair);
-    ptx::wgmma_fence();
-    rows_by_rows<T, D, N>(scores, ptx::opaque(shared.k + keys), q, 0);
-    ptx::wgmma_commit();
-    ring.wait_full(2 * pair + 1);
-    ptx::wgmma_fence();
-    rows_by_rows<T, D, N>(dp, ptx::opaque(shared.v + keys), dout, 0);
-    ptx::wgmma_commit();
-
-    shared.statistics.wait_full(pair);
     const QueryStatistics& statistics = shared.statistics_of(pair);
-    ptx::wgmma_wait<1>();
-    ptx::pin(scores);
-    dk.pin();
-    dv.pin();
-    if (pending) release(pair - 1);
-    exponentiate<N>(scores, tile, statistics, tile.query_start + BLOCK_ROWS * block);
-    round_to_operand<T>(p, scores);
-    ptx::wgmma_fence();
-    rows_by_block<T, COLUMNS<D>>(dv, p, dout, 0, true, first_panel);
-    ptx::wgmma_commit();
+    if (!ADD_DQ || key_block < key_blocks_of(tile, block)) {
+      const uint32_t q = ring.slot(2 * pair), dout = ring.slot(2 * pair + 1);
+      const uint32_t keys = BLOCK_BYTES<D> * key_block;
+      float scores[N / 2], dp[N / 2];
+      uint32_t p[N / 16][4], ds[N / 16][4];
+      ring.wait_full(2 * pair);
+      ptx::wgmma_fence();
+      rows_by_rows<T, D, N>(scores, ptx::opaque(shared.k + keys), q, 0);
+      ptx::wgmma_commit();
+      ring.wait_full(2 * pair + 1);
+      ptx::wgmma_fence();
+      rows_by_rows<T, D, N>(dp, ptx::opaque(shared.v + keys), dout, 0);
+      ptx::wgmma_commit();
 
-    ptx::wgmma_wait<1>();
-    ptx::pin(dp);
+      shared.statistics.wait_full(pair);
+      ptx::wgmma_wait<1>();
+      ptx::pin(scores);
+      exponentiate<N>(scores, tile, statistics, tile.query_start + BLOCK_ROWS * block);
+      round_to_operand<T>(p, scores);
+      ptx::wgmma_fence();
+      rows_by_block<T, COLUMNS<D>>(dv, p, dout, 0, true, first_panel);
+      ptx::wgmma_commit();
+
+      ptx::wgmma_wait<1>();
+      ptx::pin(dp);
+      differentiate<N>(dp, p, statistics);
+      round_to_operand<T>(ds, dp);
+      if constexpr (ADD_DQ) share(ds, pair);
+      ptx::wgmma_fence();
+      rows_by_block<T, COLUMNS<D>>(dk, ds, q, 0, true, first_panel);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      dv.pin();
+      dk.pin();
+      ring.release(2 * pair, me.elected);
+      ring.release(2 * pair + 1, me.elected);
+    } else if constexpr (ADD_DQ) {
+      const uint32_t nothing[N / 16][4] = {};
+      share(nothing, pair);
+      ring.skip(2 * pair, 2 * pair + 1, me);
+      shared.statistics.wait_full(pair);
+    }
+    if constexpr (ADD_DQ) {
+      ptx::named_barrier_sync(DS_WRITTEN, CONSUMERS * WARPGROUP);
+      add_dq(tile, pair, block, member);
+    }
+    __syncwarp();
+    shared.statistics.release(pair, me.lane == 0);
+  }
+
+  // dS where both consumers see it: a panel [keys, queries], for a product with queries as M.
+  template <int STEPS>
+  VOCO_DEVICE void share(const uint32_t (&ds)[STEPS][4], int pair) const {
+    if (KEY_BLOCKS<D> == 1 && me.warpgroup > 0) return;  // both have the same
+    const uint32_t panel = ds_panel(pair, key_block);
+#pragma unroll
+    for (int j = 0; j < 2 * STEPS; ++j) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = 16 * me.warp + me.lane / 4 + 8 * h;
+        ptx::store_shared(chunk_address(panel, row, j) + me.lane % 4 * 4, ds[j / 2][j % 2 * 2 + h]);
+      }
+    }
+    ptx::fence_async_proxy();
+  }
+  VOCO_DEVICE uint32_t ds_panel(int pair, int block) const {
+    return shared.ds + pair % 2 * shared.DS_BYTES + block * PANEL_BYTES;
+  }
+
+  // dQ of a block of queries, from all keys of this tile, half of its columns.
+  VOCO_DEVICE void add_dq(const KeyTile& tile, int pair, int block, int member) const {
+    float dq[DQ_COLUMNS<D> / 2];
+    const int panel = me.warpgroup * DQ_COLUMNS<D> / PANEL_COLUMNS;
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int keys = 0; keys < KEY_BLOCKS<D>; ++keys) {
+      const ColumnsOperand ds(ptx::opaque(ds_panel(pair, keys)), 0, 0);
+      const ColumnsOperand k(ptx::opaque(shared.k + BLOCK_BYTES<D> * keys), panel, 0);
+#pragma unroll
+      for (int step = 0; step < BLOCK_ROWS / 16; ++step) {
+        ptx::wgmma<T, DQ_COLUMNS<D>, true, true>(dq, ds.step(step), k.step(step), keys > 0 || step > 0);
+      }
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::pin(dq);
+
+    const QueryStatistics& statistics = shared.statistics_of(pair);
+    const int head = tile.kv_head * (params.heads / params.kv_heads) + member;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = 16 * me.warp + me.lane / 4 + 8 * h;
+      if (row >= tile.queries_in(block)) continue;
+      float* target = params.dq_sum +
+                      statistic_index(params, tile.row, head, statistics.token[row]) * params.head_dim;
+#pragma unroll
+      for (int j = 0; j < DQ_COLUMNS<D> / 8; ++j) {
+        const int column = me.warpgroup * DQ_COLUMNS<D> + 8 * j + me.lane % 4 * 2;
+        if (column < params.head_dim) {
+          ptx::add_global(target + column, dq[4 * j + 2 * h], dq[4 * j + 2 * h + 1]);
+        }
+      }
+    }
+  }
+
+  // dP becomes dS. From the rounded probabilities: the unrounded ones would take registers that there aren't.
+  template <int N>
+  VOCO_DEVICE void differentiate(float (&dp)[N / 2], const uint32_t (&p)[N / 16][4],
+                                 const QueryStatistics& statistics) const {
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
       const float2 delta = *reinterpret_cast<const float2*>(&statistics.delta[8 * j + me.lane % 4 * 2]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        // dS from the rounded probabilities: the unrounded ones would take registers that there aren't.
         const float2 rounded = ptx::unpack<T>(p[j / 2][j % 2 * 2 + h]);
         dp[4 * j + 2 * h] = rounded.x * (dp[4 * j + 2 * h] - delta.x);
         dp[4 * j + 2 * h + 1] = rounded.y * (dp[4 * j + 2 * h + 1] - delta.y);
       }
     }
-    __syncwarp();
-    shared.statistics.release(pair, me.lane == 0);
-    round_to_operand<T>(ds, dp);
-    ptx::wgmma_fence();
-    rows_by_block<T, COLUMNS<D>>(dk, ds, q, 0, true, first_panel);
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    dv.pin();
-    dk.pin();
   }
 
   // Scores, keys by queries, become probabilities, 0 where the query does not see the key.
@@ -411,29 +437,28 @@ struct DkdvConsumer {
   }
 };
 
-template <typename T, int D>
+template <typename T, int D, bool ADD_DQ>
 __global__ void __launch_bounds__(THREADS, 1)
     dkdv_kernel(const __grid_constant__ KeyTileArguments arguments) {
-  const KeyTileShared<D> shared;
+  const KeyTileShared<D, ADD_DQ> shared;
   if (threadIdx.x == 0) shared.init();
   __syncthreads();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp < WARPGROUP / 32) {
     ptx::give_registers<COPY_REGISTERS>();
     if (warp > 0) {
-      copy_by_rows<D>(arguments.params, shared, warp - 1, lane);
+      shared.jobs.template work<D>(arguments.params, shared.memory, shared.k, warp - 1, lane);
     } else if (lane == 0) {
-      copy_by_tma<D>(arguments, shared);
+      copy_items(arguments, shared);
     }
   } else {
     ptx::take_registers<COMPUTE_REGISTERS>();
-    DkdvConsumer<T, D>(arguments.params, shared).run();
+    DkdvConsumer<T, D, ADD_DQ>(arguments.params, shared).run();
   }
 }
 
-}  // namespace
-
-void attention_dkdv_sm90(const AttentionParams& params, runtime::Stream stream) {
+template <bool ADD_DQ>
+void launch(const AttentionParams& params, runtime::Stream stream) {
   KeyTileArguments arguments{params, {}, {}, {}, {}};
   arguments.q = panel_map(params.q, params, params.heads, 1);
   arguments.dout = panel_map(params.dout, params, params.heads, 1);
@@ -442,7 +467,15 @@ void attention_dkdv_sm90(const AttentionParams& params, runtime::Stream stream) 
   runtime::set_zero(params.next_item, sizeof(int), stream);
   by_type(params, [&](auto type, auto head_dim) {
     constexpr int D = decltype(head_dim)::value;
-    runtime::launch(dkdv_kernel<decltype(type), D>, runtime::multiprocessors(), THREADS,
-                    KeyTileShared<D>::BYTES, stream, arguments);
+    if constexpr (!ADD_DQ || D > 64) {
+      runtime::launch(dkdv_kernel<decltype(type), D, ADD_DQ>, runtime::multiprocessors(), THREADS,
+                      KeyTileShared<D, ADD_DQ>::BYTES, stream, arguments);
+    }
   });
 }
+
+}  // namespace
+
+void attention_dkdv_sm90(const AttentionParams& params, void* stream) { launch<false>(params, stream); }
+
+void attention_dkdv_and_dq_sm90(const AttentionParams& params, void* stream) { launch<true>(params, stream); }

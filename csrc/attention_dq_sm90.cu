@@ -85,7 +85,7 @@ struct DqConsumer {
 
   // Starts scores and dP of a block: over its last N keys.
   template <int N>
-  VOCO_DEVICE void multiply(float (&scores)[N / 2], float (&dp)[N / 2], int block, DqLoads loads) {
+  VOCO_DEVICE void multiply(float (&scores)[N / 2], float (&dp)[N / 2], DqLoads loads, int block) {
     const int keys = loads.keys(block), values = loads.values(block);
     shared.ring.wait_full(keys);
     shared.ring.wait_full(values);
@@ -125,92 +125,92 @@ struct DqConsumer {
     ptx::wgmma_commit();
   }
 
-  // The last N keys of a block, from the scores to dQ, with nothing else under way.
+  // dS of a tile's first block: of its last N keys.
   template <int N>
-  VOCO_DEVICE void finish_block(const Rows& rows, int block, int start, int first_key, DqLoads loads,
-                                bool accumulate) {
+  VOCO_DEVICE void begin(uint32_t (&ds)[N / 16][4], DqLoads loads, int block, const Rows& rows, int start,
+                         int first_key) {
     float scores[N / 2], dp[N / 2];
-    uint32_t ds[N / 16][4];
     turns.take();
-    multiply<N>(scores, dp, block, loads);
+    multiply<N>(scores, dp, loads, block);
     turns.pass();
     ptx::wgmma_wait<0>();
     ptx::pin(scores);
     ptx::pin(dp);
     shared.ring.release(loads.values(block), me.elected);
-    differentiate(scores, dp, rows, start, first_key);
+    differentiate(scores, dp, rows, start + BLOCK_ROWS - N, first_key);
     round_to_operand<T>(ds, dp);
-    add(ds, loads.keys(block), accumulate);
+  }
+
+  // Adds block - 1 to dQ, and turns to dS of the next.
+  template <int STEPS>
+  VOCO_DEVICE void advance(const uint32_t (&before)[STEPS][4], uint32_t (&ds)[BLOCK_ROWS / 16][4], DqLoads loads,
+                           int block, const Rows& rows, int start, int first_key) {
+    float scores[BLOCK_ROWS / 2], dp[BLOCK_ROWS / 2];
+    turns.take();
+    multiply<BLOCK_ROWS>(scores, dp, loads, block);
+    add(before, loads.keys(block - 1), block > 1);
+    turns.pass();
+    ptx::wgmma_wait<1>();
+    ptx::pin(scores);
+    ptx::pin(dp);
+    shared.ring.release(loads.values(block), me.elected);
+    differentiate(scores, dp, rows, start, first_key);
+    ptx::wgmma_wait<0>();
+    dq.pin();
+    shared.ring.release(loads.keys(block - 1), me.elected);
+    round_to_operand<T>(ds, dp);
+  }
+
+  template <int STEPS>
+  VOCO_DEVICE void finish(const uint32_t (&ds)[STEPS][4], DqLoads loads, int block) {
+    turns.take();
+    add(ds, loads.keys(block), block > 0);
+    turns.pass();
     ptx::wgmma_wait<0>();
     dq.pin();
     shared.ring.release(loads.keys(block), me.elected);
   }
 
-  // Whole blocks [begin, end): scores and dP of one are under way while dS of the one before is multiplied.
-  VOCO_DEVICE void pipeline_blocks(const Rows& rows, int begin, int end, int first_start, int first_key,
-                                   DqLoads loads) {
-    const auto& ring = shared.ring;
-    float scores[BLOCK_ROWS / 2], dp[BLOCK_ROWS / 2];
-    uint32_t ds[BLOCK_ROWS / 16][4];
-    turns.take();
-    multiply<BLOCK_ROWS>(scores, dp, begin, loads);
-    turns.pass();
-    ptx::wgmma_wait<0>();
-    ptx::pin(scores);
-    ptx::pin(dp);
-    ring.release(loads.values(begin), me.elected);
-    differentiate(scores, dp, rows, first_start + BLOCK_ROWS * begin, first_key);
-    round_to_operand<T>(ds, dp);
-
-    for (int block = begin + 1; block < end; ++block) {
-      const int keys_before = loads.keys(block - 1);
-      turns.take();
-      multiply<BLOCK_ROWS>(scores, dp, block, loads);
-      add(ds, keys_before, block - 1 > 0);
-      turns.pass();
-      ptx::wgmma_wait<1>();
-      ptx::pin(scores);
-      ptx::pin(dp);
-      ring.release(loads.values(block), me.elected);
-      differentiate(scores, dp, rows, first_start + BLOCK_ROWS * block, first_key);
-      ptx::wgmma_wait<0>();
-      dq.pin();
-      ring.release(keys_before, me.elected);
-      round_to_operand<T>(ds, dp);
-    }
-
-    const int last_keys = loads.keys(end - 1);
-    turns.take();
-    add(ds, last_keys, end - 1 > 0);
-    turns.pass();
-    ptx::wgmma_wait<0>();
-    dq.pin();
-    ring.release(last_keys, me.elected);
-  }
-
   // dQ / scale over the first `mine` blocks of a tile, and all its turns and loads.
   VOCO_DEVICE void accumulate(const QueryTile& tile, const Rows& rows, int mine) {
-    const int narrow = tile.narrow(), blocks = tile.blocks;
-    const int first_start = tile.block_start(0), first_key = tile.first_key;
     const DqLoads loads(tile);
-    int turns_left = blocks - mine;
-    if (narrow && mine > 0) {
-      finish_block<NARROW_ROWS>(rows, 0, first_start + BLOCK_ROWS - NARROW_ROWS, first_key, loads, false);
-    }
-    if constexpr (PIPELINED) {
-      if (narrow < mine) pipeline_blocks(rows, narrow, mine, first_start, first_key, loads);
-      turns_left += narrow < blocks && narrow >= mine;  // the turn for the last product
-    } else {
-      for (int block = narrow; block < mine; ++block) {
-        finish_block<BLOCK_ROWS>(rows, block, first_start + BLOCK_ROWS * block, first_key, loads,
-                                 block > 0);
+    const int start = tile.block_start(0), first_key = tile.first_key, blocks = tile.blocks;
+    const bool narrow = tile.narrow();
+    if (!PIPELINED || (mine == 1 && narrow)) {
+      for (int block = 0; block < mine; ++block) {
+        const int block_start = start + BLOCK_ROWS * block;
+        if (block == 0 && narrow) {
+          uint32_t ds[NARROW_ROWS / 16][4];
+          begin<NARROW_ROWS>(ds, loads, block, rows, block_start, first_key);
+          finish(ds, loads, block);
+        } else if constexpr (!PIPELINED) {
+          uint32_t ds[BLOCK_ROWS / 16][4];
+          begin<BLOCK_ROWS>(ds, loads, block, rows, block_start, first_key);
+          finish(ds, loads, block);
+        }
       }
+    } else if (mine > 0) {
+      uint32_t ds[BLOCK_ROWS / 16][4];
+      if (narrow) {
+        uint32_t few[NARROW_ROWS / 16][4];
+        begin<NARROW_ROWS>(few, loads, 0, rows, start, first_key);
+        advance(few, ds, loads, 1, rows, start + BLOCK_ROWS, first_key);
+      } else {
+        begin<BLOCK_ROWS>(ds, loads, 0, rows, start, first_key);
+      }
+      for (int block = narrow ? 2 : 1; block < mine; ++block) {
+        advance(ds, ds, loads, block, rows, start + BLOCK_ROWS * block, first_key);
+      }
+      finish(ds, loads, mine - 1);
     }
-    for (; turns_left > 0; --turns_left) turns.forgo();
+
+    // The other consumer's blocks: turns and two loads each, in step, since it waits for both.
     for (int block = mine; block < blocks; ++block) {
-      shared.ring.skip(loads.keys(block), me.elected);
-      shared.ring.skip(loads.values(block), me.elected);
+      turns.forgo();
+      if constexpr (!PIPELINED) turns.forgo();
+      shared.ring.skip(loads.keys(block), loads.values(block), me);
     }
+    if (PIPELINED && mine == 0) turns.forgo();  // the one in which the last block is added
   }
 
   VOCO_DEVICE void store(const QueryTile& tile, const Rows& rows) const {

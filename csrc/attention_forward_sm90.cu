@@ -11,30 +11,19 @@
 
 namespace {
 
-// The order in which blocks are read: scores of a block are under way while the values of the one before
-// are added. A narrow first block is finished before the others begin.
+// The order in which blocks are read: the scores of a block are under way while the values of the one before
+// are added.
 struct ForwardLoads {
-  int first, blocks, narrow;
+  int first, blocks;
 
-  VOCO_DEVICE explicit ForwardLoads(const QueryTile& tile)
-      : first(tile.first_load), blocks(tile.blocks), narrow(tile.narrow()) {}
+  VOCO_DEVICE explicit ForwardLoads(const QueryTile& tile) : first(tile.first_load), blocks(tile.blocks) {}
 
-  VOCO_DEVICE int keys(int block) const {
-    const int wide = block - narrow;  // how many wide blocks stand before it
-    return first + (wide < 0 ? 0 : 2 * narrow + max(0, 2 * wide - 1));
-  }
-  VOCO_DEVICE int values(int block) const {
-    return first + 2 * block + (block == blocks - 1 || block < narrow ? 1 : 2);
-  }
-  // One for each block of scores, one for the last values of the wide blocks.
-  VOCO_DEVICE int turns() const { return blocks + (blocks > narrow); }
-
+  VOCO_DEVICE int keys(int block) const { return first + max(0, 2 * block - 1); }
+  VOCO_DEVICE int values(int block) const { return first + min(2 * block + 2, 2 * blocks - 1); }
   // The inverse: what is read as the n-th of this tile.
   VOCO_DEVICE Load at(int n) const {
-    const bool first_or_last = n <= 2 * narrow || n == 2 * blocks - 1;
-    if (first_or_last) return {n / 2, n % 2 == 1};
-    const int wide = n - 2 * narrow;
-    return wide % 2 ? Load{narrow + (wide + 1) / 2, false} : Load{narrow + wide / 2 - 1, true};
+    if (n == 0 || n == 2 * blocks - 1) return {n / 2, n > 0};
+    return n % 2 ? Load{(n + 1) / 2, false} : Load{n / 2 - 1, true};
   }
 };
 
@@ -114,83 +103,83 @@ struct ForwardConsumer {
     for (int span = 0; span < SPANS<D>; ++span) multiply_rows(out.values[span], rescale);
   }
 
+  // Probabilities of a tile's first block: of its last N keys.
+  template <int N>
+  VOCO_DEVICE void begin(uint32_t (&probabilities)[N / 16][4], ForwardLoads loads, const Rows& rows, int start,
+                         int first_key) {
+    float scores[N / 2], rescale[2];
+    turns.take();
+    multiply_keys<N>(scores, loads.keys(0));
+    turns.pass();
+    ptx::wgmma_wait<0>();
+    ptx::pin(scores);
+    shared.ring.release(loads.keys(0), me.elected);
+    hide_if_cut(scores, rows, start + BLOCK_ROWS - N, first_key, me.lane);
+    softmax.update(scores, scale_log2, rescale);
+    round_to_operand<T>(probabilities, scores);
+  }
+
+  // Adds the values of block - 1 and turns to the probabilities of the next.
+  template <int STEPS>
+  VOCO_DEVICE void advance(const uint32_t (&before)[STEPS][4], uint32_t (&probabilities)[BLOCK_ROWS / 16][4],
+                           ForwardLoads loads, int block, const Rows& rows, int start, int first_key) {
+    float scores[BLOCK_ROWS / 2], rescale[2];
+    turns.take();
+    multiply_keys<BLOCK_ROWS>(scores, loads.keys(block));
+    add_values(before, loads.values(block - 1), block > 1);
+    turns.pass();
+    ptx::wgmma_wait<1>();
+    ptx::pin(scores);
+    shared.ring.release(loads.keys(block), me.elected);
+    hide_if_cut(scores, rows, start, first_key, me.lane);
+    softmax.update(scores, scale_log2, rescale);
+    ptx::wgmma_wait<0>();
+    out.pin();
+    shared.ring.release(loads.values(block - 1), me.elected);
+    rescale_out(rescale);
+    round_to_operand<T>(probabilities, scores);
+  }
+
+  template <int STEPS>
+  VOCO_DEVICE void finish(const uint32_t (&probabilities)[STEPS][4], ForwardLoads loads, int block) {
+    turns.take();
+    add_values(probabilities, loads.values(block), block > 0);
+    turns.pass();
+    ptx::wgmma_wait<0>();
+    out.pin();
+    shared.ring.release(loads.values(block), me.elected);
+  }
+
   // out and softmax over the first `mine` blocks of a tile, and all its turns and loads.
   VOCO_DEVICE void attend(const QueryTile& tile, const Rows& rows, int mine) {
     const ForwardLoads loads(tile);
-    const int first_start = tile.block_start(0), first_key = tile.first_key;
-    const auto& ring = shared.ring;
-    int turns_left = loads.turns();
-    float rescale[2];
-
-    if (loads.narrow && mine > 0) {
-      float scores[NARROW_ROWS / 2];
-      uint32_t probabilities[1][4];
-      turns.take();
-      multiply_keys<NARROW_ROWS>(scores, loads.keys(0));
-      turns.pass();
-      --turns_left;
-      ptx::wgmma_wait<0>();
-      ptx::pin(scores);
-      ring.release(loads.keys(0), me.elected);
-      hide(scores, rows, first_start + BLOCK_ROWS - NARROW_ROWS, first_key, me.lane);
-      softmax.update(scores, scale_log2, rescale);
-      round_to_operand<T>(probabilities, scores);
-      add_values(probabilities, loads.values(0), false);
-      ptx::wgmma_wait<0>();
-      out.pin();
-      ring.release(loads.values(0), me.elected);
-    }
-
-    int block = loads.narrow;
-    if (block < mine) {
-      float scores[BLOCK_ROWS / 2];
+    const int start = tile.block_start(0), first_key = tile.first_key, blocks = tile.blocks;
+    const bool narrow = tile.narrow();
+    if (mine == 1 && narrow) {
+      uint32_t probabilities[NARROW_ROWS / 16][4];
+      begin<NARROW_ROWS>(probabilities, loads, rows, start, first_key);
+      finish(probabilities, loads, 0);
+    } else if (mine > 0) {
       uint32_t probabilities[BLOCK_ROWS / 16][4];
-      turns.take();
-      multiply_keys<BLOCK_ROWS>(scores, loads.keys(block));
-      turns.pass();
-      ptx::wgmma_wait<0>();
-      ptx::pin(scores);
-      ring.release(loads.keys(block), me.elected);
-      hide_if_cut(scores, rows, first_start + BLOCK_ROWS * block, first_key, me.lane);
-      softmax.update(scores, scale_log2, rescale);
-      if (loads.narrow) rescale_out(rescale);
-      bool accumulate = loads.narrow;
-      round_to_operand<T>(probabilities, scores);
-      --turns_left;
-
-      for (++block; block < mine; ++block) {
-        turns.take();
-        multiply_keys<BLOCK_ROWS>(scores, loads.keys(block));
-        add_values(probabilities, loads.values(block - 1), accumulate);
-        turns.pass();
-        --turns_left;
-        accumulate = true;
-        ptx::wgmma_wait<1>();
-        ptx::pin(scores);
-        ring.release(loads.keys(block), me.elected);
-        hide_if_cut(scores, rows, first_start + BLOCK_ROWS * block, first_key, me.lane);
-        softmax.update(scores, scale_log2, rescale);
-        ptx::wgmma_wait<0>();
-        out.pin();
-        ring.release(loads.values(block - 1), me.elected);
-        rescale_out(rescale);
-      round_to_operand<T>(probabilities, scores);
+      if (narrow) {
+        uint32_t few[NARROW_ROWS / 16][4];
+        begin<NARROW_ROWS>(few, loads, rows, start, first_key);
+        advance(few, probabilities, loads, 1, rows, start + BLOCK_ROWS, first_key);
+      } else {
+        begin<BLOCK_ROWS>(probabilities, loads, rows, start, first_key);
       }
-
-      turns.take();
-      add_values(probabilities, loads.values(mine - 1), accumulate);
-      turns.pass();
-      --turns_left;
-      ptx::wgmma_wait<0>();
-      out.pin();
-      ring.release(loads.values(mine - 1), me.elected);
+      for (int block = narrow ? 2 : 1; block < mine; ++block) {
+        advance(probabilities, probabilities, loads, block, rows, start + BLOCK_ROWS * block, first_key);
+      }
+      finish(probabilities, loads, mine - 1);
     }
 
-    for (; turns_left > 0; --turns_left) turns.forgo();
-    for (block = mine; block < tile.blocks; ++block) {
-      ring.skip(loads.keys(block), me.elected);
-      ring.skip(loads.values(block), me.elected);
+    // The other consumer's blocks: a turn and two loads each, in step, since it waits for both.
+    for (int block = mine; block < blocks; ++block) {
+      turns.forgo();
+      shared.ring.skip(loads.keys(block), loads.values(block), me);
     }
+    if (mine == 0) turns.forgo();  // the one in which the last values are added
   }
 
   VOCO_DEVICE void store(const QueryTile& tile, const Rows& rows) const {

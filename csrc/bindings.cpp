@@ -20,11 +20,11 @@ void pointer(py::class_<Class>& to, const char* name, Pointer* Class::* field) {
 }
 
 template <typename Params>
-void function(py::module_& to, const char* name, void (*launch)(const Params&, runtime::Stream)) {
+void function(py::module_& to, const char* name, void (*launch)(const Params&, void*)) {
   to.def(
       name,
       [launch](const Params& params, uintptr_t stream) {
-        launch(params, reinterpret_cast<runtime::Stream>(stream));
+        launch(params, reinterpret_cast<void*>(stream));
       },
       py::arg("params"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }
@@ -59,6 +59,7 @@ PYBIND11_MODULE(VOCO_MODULE_NAME, m) {
   pointer(attention, "lse", &AttentionParams::lse);
   pointer(attention, "dlse", &AttentionParams::dlse);
   pointer(attention, "delta", &AttentionParams::delta);
+  pointer(attention, "dq_sum", &AttentionParams::dq_sum);
   pointer(attention, "visible_from", &AttentionParams::visible_from);
   pointer(attention, "query_tiles", &AttentionParams::query_tiles);
   pointer(attention, "key_tiles", &AttentionParams::key_tiles);

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "blocks.cuh"
+#include "runtime.cuh"
 #include "tiles.cuh"
 
 // Of shared memory, in bytes: what a block may have on sm_90, and what barriers and lists take of it.

@@ -23,6 +23,7 @@ struct AttentionParams {
   float* lse;                // [batch, heads, length], natural logarithm; -inf in padding
   const float* dlse;         // [batch, heads, length], or null
   float* delta;              // [batch, heads, length]: rowsum(out * dout) - dlse
+  float* dq_sum;             // [batch, heads, length, head_dim], work space, or null
 
   // ---- The layout (voco_kernels/schedule.py says what the columns and lists are).
   const int* visible_from;  // [batch, length]

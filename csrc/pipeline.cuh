@@ -12,6 +12,19 @@ constexpr int GATHER_WARPS = 3;  // of the copying warpgroup; its first warp dri
 constexpr int COPY_REGISTERS = 40;
 constexpr int COMPUTE_REGISTERS = 232;
 
+// Named barriers: one for each consumer's turn, one for its own warps. 0 is __syncthreads.
+constexpr int FIRST_BARRIER = 1;
+
+// Who a computing thread is.
+struct ConsumerThread {
+  const int warpgroup = threadIdx.x / WARPGROUP - 1;  // 0 or 1
+  const int warp = threadIdx.x % WARPGROUP / 32;
+  const int lane = threadIdx.x % 32;
+  const bool elected = threadIdx.x % WARPGROUP == 0;  // speaks for its warpgroup
+
+  VOCO_DEVICE int own_barrier() const { return FIRST_BARRIER + CONSUMERS + warpgroup; }
+};
+
 // Slots of shared memory that are filled in one order and read in the same order. Everybody counts
 // the loads from the kernel's start, and so knows slot and phase of each without asking.
 // READERS arrive for each slot that they are done with: one thread of each consumer, or of each warp.
@@ -40,10 +53,14 @@ struct Ring {
   VOCO_DEVICE void release(int load, bool elected) const {
     if (elected) ptx::barrier_arrive(empty(load));
   }
-  // A consumer that has no use for a load must still wait for it: its arrival counts for that phase.
-  VOCO_DEVICE void skip(int load, bool elected) const {
-    wait_full(load);
-    release(load, elected);
+  // A consumer that has no use for two loads must still wait for them: its arrival counts for their phase. Its
+  // warps meet before that, as they do in a product, or a slow one would find the barrier a phase ahead.
+  VOCO_DEVICE void skip(int first, int second, const ConsumerThread& me) const {
+    wait_full(first);
+    wait_full(second);
+    ptx::named_barrier_sync(me.own_barrier(), WARPGROUP);
+    release(first, me.elected);
+    release(second, me.elected);
   }
 };
 
@@ -74,7 +91,7 @@ struct Resident {
 template <typename Entry>
 struct WorkQueue {
   static constexpr int DEPTH = 4;
-  static constexpr int READERS = CONSUMERS * 4 + GATHER_WARPS;  // warps
+  static constexpr int READERS = CONSUMERS * 4;  // warps
   static constexpr int BARRIER_BYTES = DEPTH * 2 * 8;
 
   uint32_t barriers;
@@ -111,19 +128,9 @@ struct WorkQueue {
   }
 };
 
-// Who a computing thread is.
-struct ConsumerThread {
-  const int warpgroup = threadIdx.x / WARPGROUP - 1;  // 0 or 1
-  const int warp = threadIdx.x % WARPGROUP / 32;
-  const int lane = threadIdx.x % 32;
-  const bool elected = threadIdx.x % WARPGROUP == 0;  // speaks for its warpgroup
-};
-
 // The two consumers issue products by turns: while one has the tensor cores, the other has the softmax.
 // Both take equally many turns an item, so that the alternation never breaks.
 struct Turns {
-  static constexpr int FIRST_BARRIER = 1;  // 0 is __syncthreads
-
   int warpgroup;
 
   VOCO_DEVICE void open() const {

@@ -1,10 +1,10 @@
 // The frame of the kernels that walk query tiles (forward, dQ): shared memory, and the warpgroup that copies.
 //
 // One block a multiprocessor takes items, 128 rows of queries each, until there are none. The first of its
-// three warpgroups copies: one thread by TMA what is contiguous, three warps row by row what is not. The
-// other two compute, 64 rows each.
+// three warpgroups copies (jobs.cuh), the other two compute, 64 rows each.
 #pragma once
 
+#include "jobs.cuh"
 #include "launch.cuh"
 #include "pipeline.cuh"
 #include "tiles.cuh"
@@ -45,37 +45,42 @@ struct QueryTileShared {
   Slots ring;
   Resident resident;
   WorkQueue<QueryTile> queue;
+  JobQueue jobs;
+  unsigned char* memory;
 
   VOCO_DEVICE QueryTileShared() {
-    unsigned char* memory = ptx::dynamic_shared();
+    memory = ptx::dynamic_shared();
     q = ptx::shared_address(memory);
     dout = q + OPERAND_BYTES;
     ring.slots = q + RESIDENT_BYTES;
     ring.barriers = ring.slots + Slots::BYTES;
     resident.barriers = ring.barriers + Slots::BARRIER_BYTES;
     queue.barriers = resident.barriers + Resident::BARRIER_BYTES;
-    queue.entries = reinterpret_cast<QueryTile*>(memory + (queue.barriers - q) + queue.BARRIER_BYTES);
+    jobs.barriers = queue.barriers + queue.BARRIER_BYTES;
+    queue.entries = reinterpret_cast<QueryTile*>(memory + (jobs.barriers - q) + JobQueue::BARRIER_BYTES);
+    jobs.jobs = reinterpret_cast<Job*>(queue.entries + queue.DEPTH);
   }
   VOCO_DEVICE void init() const {
     ring.init();
     resident.init();
     queue.init();
+    jobs.init();
     ptx::barrier_init_fence();
   }
 };
 
-// One thread: draws the items, copies queries and contiguous blocks.
+// One thread: draws the items and sees to it that everything is copied.
 template <int D, typename Loads, bool WITH_DOUT>
-VOCO_DEVICE void copy_by_tma(const QueryTileArguments& arguments, const QueryTileShared<D, WITH_DOUT>& shared) {
+VOCO_DEVICE void copy_items(const QueryTileArguments& arguments, const QueryTileShared<D, WITH_DOUT>& shared) {
   const auto& [params, packing, q_map, dout_map, k_map, v_map] = arguments;
   const auto& ring = shared.ring;
-  int next_load = 0, fill = 0;
+  int next_load = 0, fill = 0, next_job = 0;
   for (int i = 0;; ++i) {
     QueryTile drawn = query_tile(params, packing, shared.queue.draw(i, params.next_item));
     drawn.fill = fill;
     drawn.first_load = next_load;
     const QueryTile& tile = shared.queue.publish(i, drawn);
-    if (tile.is_end()) return;
+    if (tile.is_end()) break;
     if (tile.blocks == 0) continue;
 
     shared.resident.wait_empty(fill++);
@@ -95,8 +100,24 @@ VOCO_DEVICE void copy_by_tma(const QueryTileArguments& arguments, const QueryTil
     const Loads loads(tile);
     for (int n = 0; n < 2 * tile.blocks; ++n, ++next_load) {
       const Load load = loads.at(n);
-      if (!tile.contiguous(load.block)) continue;
       ring.wait_empty(next_load);
+      if (!tile.contiguous(load.block)) {
+        Job job = {};
+        job.what = load.values ? Copy::V : Copy::K;
+        job.target = ring.slot(next_load);
+        job.barrier = ring.full(next_load);
+        job.row = tile.row;
+        job.head = tile.kv_head;
+        job.begin = load.block == 0 && tile.narrow() ? BLOCK_ROWS - NARROW_ROWS : 0;
+        job.end = BLOCK_ROWS;
+        job.start = tile.block_start(load.block);
+        job.low = tile.first_key;
+        job.high = tile.end;
+        job.direct_from = tile.key_start;
+        job.list_offset = tile.prefix_stop - tile.key_start;
+        shared.jobs.publish(next_job, job);
+        continue;
+      }
       ptx::barrier_arrive_expect(ring.full(next_load), BLOCK_BYTES<D>);
       for (int panel = 0; panel < D / PANEL_COLUMNS; ++panel) {
         ptx::tma_load(ring.slot(next_load) + panel * PANEL_BYTES, load.values ? &v_map : &k_map,
@@ -105,35 +126,7 @@ VOCO_DEVICE void copy_by_tma(const QueryTileArguments& arguments, const QueryTil
       }
     }
   }
-}
-
-// One of the gathering warps: blocks that are not contiguous or begin before the first key. They are
-// dealt out in turn, so that several are under way at once.
-template <int D, typename Loads, bool WITH_DOUT>
-VOCO_DEVICE void copy_by_rows(const AttentionParams& params, const QueryTileShared<D, WITH_DOUT>& shared,
-                              int gather_warp, int lane) {
-  const auto& ring = shared.ring;
-  int gathered = 0;
-  for (int i = 0;; ++i) {
-    const QueryTile& tile = shared.queue.read(i);
-    if (tile.is_end()) return;
-    const int* kept = params.kept + static_cast<int64_t>(tile.row) * params.length;
-    const Loads loads(tile);
-    int next_load = tile.first_load;
-    for (int n = 0; n < 2 * tile.blocks; ++n, ++next_load) {
-      const Load load = loads.at(n);
-      if (tile.contiguous(load.block) || gathered++ % GATHER_WARPS != gather_warp) continue;
-      const Tensor4& tensor = load.values ? params.v : params.k;
-      const uint16_t* base = row_address(tensor, tile.row, tile.kv_head, 0);
-      const int start = tile.block_start(load.block);
-      ring.wait_empty(next_load);
-      copy_rows<D>(ring.slot(next_load), base, tensor.token_stride, params.head_dim,
-                   load.block == 0 && tile.narrow() ? BLOCK_ROWS - NARROW_ROWS : 0, BLOCK_ROWS, lane,
-                   [&](int row) { return tile.token(start + row, kept); });
-      if (lane == 0) ptx::barrier_arrive(ring.full(next_load));
-    }
-    shared.queue.release(i, lane);
-  }
+  shared.jobs.publish_end(next_job);
 }
 
 // What every thread of such a kernel runs. `Consumer(arguments, shared).run()` reads the items.
@@ -146,9 +139,9 @@ VOCO_DEVICE void walk_query_tiles(const QueryTileArguments& arguments) {
   if (warp < WARPGROUP / 32) {
     ptx::give_registers<COPY_REGISTERS>();
     if (warp > 0) {
-      copy_by_rows<D, Loads>(arguments.params, shared, warp - 1, lane);
+      shared.jobs.template work<D>(arguments.params, shared.memory, shared.q, warp - 1, lane);
     } else if (lane == 0) {
-      copy_by_tma<D, Loads>(arguments, shared);
+      copy_items<D, Loads>(arguments, shared);
     }
   } else {
     ptx::take_registers<COMPUTE_REGISTERS>();

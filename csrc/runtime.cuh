@@ -15,7 +15,7 @@
 
 namespace runtime {
 
-using Stream = cudaStream_t;
+using Stream = void*;  // a cudaStream_t
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
@@ -49,7 +49,7 @@ inline int multiprocessors() {
 }
 
 inline void set_zero(void* pointer, size_t bytes, Stream stream) {
-  check(cudaMemsetAsync(pointer, 0, bytes, stream), "cudaMemsetAsync");
+  check(cudaMemsetAsync(pointer, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
 }
 
 // Kernels take one argument, a struct of parameters.
@@ -61,7 +61,7 @@ void launch(void (*kernel)(Params), int blocks, int threads, int shared_bytes, S
         "cudaFuncSetAttribute");
   void* arguments[] = {const_cast<Params*>(&params)};
   check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), arguments,
-                         shared_bytes, stream),
+                         shared_bytes, static_cast<cudaStream_t>(stream)),
         "cudaLaunchKernel");
 }
 

@@ -75,11 +75,6 @@ struct QueryTile {
   VOCO_DEVICE bool narrow() const {
     return blocks > 0 && first_key - block_start(0) >= BLOCK_ROWS - NARROW_ROWS;
   }
-  // The token of a key, negative where there is none.
-  VOCO_DEVICE int token(int key, const int* kept) const {
-    if (key < first_key) return -1;
-    return key >= key_start ? key : kept[prefix_stop - (key_start - key)];
-  }
   // The blocks that one consumer needs, none if all its queries lie before the run.
   VOCO_DEVICE int blocks_until(int last_position) const {
     return last_position < run_start ? 0 : max(0, blocks - (end - 1 - last_position) / BLOCK_ROWS);

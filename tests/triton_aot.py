@@ -43,8 +43,9 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Binary:
-    """What a compiled kernel uses: registers a thread, bytes of stack (spills) a thread, bytes of
-    shared memory a program, loads from local memory, and warpgroup matrix instructions."""
+    """What a compiled kernel uses: registers a thread, bytes of stack a thread (spills, but for
+    ``triton_config.CALL_STACK``), bytes of shared memory a program, loads from local memory (each
+    spill has one), and warpgroup matrix instructions."""
 
     registers: int
     stack: int

@@ -19,12 +19,12 @@ def masked_attention(
     scale: float | None = None,
     backend: str | None = None,
     return_lse: bool = False,
+    deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``softmax(scale * q k^T + mask) v`` under the layout's mask, differentiable, never dense.
 
     Works under ``torch.compile(fullgraph=True)``, autocast, gradient checkpointing and, with the
-    Triton backend, CUDA graphs; the others ask the host for the layout's runs.
-    The backward pass has no atomics: the same inputs give the same gradients, bit for bit.
+    ``triton`` and ``cuda_sm90`` backends, CUDA graphs; the others ask the host for the layout's runs.
 
     Args:
         q: ``[B, Hq, S, D]``, any strides with a contiguous last dimension.
@@ -34,6 +34,8 @@ def masked_attention(
         backend: a name in ``voco_kernels.backends()``. That one runs, or the call fails with its
             reasons. By default the first that can serve on q's device.
         return_lse: also return the log of the softmax's denominator, differentiable as well.
+        deterministic: the same inputs give the same gradients, bit for bit. With False a backend may add
+            in any order where that is faster; ``cuda_sm90`` then does so for head_dim above 64.
 
     Returns:
         out ``[B, Hq, S, D]`` in q's dtype; 0 in padding rows. With ``return_lse`` also lse, float32
@@ -46,5 +48,6 @@ def masked_attention(
     q, k, v = cast_for_autocast(q, k, v)
     validate(q, k, v, layout, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, lse = attention_forward(q, k, v, *layout.tensors(), scale, choose(q, k, v, backend))
+    backend = choose(q, k, v, backend)
+    out, lse = attention_forward(q, k, v, *layout.tensors(), scale, backend, deterministic)
     return (out, lse) if return_lse else out

@@ -27,8 +27,10 @@ def attention_forward(
     readers: Tensor,
     scale: float,
     backend: str,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of one backend; shapes and dtypes as in ``masked_attention``."""
+    """``(out, lse)`` of one backend; shapes and dtypes as in ``masked_attention``. What is said of the
+    gradients goes on to ``attention_backward``."""
     layout = MaskLayout.from_tensors(
         visible_from, visible_until, query_tiles, key_tiles, counts, kept, readers
     )
@@ -59,13 +61,14 @@ def attention_backward(
     readers: Tensor,
     scale: float,
     backend: str,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` of one backend."""
     layout = MaskLayout.from_tensors(
         visible_from, visible_until, query_tiles, key_tiles, counts, kept, readers
     )
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    gradients = load(backend).backward(dout, dlse, q, k, v, out, lse, layout, scale)
+    gradients = load(backend).backward(dout, dlse, q, k, v, out, lse, layout, scale, deterministic)
     dq, dk, dv = (_strided_like(*pair) for pair in zip(gradients, (q, k, v), strict=True))
     return dq, dk, dv
 
@@ -76,22 +79,20 @@ def _(dout, dlse, q, k, v, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, *layout_tensors, scale, backend = inputs
+    q, k, v, *layout_tensors, scale, backend, deterministic = inputs
     ctx.save_for_backward(q, k, v, *output, *layout_tensors)
-    ctx.scale, ctx.backend = scale, backend
+    ctx.options = scale, backend, deterministic
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, dlse):
     q, k, v, out, lse, *layout_tensors = ctx.saved_tensors
     if dout is None and dlse is None:
-        return (None,) * 12
+        return (None,) * 13
     if dout is None:
         dout = torch.zeros_like(out)
-    gradients = attention_backward(
-        dout, dlse, q, k, v, out, lse, *layout_tensors, ctx.scale, ctx.backend
-    )
-    return (*gradients, *(None,) * 9)
+    gradients = attention_backward(dout, dlse, q, k, v, out, lse, *layout_tensors, *ctx.options)
+    return (*gradients, *(None,) * 10)
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)

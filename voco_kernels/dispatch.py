@@ -6,14 +6,22 @@ from types import ModuleType
 
 from torch import Tensor
 
-from voco_kernels.backends import flash_attn, reference, sdpa, triton
+from voco_kernels.backends import cuda_sm90, flash_attn, reference, sdpa, triton
 
 # One contract, a module each (none imports another):
 #   missing() -> list[str]                           why it can't run on this machine at all
 #   unsupported(q, k, v) -> list[str]                why it can't serve these tensors
 #   forward(q, k, v, layout, scale) -> (out, lse)    lse natural log, fp32 (fp64 for fp64) [B, Hq, S]
-#   backward(dout, dlse, q, k, v, out, lse, layout, scale) -> (dq, dk, dv)    dlse may be None
-BACKENDS = {"triton": triton, "flash_attn": flash_attn, "sdpa": sdpa, "reference": reference}
+#   backward(dout, dlse, q, k, v, out, lse, layout, scale, deterministic=True) -> (dq, dk, dv)
+#       dlse may be None; deterministic: the same bits every time
+# cuda_sm90 stands behind triton until it has been measured to be faster.
+BACKENDS = {
+    "triton": triton,
+    "cuda_sm90": cuda_sm90,
+    "flash_attn": flash_attn,
+    "sdpa": sdpa,
+    "reference": reference,
+}
 PREFERENCE = {"cuda": tuple(BACKENDS)}
 PREFERENCE_ELSEWHERE = ("sdpa", "reference")
 

@@ -69,7 +69,7 @@ def record():
             "num_heads": 32,
             "num_kv_heads": 8,
             "head_dim": 128,
-            "dtype": "bf16",
+            "dtype": "bfloat16",
             "batch": 16,
             "length": 691,
             "pairs": 1,

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from bench import attn, measure, peers, records, timing
 from bench.shapes import SIZES, Shape
+from voco_kernels import dispatch
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--device", "cpu", "--size", "tiny", "--quick", "--heads", "4/2", "--no-layouts"]
@@ -68,6 +69,21 @@ def test_a_whole_run(run, tmp_path):
     ):
         assert words in result.stdout
     assert "[1/26] forward A 4/2 voco sdpa: " in result.stderr
+
+
+def test_a_new_backend_is_measured_beside_the_others(run, monkeypatch):
+    """As cuda_sm90 beside triton on a GPU: whatever ``BACKENDS`` holds, the device's default first."""
+    new = {"cuda_new": dispatch.BACKENDS["sdpa"], **dispatch.BACKENDS}
+    monkeypatch.setattr(dispatch, "BACKENDS", new)
+    monkeypatch.setattr(dispatch, "PREFERENCE_ELSEWHERE", ("cuda_new", "sdpa"))
+    result, record = run(*TINY, "--shape", "A", "--rival", "sdpa-two-call")
+    assert result.exit_code == 0, result.output
+    for case in record["cases"]:
+        names = [row["name"] for row in case["rows"] if row["status"] == "ok"]
+        own = [name for name in names if name.startswith("voco ")]
+        assert own[0] == "voco cuda_new" and "voco sdpa" in own and names[-1] == "sdpa-two-call"
+        assert records.our_row(case)["name"] == "voco cuda_new"
+        assert records.our_next(case)["name"] in own[1:]
 
 
 def planted(how):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -22,16 +23,41 @@ printf '%s\\n' "$*" >>"$CALLS"
 case "$*" in
     *"--show"*) echo "TABLE" ;;
     *"import xdist"*) exit 0 ;;
-    *"bench/attn.py"*)
+    *"bench/attn.py"* | *"bench/tune.py"*)
         out=$(printf '%s\\n' "$@" | grep -A1 -x -- --out | tail -1)
         echo '{}' >"$out"
         touch "$out.part"
         case "$*" in *--resume*) exit 0 ;; esac
         exit "${ATTN_RC:-0}" ;;
+    *"bench/sanitize.py"*) sleep "${SANITIZE_TAKES:-0}" ;;
     "-m pytest"*) sleep "${TESTS_TAKE:-0}"; echo "9 passed"; exit "${TESTS_RC:-0}" ;;
     -) cat >/dev/null; echo '{}' >"$OUT/environment.json" ;;
 esac
 """
+
+
+TOOL = """#!/usr/bin/env bash
+printf '%s %s\\n' "${0##*/}" "$*" >>"$CALLS"
+case "${0##*/} $*" in
+    *racecheck*) sleep "${RACES_TAKE:-0}" ;;
+    *memcheck*) exit "${MEMORY_RC:-0}" ;;
+    ncu*) echo '"ID","Kernel Name"' >"$(printf '%s\\n' "$@" | grep -A1 -x -- --log-file | tail -1)" ;;
+esac
+"""
+
+PLAN = re.compile(r'^    "(\w+) (\d+) (\d+)"$', re.M)
+STEPS = ["environment", "build", "parity", "sanitizer", "forward", "backward", "tune", "ncu"]
+
+
+@pytest.fixture
+def tools(tmp_path):
+    """A PATH with stand-ins for the tools of a GPU machine."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for name in ("compute-sanitizer", "ncu"):
+        (folder / name).write_text(TOOL)
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
 
 
 @pytest.fixture
@@ -65,7 +91,7 @@ def test_all_steps_in_order(script):
     answer, out, calls = script()
     assert answer.returncode == 0, answer.stdout + answer.stderr
     steps = re.findall(r"^==> (\w+) \(at most", answer.stdout, re.M)
-    assert steps == ["environment", "build", "parity", "forward", "backward"]
+    assert steps == STEPS
     tests = next(call for call in calls if call.startswith("-m pytest"))
     assert "-m gpu tests -n 8" in tests
     benches = [call for call in calls if call.startswith("bench/attn.py")]
@@ -73,15 +99,15 @@ def test_all_steps_in_order(script):
     assert "--direction forward " in benches[0] and "--direction forward+backward" in benches[1]
     assert not any("--rival" in call or "--quick" in call for call in benches)
     names = sorted(path.name for path in out.iterdir())
-    # with the two plots, eight files
     assert names == [
         "attn-backward.json",
         "attn-forward.json",
         "environment.json",
         "gpu.log",
-        "parity.log",
         "summary.txt",
+        "tune.json",
     ]
+    assert len(names) < 8  # with ncu.csv, where there is ncu: what a borrowed machine sends home
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
     assert answer.stdout.count("TABLE") == 2
     assert re.search(r"parity +rc 0 +\d+ s", (out / "summary.txt").read_text())
@@ -95,6 +121,69 @@ def test_a_dry_run_is_small_and_on_the_cpu(script):
             assert "--device cpu --size tiny --quick" in call
         if call.startswith("-m pytest"):
             assert "-m not gpu and not slow" in call
+        if call.startswith("bench/tune.py"):
+            assert "--dry-run" in call
+        if call.startswith(("bench/sanitize.py", "bench/profile_kernels.py")):
+            assert "--backend sdpa" in call
+    assert "pip install --no-build-isolation --no-deps -e ." in answer.stdout
+    assert not any("pip" in call for call in calls)
+    played = {call.split()[0] for call in calls if call.startswith("bench/")}
+    assert {"bench/sanitize.py", "bench/tune.py", "bench/profile_kernels.py"} <= played
+
+
+def test_the_tools_of_a_gpu_machine_are_used_where_they_are(script, tools):
+    answer, out, calls = script(PATH=tools)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    checks = [call for call in calls if call.startswith("compute-sanitizer")]
+    assert [call.split()[2] for call in checks] == ["memcheck", "racecheck", "synccheck"]
+    assert all("--error-exitcode 9" in call and "bench/sanitize.py" in call for call in checks)
+    assert "--head-dim" not in checks[0] and "--head-dim 128" in checks[1]
+    (profile,) = [call for call in calls if call.startswith("ncu")]
+    assert "--clock-control none" in profile and "--profile-from-start off" in profile
+    assert "sm__inst_executed_pipe_tensor" in profile and "bench/profile_kernels.py" in profile
+    names = sorted(path.name for path in out.iterdir())
+    assert "ncu.csv" in names and len(names) <= 8
+
+
+def test_tools_that_are_not_there_are_no_failure(script, tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "env", "dirname", "sed", "timeout", "tee", "cat", "mkdir", "rm", "ls", "sleep",
+                 "grep", "tail", "touch", "nvidia-smi", "nvcc"):  # fmt: skip
+        found = shutil.which(name)
+        (tmp_path / "bin" / name).symlink_to(found or shutil.which("true"))
+    answer, out, _ = script(PATH=str(tmp_path / "bin"))
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "skipped: compute-sanitizer is not on this machine" in answer.stdout
+    assert "skipped: Nsight Compute (ncu) is not on this machine" in answer.stdout
+    assert not (out / "ncu.csv").exists()
+
+
+def test_a_memory_error_fails_its_step_and_the_other_checks_go_on(script, tools):
+    answer, out, calls = script("--only", "sanitizer", PATH=tools, MEMORY_RC="9")
+    assert answer.returncode == 1 and "memcheck: rc 9" in answer.stdout
+    assert re.search(r"sanitizer +rc 1 ", (out / "summary.txt").read_text())
+    assert sum(call.startswith("compute-sanitizer") for call in calls) == 3
+
+
+def test_a_race_check_that_takes_too_long_is_said_and_no_failure(script, tools):
+    answer, _, calls = script("--only", "sanitizer", PATH=tools, RACES_TAKE="30", VOCO_LIMIT="20")
+    assert answer.returncode == 0, answer.stdout
+    assert re.search(r"racecheck: not finished in \d+ s", answer.stdout)
+    assert "synccheck: rc 0" in answer.stdout
+
+
+def test_early_steps_leave_time_to_later_ones(script):
+    plan = (ROOT / "bench" / "gpu.sh").read_text()
+    seconds = {name: (int(most), int(kept)) for name, most, kept in PLAN.findall(plan)}
+    assert list(seconds) == STEPS and sum(kept for _, kept in seconds.values()) < 560
+    answer, _, _ = script(VOCO_LIMIT="560")
+    given = dict(re.findall(r"^==> (\w+) \(at most (\d+) s", answer.stdout, re.M))
+    kept_behind = sum(kept for _, kept in seconds.values()) - sum(
+        seconds[name][1] for name in ("environment", "build")
+    )
+    assert 560 - kept_behind - 10 <= int(given["build"]) <= 560 - kept_behind < seconds["build"][0]
+    assert int(given["environment"]) == seconds["environment"][0]
+    assert int(given["ncu"]) == seconds["ncu"][0]
 
 
 def test_a_failed_step_fails_the_script_and_the_others_go_on(script):
@@ -104,10 +193,11 @@ def test_a_failed_step_fails_the_script_and_the_others_go_on(script):
     assert sum(call.startswith("bench/attn.py") for call in calls) == 2
 
 
-def test_a_lost_device_is_resumed(script):
-    answer, _, calls = script("--only", "forward", ATTN_RC="3")
+@pytest.mark.parametrize("step, bench", [("forward", "bench/attn.py"), ("tune", "bench/tune.py")])
+def test_a_lost_device_is_resumed(script, step, bench):
+    answer, _, calls = script("--only", step, ATTN_RC="3")
     assert answer.returncode == 0
-    benches = [call for call in calls if call.startswith("bench/attn.py")]
+    benches = [call for call in calls if call.startswith(bench)]
     assert ["--resume" in call for call in benches] == [False, True]
 
 

@@ -93,3 +93,30 @@ def test_no_ratio_if_our_default_backend_has_no_time(record):
     records.check(record)
     assert records.our_row(case) is None
     assert records.times_faster(case, records.named(case, "flex")) is None
+
+
+def test_our_row_is_the_backend_that_a_user_gets(record):
+    case = record["cases"][0]
+    default = {**case["rows"][0], "name": "voco cuda_sm90"}
+    case["rows"].insert(0, default)
+    assert records.our_row(case) is default and records.our_next(case)["name"] == "voco triton"
+    for key in ("timing", "tflops"):
+        del default[key]
+    default |= {"status": "unsupported", "reason": "head_dim"}
+    assert records.our_row(case)["name"] == "voco triton" and records.our_next(case) is None
+    default["status"] = "red"  # it would have been taken: no other stands in for it
+    assert records.our_row(case) is None
+
+
+def test_the_roof_is_the_lower_of_both_ceilings(record):
+    forward, both = record["cases"]
+    tensors = 2 * 32 + 2 * 8  # q, k, v and out, in heads
+    bytes_moved = tensors * 16 * 691 * 128 * 2
+    forward["flops"] = both["flops"] = 200 * bytes_moved
+    assert records.intensity(forward) == 200
+    assert records.intensity(both) == 100  # the gradients move as much again
+    assert records.roof(record, forward) == 3.0 * 200
+    forward["flops"] *= 2
+    assert records.roof(record, forward) == 700.0
+    record["ceilings"] = {}
+    assert records.roof(record, forward) is None

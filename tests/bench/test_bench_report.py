@@ -35,6 +35,7 @@ def checkout(tmp_path):
     (tmp_path / "docs" / "speed.md").write_text(
         "<!-- bench:attn-plot:start -->\n<!-- bench:attn-plot:end -->\n"
         "<!-- bench:shapes:start -->\n<!-- bench:shapes:end -->\n"
+        "<!-- bench:roofline:start -->\n<!-- bench:roofline:end -->\n"
     )
     return tmp_path
 
@@ -54,7 +55,7 @@ def test_without_results_every_figure_is_not_measured(checkout):
     for name in "ABCDEFG":
         assert f"| **{name}** | 32/8 |" + " not measured |" * 7 in text
     docs = (checkout / "docs" / "speed.md").read_text()
-    assert "not measured" in docs and "64 isolated (576, 1), then 2048 x 1" in docs
+    assert "Roofline: not measured." in docs and "64 isolated (576, 1), then 2048 x 1" in docs
     assert run(checkout, "--check").exit_code == 0
 
 
@@ -76,6 +77,9 @@ def test_results_become_tables_and_a_plot(checkout, record):
     assert "| **A** | 20 | 1e+03 | 50.0 |" in text and "| **B** | not measured |" in text
     docs = (checkout / "docs" / "speed.md").read_text()
     assert "](../bench/results/attn-test.png)" in docs
+    assert "](../bench/results/attn-test-roofline.png)" in docs
+    picture = checkout / "bench" / "results" / "attn-test-roofline.png"
+    assert picture.stat().st_size > 10_000
     assert run(checkout, "--check").exit_code == 0
 
     record["cases"][0]["rows"][0]["tflops"] = 77.0
@@ -108,6 +112,44 @@ def test_a_red_backend_has_no_figures(checkout, record):
     records.write(record, checkout / "bench" / "results" / "attn.json")
     run(checkout)
     assert "fa2-varlen" not in (checkout / "README.md").read_text()
+
+
+def test_two_backends_of_ours_stand_side_by_side(checkout, record):
+    rows = record["cases"][0]["rows"]
+    rows.insert(0, {**rows[0], "name": "voco cuda_sm90", "tflops": 150.0})
+    rows[0]["timing"] = {**rows[0]["timing"], "p50": 0.5}
+    # the second case is one that the default can't serve
+    lacks = {**rows[0], "status": "unsupported", "reason": "head_dim"}
+    del lacks["timing"], lacks["tflops"]
+    record["cases"][1]["rows"] = [lacks, *rows[1:]]
+    records.write(record, checkout / "bench" / "results" / "attn.json")
+    run(checkout)
+    text = (checkout / "README.md").read_text()
+    assert "| useful TFLOP/s | × our next backend | × two-call, drop-in |" in text
+    assert "| **A** | 32/8 | 0.5 | 150 | 2.00 (triton) | 2.50 (fa2-varlen) |" in text
+    assert "| **A** | 32/8 | 1 | 100 | 1.25 (fa2-varlen) |" in text
+    assert "backend `cuda_sm90`, `triton`;" in text and "| heads | ms |" in text
+
+    # in one table: each row says whose it is
+    other = {**record["cases"][1], "direction": "forward", "shape": "B"}
+    record["cases"] = [record["cases"][0], other]
+    records.write(record, checkout / "bench" / "results" / "attn.json")
+    run(checkout)
+    text = (checkout / "README.md").read_text()
+    assert "| shape | heads | backend | ms | useful TFLOP/s | × our next backend |" in text
+    assert "| **A** | 32/8 | cuda_sm90 | 0.5 | 150 | 2.00 (triton) |" in text
+    assert "| **B** | 32/8 | triton | 1 | 100 | not measured |" in text
+    assert "| **C** | 32/8 | not measured | not measured |" in text
+
+
+def test_without_ceilings_there_is_no_roofline(checkout, record):
+    record["ceilings"] = {}
+    records.write(record, checkout / "bench" / "results" / "attn.json")
+    run(checkout)
+    docs = (checkout / "docs" / "speed.md").read_text()
+    assert "NVIDIA Test (`bench/results/attn.json`): ceilings not measured." in docs
+    assert not list((checkout / "bench" / "results").glob("*roofline*"))
+    assert run(checkout, "--check").exit_code == 0
 
 
 def test_quick_runs_are_refused(checkout, record):

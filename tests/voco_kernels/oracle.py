@@ -66,10 +66,25 @@ def skip_unless_it_serves(backend: str, inputs: Inputs) -> None:
         pytest.skip(f"{backend}: {'; '.join(reasons)}")
 
 
-def attend(inputs: Inputs, layout: MaskLayout, backend: str, scale: float | None = None) -> Results:
+def attend(
+    inputs: Inputs,
+    layout: MaskLayout,
+    backend: str,
+    scale: float | None = None,
+    deterministic: bool = True,
+) -> Results:
     """Forward and backward through the public function."""
     q, k, v = (tensor.detach().requires_grad_() for tensor in inputs[:3])
-    out, lse = masked_attention(q, k, v, layout, scale=scale, backend=backend, return_lse=True)
+    out, lse = masked_attention(
+        q,
+        k,
+        v,
+        layout,
+        scale=scale,
+        backend=backend,
+        return_lse=True,
+        deterministic=deterministic,
+    )
     gradients = torch.autograd.grad((out, lse), (q, k, v), (inputs.dout, inputs.dlse))
     return Results(out.detach(), lse.detach(), *gradients)
 

@@ -22,8 +22,8 @@ from tests.voco_kernels.strategies import cases
 from voco_kernels import MaskLayout, masked_attention
 from voco_kernels.dispatch import BACKENDS, load
 
-# flash-attn has CUDA kernels only; test_flash_attn.py has a stand-in for them.
-ON_CPU = [backend for backend in BACKENDS if backend != "flash_attn"]
+# CUDA kernels: tests/cuda_on_cpu/ runs ours on the CPU, test_flash_attn.py a stand-in for theirs.
+ON_CPU = [backend for backend in BACKENDS if backend not in ("cuda_sm90", "flash_attn")]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The interpreter takes a second where a backend takes a millisecond. Kernels with 16-bit operands
 # differ from those with 32 in the conversions only: each way through them is taken once.
@@ -287,18 +287,30 @@ def test_gradients_on_cuda_are_the_same_bits_every_time(backend):
 
 
 @pytest.mark.gpu
-def test_triton_needs_no_host_sync_and_can_be_captured():
+@pytest.mark.parametrize("name", GPU_CASES)
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_gradients_in_any_order_on_cuda(name, head_dim):
+    layout = GPU_CASES[name].layout("cuda")
+    inputs = random_inputs(layout, torch.bfloat16, head_dim=head_dim, **GPU_HEADS)
+    skip_unless_it_serves("cuda_sm90", inputs)
+    results = attend(inputs, layout, "cuda_sm90", deterministic=False)
+    assert_close_to_truth(results, inputs, layout)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda_sm90"])
+def test_needs_no_host_sync_and_can_be_captured(backend):
     """Layout and attention in one CUDA graph, replayed for other ids."""
     voco = 9
     rows = {"first": [5] * 200 + [voco] + [5] * 99, "second": [5] * 20 + [voco] * 3 + [5] * 277}
     ids = torch.tensor([rows["first"]], device="cuda")
     no_image = MaskLayout.from_lengths(0, 0, 300, device="cuda")
     inputs = random_inputs(no_image, torch.bfloat16, head_dim=128, **GPU_HEADS)
-    skip_unless_it_serves("triton", inputs)
+    skip_unless_it_serves(backend, inputs)
 
     def step():
         layout = MaskLayout.from_input_ids(ids, voco_token_id=voco)
-        return attend(inputs, layout, "triton")
+        return attend(inputs, layout, backend)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):

@@ -28,12 +28,12 @@ def test_opcheck(backend, dtype):
     layout = SMALL.layout()
     inputs = random_inputs(layout, dtype, head_dim=8)
     q, k, v = leaves(inputs)
-    torch.library.opcheck(attention_forward, (q, k, v, *layout.tensors(), 0.3, backend))
-    out, lse = attention_forward(*inputs[:3], *layout.tensors(), 0.3, backend)
+    torch.library.opcheck(attention_forward, (q, k, v, *layout.tensors(), 0.3, backend, True))
+    out, lse = attention_forward(*inputs[:3], *layout.tensors(), 0.3, backend, True)
     for dlse in (inputs.dlse, None):
         torch.library.opcheck(
             attention_backward,
-            (inputs.dout, dlse, *inputs[:3], out, lse, *layout.tensors(), 0.3, backend),
+            (inputs.dout, dlse, *inputs[:3], out, lse, *layout.tensors(), 0.3, backend, True),
         )
 
 
@@ -44,7 +44,9 @@ def test_opcheck_of_strided_inputs():
     q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs[:3])
     for tensors in ((q, k, v), (q, k[:, :1].expand_as(k), v)):
         for backend in ON_CPU:
-            torch.library.opcheck(attention_forward, (*tensors, *layout.tensors(), 0.3, backend))
+            torch.library.opcheck(
+                attention_forward, (*tensors, *layout.tensors(), 0.3, backend, True)
+            )
 
 
 @pytest.mark.parametrize("name", ["one token", "padded left, isolated", "empty text"])

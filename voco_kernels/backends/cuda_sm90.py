@@ -1,4 +1,4 @@
-"""CUDA backend for Hopper (compute capability 9.0), from ``csrc/``: the default there where it is built."""
+"""CUDA backend for Hopper (sm_90a), from ``csrc/``. One launch forward, three backward."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from voco_kernels.reasons import dtype_reasons, strided_reasons
 
 _LARGEST_HEAD_DIM = 256
 _ALIGNMENT = 16  # bytes: what TMA asks of addresses and strides
+_OPERANDS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+# Up to this head_dim, adding to memory would take longer than the two products that it saves.
+_NARROWEST_IN_PASSING = 64
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -22,7 +25,7 @@ def _load() -> tuple[ModuleType | None, str]:
         return import_module("voco_kernels._C"), ""
     except ModuleNotFoundError:
         return None, (
-            "the CUDA extension is not built; pip install voco-kernels where nvcc is, from CUDA 12.3 on"
+            "the CUDA extension is not built; pip install voco-kernels where nvcc is, from CUDA 12.5 on"
         )
     except ImportError as error:
         return None, f"the CUDA extension can't be imported: {error}"
@@ -50,7 +53,9 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         reasons.append(f"expected compute capability 9.0, got {_capability(q.device)}")
     head_dim = q.shape[-1]
     if head_dim > _LARGEST_HEAD_DIM or head_dim % 8:
-        reasons.append(f"expected head_dim a multiple of 8 up to {_LARGEST_HEAD_DIM}, got {head_dim}")
+        reasons.append(
+            f"expected head_dim a multiple of 8 up to {_LARGEST_HEAD_DIM}, got {head_dim}"
+        )
     if not all(map(_is_aligned, (q, k, v))):
         strides = ", ".join(str(tuple(tensor.stride())) for tensor in (q, k, v))
         reasons.append(
@@ -79,8 +84,11 @@ def backward(
     lse: Tensor,
     layout: MaskLayout,
     scale: float,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    # Where the order may vary, dQ is added up while dK and dV are made: five products, not seven.
+    in_passing = not deterministic and q.shape[-1] > _NARROWEST_IN_PASSING
     _launch(
         "attention_backward_sm90",
         q,
@@ -93,6 +101,7 @@ def backward(
         lse=lse.contiguous(),
         dlse=None if dlse is None else dlse.contiguous(),
         delta=torch.empty_like(lse, memory_format=torch.contiguous_format),
+        dq_sum=q.new_empty(q.shape, dtype=torch.float32) if in_passing else None,
         dq=dq,
         dk=dk,
         dv=dv,
@@ -121,7 +130,7 @@ def _launch(
     for field, tensor in dict(q=q, k=k, v=v, **tensors).items():
         if tensor is None:
             continue
-        if tensor.dim() == 4:
+        if field in _OPERANDS:
             setattr(params, field, _extension.Tensor4(tensor.data_ptr(), *tensor.stride()[:3]))
         else:
             setattr(params, field, tensor.data_ptr())

@@ -67,6 +67,7 @@ def backward(
     lse: Tensor,
     layout: MaskLayout,
     scale: float,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pack = _packing(layout)
     if pack is None:

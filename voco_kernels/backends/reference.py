@@ -38,6 +38,7 @@ def backward(
     lse: Tensor,
     layout: MaskLayout,
     scale: float,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = [tensor.shape for tensor in (q, k, v)]
     dout, out, lse = (tensor.unflatten(1, (k.shape[1], -1)) for tensor in (dout, out, lse))

@@ -66,6 +66,7 @@ def backward(
     lse: Tensor,
     layout: MaskLayout,
     scale: float,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head_dim, dtype = q.shape[-1], q.dtype
     # Sums over chunks in 16 bits would be rounded each time. aten's CPU kernel rounds its own like

@@ -76,6 +76,7 @@ def backward(
     lse: Tensor,
     layout: MaskLayout,
     scale: float,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from voco_kernels.backends import triton_backward as kernels
 

@@ -1,8 +1,10 @@
-"""Block shapes for each kernel, head_dim and dtype."""
+"""The blocks of each Triton kernel: which are used for a head_dim, a dtype and a chip."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from voco_kernels.backends.triton_table import TABLE
 
 
 class Config(NamedTuple):
@@ -16,8 +18,21 @@ class Config(NamedTuple):
     precision: str = "ieee"
 
 
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Bytes of shared memory that a program may have, by chip. Triton checks it at the first launch."""
+
+CALL_STACK = {120: 8}
+"""Bytes of stack a thread that are no spill, by chip: on sm_120 each TMA load comes with a call into
+the driver for addresses in another multiprocessor's memory, which ours never are."""
+
+# Chips without rows of their own borrow those of a sister with the same matrix instructions and no
+# more shared memory; the ones that nobody has heard of yet, those that need the least.
+_SISTERS = {86: 89, 87: 80, 103: 100, 121: 120}
+_LEAST = 89
+
+
 def config(kernel: str, head_dim: int, itemsize: int, capability: int) -> Config:
-    """The configuration that ships.
+    """The configuration that ships. Never timed here: a first call is no place for autotuning.
 
     Args:
         kernel: ``"forward"``, ``"dq"`` or ``"dkdv"``.
@@ -25,45 +40,26 @@ def config(kernel: str, head_dim: int, itemsize: int, capability: int) -> Config
         itemsize: bytes of a q, k, v element.
         capability: ``10 * major + minor`` of the device's compute capability.
     """
-    width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    width = width_of(head_dim)
     if itemsize == 4:
         return _FLOAT32[kernel, width]
-    table = {90: _HOPPER, 100: _BLACKWELL}.get(capability, _PORTABLE)
-    return table[kernel, width]
+    *blocks, _ = TABLE[chip_of(capability)][kernel, width]
+    return Config(*blocks)
 
 
-# 64-row blocks leave room for two programs on a multiprocessor: one computes while the other waits.
-_HOPPER = {
-    ("forward", 64): Config(64, 64, 4, 3),
-    ("forward", 128): Config(64, 64, 4, 3),
-    ("forward", 256): Config(64, 64, 8, 2),
-    ("dq", 64): Config(64, 64, 4, 3),
-    ("dq", 128): Config(64, 64, 4, 2),
-    ("dq", 256): Config(64, 64, 8, 2),
-    ("dkdv", 64): Config(64, 64, 4, 3),
-    ("dkdv", 128): Config(32, 64, 4, 3),
-    # Two accumulators of width 256 and wgmma's 64 rows would spill: 32 rows, on mma.sync.
-    ("dkdv", 256): Config(32, 32, 8, 2),
-}
+def width_of(head_dim: int) -> int:
+    """The class of a head_dim: 64, 128 or 256; 80 and 96 are of class 128."""
+    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
-# Fits the 99 KiB of shared memory of sm_86, sm_89 and sm_120 as well as sm_80's 163 KiB.
-_PORTABLE = {
-    ("forward", 64): Config(64, 64, 4, 3),
-    ("forward", 128): Config(128, 64, 8, 2),
-    ("forward", 256): Config(64, 32, 8, 2),
-    ("dq", 64): Config(64, 32, 4, 2),
-    ("dq", 128): Config(64, 32, 8, 2),
-    ("dq", 256): Config(32, 32, 8, 1),
-    ("dkdv", 64): Config(32, 64, 4, 2),
-    ("dkdv", 128): Config(32, 64, 8, 2),
-    ("dkdv", 256): Config(32, 32, 8, 1),
-}
 
-# Only compiled, never timed; the portable dkdv would spill here.
-_BLACKWELL = _PORTABLE | {("dkdv", 128): Config(32, 64, 8, 1)}
+def chip_of(capability: int) -> int:
+    """The chip of the table that stands for a compute capability."""
+    return capability if capability in TABLE else _SISTERS.get(capability, _LEAST)
 
-# float32 is for checking, not for speed. Three tf32 products keep its accuracy on tensor cores; 32 rows
-# keep it off wgmma, with which 64 x 16 blocks read out of bounds (Triton 3.6 on an H200).
+
+# float32 is for checking, not for speed: one table for every chip, and not tuned. Three tf32 products
+# keep its accuracy on tensor cores; 32 rows keep it off wgmma, with which 64 x 16 blocks read out of
+# bounds (Triton 3.6 on an H200).
 _FLOAT32 = {
     ("forward", 64): Config(32, 32, 4, 2, "tf32x3"),
     ("forward", 128): Config(32, 16, 8, 1, "tf32x3"),

@@ -1,0 +1,85 @@
+"""Each kernel of one backend once, forward and backward, for Nsight Compute to look at.
+
+    ncu --profile-from-start off ... python bench/profile_kernels.py --shape A --shape E
+
+What is needed before (inputs, layouts, compilation, a first run) comes before the profiler is
+switched on, and the backend's own functions are called: every kernel in the report is one of ours.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no install
+
+import torch
+import typer
+
+from bench import direct, records
+from bench.attn import parse_heads, pick
+from bench.measure import make_case
+from bench.peers import Case
+from bench.shapes import SIZES
+from voco_kernels import dispatch
+
+
+def run(backend: str | None, case: Case) -> str:
+    """Forward and backward, the second time under the profiler; the name of the backend that ran.
+
+    Raises:
+        RuntimeError: the backend can't serve.
+    """
+    name = direct.choose(case, backend)
+    module = dispatch.load(name)
+    direct.backward(module, case, *direct.forward(module, case))
+    if case.device.type != "cuda":
+        return name
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStart()
+    direct.backward(module, case, *direct.forward(module, case))
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStop()
+    return name
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+def main(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="A shape; repeat for more.", show_default="A and E")
+    ] = None,
+    heads: Annotated[str, typer.Option(help="Query heads / key-value heads.")] = "32/32",
+    head_dim: Annotated[int, typer.Option(help="Size of a head.", min=1)] = 128,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="A backend.", show_default="cuda_sm90, or triton, or the default"),
+    ] = None,
+) -> None:
+    """Run one backend's kernels once a shape, between the profiler's start and stop."""
+    on_cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if on_cuda else "cpu")
+    shapes = SIZES["full" if on_cuda else "tiny"].shapes
+    for name in pick(shape or ["A", "E"], list(shapes), "shapes"):
+        case = make_case(
+            shapes[name],
+            parse_heads(heads),
+            head_dim,
+            torch.bfloat16,
+            device,
+            direction=records.DIRECTIONS[1],
+        )
+        try:
+            used = run(backend, case)
+        except (ValueError, RuntimeError) as error:
+            print(error, file=sys.stderr)
+            raise typer.Exit(1) from error
+        print(f"{used}, shape {name} ({shapes[name].title}): forward and backward", flush=True)
+
+
+if __name__ == "__main__":
+    app()

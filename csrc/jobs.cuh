@@ -1,0 +1,101 @@
+// Copies that TMA can't make: rows that are gathered, and blocks that are cut off and want zeros.
+//
+// One thread knows everything that is to be copied, in order, and waits until each target is free. What is
+// not contiguous it describes as a job; three warps take the jobs in turn, so that several are under way at
+// once. (They can't watch the targets themselves: a barrier shows the parity of its phase only, and a warp
+// that skips most of a ring's loads would take one phase for another.)
+#pragma once
+
+#include "blocks.cuh"
+#include "pipeline.cuh"
+#include "softmax.cuh"
+#include "tiles.cuh"
+
+enum class Copy { END, Q, K, V, DOUT, STATISTICS };
+
+// Row r of the target is number x = start + r of an axis: nothing outside of [low, high), token x from
+// direct_from on, and before it token list[x], where list is `kept` or `readers` of the batch's row,
+// moved by list_offset.
+struct Job {
+  Copy what;
+  uint32_t target, barrier;  // barrier: gets one arrival when all is there
+  int row, head;
+  int begin, end;  // rows of the target; the others are not touched
+  int start, low, high, direct_from, list_offset;
+  bool list_readers;
+};
+
+// What is known of the 64 queries of a block, one number each.
+struct QueryStatistics {
+  float lse_log2[BLOCK_ROWS];  // inf where there is no query: its probabilities are 0
+  float delta[BLOCK_ROWS];
+  int token[BLOCK_ROWS];
+  int visible_from[BLOCK_ROWS];
+};
+
+struct JobQueue {
+  static constexpr int DEPTH = 2 * GATHER_WARPS;  // a multiple: each place is always the same warp's
+  static constexpr int BARRIER_BYTES = 2 * DEPTH * 8;
+
+  uint32_t barriers;
+  Job* jobs;  // [DEPTH], shared memory
+
+  VOCO_DEVICE void init() const {
+    for (int i = 0; i < 2 * DEPTH; ++i) ptx::barrier_init(barriers + i * 8, 1);
+  }
+  VOCO_DEVICE uint32_t full(int i) const { return barriers + i % DEPTH * 8; }
+  VOCO_DEVICE uint32_t empty(int i) const { return barriers + (DEPTH + i % DEPTH) * 8; }
+
+  VOCO_DEVICE void publish(int& i, const Job& job) const {
+    ptx::barrier_wait(empty(i), (i / DEPTH & 1) ^ 1);
+    jobs[i % DEPTH] = job;
+    ptx::barrier_arrive(full(i));
+    ++i;
+  }
+  // One for each of the warps.
+  VOCO_DEVICE void publish_end(int i) const {
+    Job end = {};
+    end.what = Copy::END;
+    for (int warp = 0; warp < GATHER_WARPS; ++warp) publish(i, end);
+  }
+
+  // All that a gathering warp does. `shared` is where dynamic shared memory begins, by both its names.
+  template <int D>
+  VOCO_DEVICE void work(const AttentionParams& params, unsigned char* memory, uint32_t memory_address,
+                        int gather_warp, int lane) const {
+    for (int i = gather_warp;; i += GATHER_WARPS) {
+      ptx::barrier_wait(full(i), i / DEPTH & 1);
+      const Job& job = jobs[i % DEPTH];
+      if (job.what == Copy::END) return;
+      const int64_t row = static_cast<int64_t>(job.row) * params.length;
+      const int* list = (job.list_readers ? params.readers : params.kept) + row + job.list_offset;
+      const auto token_of = [&](int r) {
+        const int x = job.start + r;
+        return x < job.low || x >= job.high ? -1 : x >= job.direct_from ? x : list[x];
+      };
+      if (job.what == Copy::STATISTICS) {
+        auto& target = *reinterpret_cast<QueryStatistics*>(memory + (job.target - memory_address));
+        for (int r = lane; r < BLOCK_ROWS; r += 32) {
+          const int token = token_of(r);
+          const int64_t index = statistic_index(params, job.row, job.head, token);
+          target.lse_log2[r] = token >= 0 ? params.lse[index] * LOG2_E : INFINITY_F;
+          target.delta[r] = token >= 0 ? params.delta[index] : 0.f;
+          target.token[r] = token;
+          target.visible_from[r] = token >= 0 ? params.visible_from[row + token] : 0;
+        }
+        __syncwarp();
+      } else {
+        const Tensor4& tensor = job.what == Copy::Q   ? params.q
+                                : job.what == Copy::K ? params.k
+                                : job.what == Copy::V ? params.v
+                                                      : params.dout;
+        copy_rows<D>(job.target, row_address(tensor, job.row, job.head, 0), tensor.token_stride,
+                     params.head_dim, job.begin, job.end, lane, token_of);
+      }
+      if (lane == 0) {
+        ptx::barrier_arrive(job.barrier);
+        ptx::barrier_arrive(empty(i));
+      }
+    }
+  }
+};

@@ -1,0 +1,42 @@
+// bfloat16 and float16 as bits, rounded to nearest even. Branch-free one way, so that decoding
+// operands of wgmma vectorises.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda_language.h"
+
+namespace cuda_on_cpu {
+
+inline uint16_t bf16_from_float(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;  // NaN, in the chip's canonical form
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float float_from_bf16(uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); }
+
+inline uint16_t fp16_from_float(float value) {
+  const uint32_t bits = __float_as_uint(value), magnitude = bits & 0x7fffffff;
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  if (magnitude > 0x7f800000) return 0x7fff;
+  if (magnitude >= __float_as_uint(65520.0f)) return sign | 0x7c00;  // rounds to infinity
+  if (magnitude < __float_as_uint(0x1p-14f)) {
+    // Subnormal: next to 0.5, floats are as far apart as these, so that the sum rounds as due.
+    const float sum = 0.5f + __uint_as_float(magnitude);
+    return static_cast<uint16_t>(sign | (__float_as_uint(sum) - __float_as_uint(0.5f)));
+  }
+  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+  return static_cast<uint16_t>(sign | (rounded - (uint32_t{127 - 15} << 23)) >> 13);
+}
+
+inline float float_from_fp16(uint16_t bits) {
+  // In place, the exponent is 127 - 15 too small. Multiplying mends it, of subnormals as well, but
+  // not of infinity and NaN.
+  const uint32_t shifted = (bits & 0x7fffu) << 13;
+  const uint32_t magnitude = __float_as_uint(__uint_as_float(shifted) * 0x1p112f);
+  const uint32_t special = (bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
+  return __uint_as_float(magnitude | special | (bits & 0x8000u) << 16);
+}
+
+}  // namespace cuda_on_cpu

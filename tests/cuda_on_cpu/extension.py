@@ -1,0 +1,48 @@
+"""The shipped extension, ``csrc/``, compiled for the emulation and put in the CUDA backend's place."""
+
+from __future__ import annotations
+
+import ctypes
+from importlib.util import module_from_spec, spec_from_file_location
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+from tests.cuda_on_cpu.build import ROOT, compile_for_cpu
+from voco_kernels.backends import cuda_sm90
+
+CSRC = ROOT / "csrc"
+NAME = "_emulated"
+
+
+class Emulation(NamedTuple):
+    """What ``voco_kernels._C`` is on a GPU, and the library that it came from."""
+
+    extension: ModuleType
+    library: ctypes.CDLL
+
+
+def load_emulation() -> Emulation:
+    sources = [CSRC / "bindings.cpp", *sorted(CSRC.glob("*.cu"))]
+    path = compile_for_cpu(sources, NAME, (f"VOCO_MODULE_NAME={NAME}",), python_module=True)
+    spec = spec_from_file_location(NAME, path)
+    extension = module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    return Emulation(extension, ctypes.CDLL(str(path)))
+
+
+def emulate(
+    patch: pytest.MonkeyPatch, emulation: Emulation, order: int = 0, multiprocessors: int = 2
+) -> None:
+    """Let the CUDA backend run on CPU tensors.
+
+    Args:
+        patch: undoes it.
+        order: of the threads of a block: 0 forwards, 1 backwards, else a seed to shuffle them with.
+        multiprocessors: how many blocks share a kernel's items.
+    """
+    emulation.library.emulation_order(order)
+    emulation.library.emulation_multiprocessors(multiprocessors)
+    patch.setattr(cuda_sm90, "_extension", emulation.extension)
+    patch.setattr(cuda_sm90, "_emulated", True)
