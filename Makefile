@@ -24,6 +24,8 @@ endif
 endif
 endif
 
+CPP := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint format bench docs clean
 
@@ -39,13 +41,15 @@ test: lint  ## ruff, then every test that this machine can run
 bench: $(READY)  ## time masked_attention against its rivals on this machine
 	$(PY) bench/attn.py $(ARGS)
 
-lint: $(READY)  ## ruff: lint and formatting
+lint: $(READY)  ## ruff and clang-format: lint and formatting
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
-format: $(READY)  ## let ruff mend what it can
+format: $(READY)  ## let ruff and clang-format mend what they can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
 
 docs: $(READY)  ## draw docs/mask.png and the README's tables again, from code and committed results
 	$(PY) docs/draw_mask.py

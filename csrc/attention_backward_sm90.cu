@@ -1,5 +1,6 @@
-// The backward pass. First delta; then either dQ by query tiles and dK, dV by key tiles, each row with one author,
-// or all three by key tiles, dQ in float32 sums that are rounded at last (docs/hopper.md weighs the two).
+// The backward pass. First delta; then either dQ by query tiles and dK, dV by key tiles, each row with
+// one author, or all three by key tiles, dQ in float32 sums that are rounded at last (docs/hopper.md
+// weighs the two).
 #include "attention.h"
 #include "launch.cuh"
 #include "pipeline.cuh"
@@ -12,7 +13,8 @@ constexpr int ROW_THREADS = 256;
 
 // delta = rowsum(out * dout) - dlse, with which dS = P * (dP - delta).
 template <typename T>
-__global__ void __launch_bounds__(ROW_THREADS) delta_kernel(const __grid_constant__ AttentionParams params) {
+__global__ void __launch_bounds__(ROW_THREADS)
+    delta_kernel(const __grid_constant__ AttentionParams params) {
   const int64_t rows = static_cast<int64_t>(params.batch) * params.heads * params.length;
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * ROW_THREADS + threadIdx.x) / THREADS_A_ROW;
   const int part = threadIdx.x % THREADS_A_ROW;
@@ -42,7 +44,8 @@ __global__ void __launch_bounds__(ROW_THREADS) delta_kernel(const __grid_constan
 
 // dq = scale * dq_sum, rounded; a thread has 8 columns of a row.
 template <typename T>
-__global__ void __launch_bounds__(ROW_THREADS) round_dq_kernel(const __grid_constant__ AttentionParams params) {
+__global__ void __launch_bounds__(ROW_THREADS)
+    finish_sums_kernel(const __grid_constant__ AttentionParams params) {
   const int chunks = params.head_dim / CHUNK;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * ROW_THREADS + threadIdx.x;
   const int64_t row = index / chunks;
@@ -65,21 +68,23 @@ int blocks_for(int64_t threads) { return static_cast<int>((threads + ROW_THREADS
 
 void attention_delta(const AttentionParams& params, void* stream) {
   const int64_t rows = static_cast<int64_t>(params.batch) * params.heads * params.length;
-  runtime::launch(params.bf16 ? delta_kernel<BF16> : delta_kernel<FP16>, blocks_for(rows * THREADS_A_ROW),
-                  ROW_THREADS, 0, stream, params);
+  runtime::launch(params.bf16 ? delta_kernel<BF16> : delta_kernel<FP16>,
+                  blocks_for(rows * THREADS_A_ROW), ROW_THREADS, 0, stream, params);
 }
 
 void attention_backward_sm90(const AttentionParams& params, void* stream) {
   const runtime::DeviceGuard guard(params.device);
+  runtime::set_zero(params.next_item, 2 * sizeof(int), stream);
   attention_delta(params, stream);
   if (!params.dq_sum) {
     attention_dq_sm90(params, stream);
     attention_dkdv_sm90(params, stream);
     return;
   }
-  const int64_t elements = static_cast<int64_t>(params.batch) * params.heads * params.length * params.head_dim;
+  const int64_t elements =
+      static_cast<int64_t>(params.batch) * params.heads * params.length * params.head_dim;
   runtime::set_zero(params.dq_sum, elements * sizeof(float), stream);
   attention_dkdv_and_dq_sm90(params, stream);
-  runtime::launch(params.bf16 ? round_dq_kernel<BF16> : round_dq_kernel<FP16>, blocks_for(elements / CHUNK),
-                  ROW_THREADS, 0, stream, params);
+  runtime::launch(params.bf16 ? finish_sums_kernel<BF16> : finish_sums_kernel<FP16>,
+                  blocks_for(elements / CHUNK), ROW_THREADS, 0, stream, params);
 }

@@ -1,12 +1,12 @@
 // The gradients of keys and values, for sm_90a: dV = P^T dOut, dK = scale * dS^T Q.
 //
-// A consumer has 64 keys, meets all queries that see them, of all heads that share them, and adds up dK and
-// dV in registers; scores are transposed, keys by queries. Two accumulators of 256 columns don't fit: there
-// both consumers have the same keys, and half of the columns each.
+// A consumer has 64 keys, meets all queries that see them, of all heads that share them, and adds up dK
+// and dV in registers; scores are transposed, keys by queries. Two accumulators of 256 columns don't
+// fit: there both consumers have the same keys, and half of the columns each.
 //
-// With ADD_DQ the kernel makes dQ as well, from the dS that it has anyway: five products a block, where a walk
-// of its own (attention_dq_sm90.cu) brings them to seven. But then each row of dQ has many authors, which add
-// to it in memory, in float32, in whatever order they come.
+// With ADD_DQ the kernel makes dQ as well, from the dS that it has anyway: five products a block, where
+// a walk of its own (attention_dq_sm90.cu) brings them to seven. But then each row of dQ has many
+// authors, which add to it in memory, in float32, in whatever order they come.
 #include "attention.h"
 #include "jobs.cuh"
 #include "launch.cuh"
@@ -25,17 +25,19 @@ constexpr int COLUMNS = D <= 128 ? D : D / CONSUMERS;
 // Of dQ a consumer makes some columns, from all keys.
 template <int D>
 constexpr int DQ_COLUMNS = D / CONSUMERS;
+constexpr int NOBODYS_TOKEN = 0x7fffffff;
 // The named barrier at which both consumers meet when dS is written.
 constexpr int DS_WRITTEN = FIRST_BARRIER;
 
-// Keys [start, stop) of one head and the queries [query_start, query_stop) that see them, in 64-query blocks
-// from the first on. Both are token positions and every key sees from itself on; or, gathered, both are ranks,
-// in `kept` and `readers`, and who sees whom is asked of their positions.
+// Keys [start, stop) of one head and the queries [query_start, query_stop) that see them, in 64-query
+// blocks from the first on. Both are token positions and every key sees from itself on; or, gathered,
+// both are ranks, in `kept` and `readers`, and who sees whom is asked of their positions.
 struct KeyTile {
   int row, kv_head, gathered;
   int start, stop, query_start, query_stop;
   int blocks;  // of queries; negative behind the last item
-  // How many items with queries, and pairs of a block of q and one of dout, this block has copied before.
+  // How many items with queries, and pairs of a block of q and one of dout, this block has copied
+  // before.
   int fill, first_pair;
 
   VOCO_DEVICE bool is_end() const { return blocks < 0; }
@@ -97,7 +99,7 @@ struct KeyTileShared {
   uint32_t k, v, ds;
   Slots ring;
   Statistics statistics;
-  Resident resident;
+  Resident<> resident;
   WorkQueue<KeyTile> queue;
   JobQueue jobs;
   unsigned char* memory;
@@ -112,10 +114,13 @@ struct KeyTileShared {
     ring.barriers = statistics.slots + Statistics::BYTES;
     statistics.barriers = ring.barriers + Slots::BARRIER_BYTES;
     resident.barriers = statistics.barriers + Statistics::BARRIER_BYTES;
-    queue.barriers = resident.barriers + Resident::BARRIER_BYTES;
+    queue.barriers = resident.barriers + resident.BARRIER_BYTES;
     jobs.barriers = queue.barriers + queue.BARRIER_BYTES;
     queue.entries = reinterpret_cast<KeyTile*>(memory + (jobs.barriers - k) + JobQueue::BARRIER_BYTES);
     jobs.jobs = reinterpret_cast<Job*>(queue.entries + queue.DEPTH);
+    static_assert(Slots::BARRIER_BYTES + Statistics::BARRIER_BYTES + resident.BARRIER_BYTES +
+                      queue.BYTES + JobQueue::BYTES <=
+                  SHARED_RESERVE);
   }
   VOCO_DEVICE void init() const {
     ring.init();
@@ -135,17 +140,19 @@ template <int D, bool ADD_DQ>
 VOCO_DEVICE void copy_items(const KeyTileArguments& arguments, const KeyTileShared<D, ADD_DQ>& shared) {
   const AttentionParams& params = arguments.params;
   const int group = params.heads / params.kv_heads;
+  int* const next_item = params.next_item + 1;
   int pair = 0, fill = 0, next_job = 0;
 
-  const auto by_tma = [](const ptx::TensorMap& map, uint32_t target, uint32_t barrier, int token, int head,
-                         int row) {
+  const auto by_tma = [](const ptx::TensorMap& map, uint32_t target, uint32_t barrier, int token,
+                         int head, int row) {
     ptx::barrier_arrive_expect(barrier, BLOCK_BYTES<D>);
     for (int panel = 0; panel < D / PANEL_COLUMNS; ++panel) {
-      ptx::tma_load(target + panel * PANEL_BYTES, &map, barrier, panel * PANEL_COLUMNS, 0, token, head, row);
+      ptx::tma_load(target + panel * PANEL_BYTES, &map, barrier, panel * PANEL_COLUMNS, 0, token, head,
+                    row);
     }
   };
-  const auto by_job = [&](Copy what, uint32_t target, uint32_t barrier, const KeyTile& tile, int head, int start,
-                          int stop, int rows) {
+  const auto by_job = [&](Copy what, uint32_t target, uint32_t barrier, const KeyTile& tile, int head,
+                          int start, int stop, int rows) {
     Job job = {};
     job.what = what;
     job.target = target;
@@ -160,12 +167,14 @@ VOCO_DEVICE void copy_items(const KeyTileArguments& arguments, const KeyTileShar
     shared.jobs.publish(next_job, job);
   };
 
+  int item = shared.queue.draw(0, next_item);
   for (int i = 0;; ++i) {
-    KeyTile drawn = key_tile<D>(params, shared.queue.draw(i, params.next_item));
+    KeyTile drawn = key_tile<D>(params, item);
     drawn.fill = fill;
     drawn.first_pair = pair;
     const KeyTile& tile = shared.queue.publish(i, drawn);
     if (tile.is_end()) break;
+    item = shared.queue.draw(i + 1, next_item);
     if (tile.blocks == 0) continue;
 
     shared.resident.wait_empty(fill++);
@@ -174,26 +183,27 @@ VOCO_DEVICE void copy_items(const KeyTileArguments& arguments, const KeyTileShar
       const int block = n / 2, start = tile.start + BLOCK_ROWS * block;
       const uint32_t target = (values ? shared.v : shared.k) + BLOCK_BYTES<D> * block;
       if (tile.keys_contiguous(block)) {
-        by_tma(values ? arguments.v : arguments.k, target, shared.resident.full(), start, tile.kv_head, tile.row);
+        by_tma(values ? arguments.v : arguments.k, target, shared.resident.full(tile.fill), start,
+               tile.kv_head, tile.row);
       } else {
-        by_job(values ? Copy::V : Copy::K, target, shared.resident.full(), tile, tile.kv_head, start, tile.stop,
-               BLOCK_ROWS);
+        by_job(values ? Copy::V : Copy::K, target, shared.resident.full(tile.fill), tile, tile.kv_head,
+               start, tile.stop, BLOCK_ROWS);
       }
     }
     for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
       for (int block = 0; block < tile.blocks; ++block, ++pair) {
         const int start = tile.query_start + BLOCK_ROWS * block;
         shared.statistics.wait_empty(pair);
-        by_job(Copy::STATISTICS, shared.statistics.slot(pair), shared.statistics.full(pair), tile, head, start,
-               tile.query_stop, BLOCK_ROWS);
+        by_job(Copy::STATISTICS, shared.statistics.slot(pair), shared.statistics.full(pair), tile, head,
+               start, tile.query_stop, BLOCK_ROWS);
         for (int load = 2 * pair; load < 2 * pair + 2; ++load) {
           shared.ring.wait_empty(load);
           if (tile.queries_contiguous(block)) {
-            by_tma(load % 2 ? arguments.dout : arguments.q, shared.ring.slot(load), shared.ring.full(load), start,
-                   head, tile.row);
+            by_tma(load % 2 ? arguments.dout : arguments.q, shared.ring.slot(load),
+                   shared.ring.full(load), start, head, tile.row);
           } else {
-            by_job(load % 2 ? Copy::DOUT : Copy::Q, shared.ring.slot(load), shared.ring.full(load), tile, head,
-                   start, tile.query_stop, tile.narrow(block) ? NARROW_ROWS : BLOCK_ROWS);
+            by_job(load % 2 ? Copy::DOUT : Copy::Q, shared.ring.slot(load), shared.ring.full(load), tile,
+                   head, start, tile.query_stop, tile.narrow(block) ? NARROW_ROWS : BLOCK_ROWS);
           }
         }
       }
@@ -225,7 +235,7 @@ struct DkdvConsumer {
       if (tile.blocks > 0) {
         shared.resident.wait_full(tile.fill);
         accumulate(tile);
-        shared.resident.release(me.lane);
+        shared.resident.release(tile.fill, me.lane);
       }
       store(tile);
       shared.queue.release(i, me.lane);
@@ -237,31 +247,32 @@ struct DkdvConsumer {
   VOCO_DEVICE int rank(const KeyTile& tile, int h) const {
     return tile.start + BLOCK_ROWS * key_block + 16 * me.warp + me.lane / 4 + 8 * h;
   }
+  // Behind the tile's end: a token that no query sees.
   VOCO_DEVICE int token(const KeyTile& tile, int h) const {
     const int r = rank(tile, h);
-    const bool look_up = tile.gathered && r < tile.stop;
-    return look_up ? params.kept[static_cast<int64_t>(tile.row) * params.length + r] : r;
+    if (r >= tile.stop) return NOBODYS_TOKEN;
+    return tile.gathered ? params.kept[static_cast<int64_t>(tile.row) * params.length + r] : r;
   }
 
-  // How many blocks of keys see queries of a block: with contiguous keys, those that begin before it ends.
+  // How many blocks of keys see queries of a block: with contiguous keys, those that begin before it
+  // ends.
   VOCO_DEVICE int key_blocks_of(const KeyTile& tile, int block) const {
     const int seen = tile.gathered ? KEY_BLOCKS<D> : min(block + 1, KEY_BLOCKS<D>);
     return min(seen, (tile.stop - tile.start + BLOCK_ROWS - 1) / BLOCK_ROWS);
   }
 
   VOCO_DEVICE void accumulate(const KeyTile& tile) {
-    const int group = params.heads / params.kv_heads;
-    int pair = tile.first_pair;
-    for (int member = 0; member < group; ++member) {
-      for (int block = 0; block < tile.blocks; ++block, ++pair) {
-        if (!ADD_DQ && key_block >= key_blocks_of(tile, block)) {
-          skip(pair);
-        } else if (tile.narrow(block)) {
-          add<NARROW_ROWS>(tile, pair, block, member);
-        } else {
-          add<BLOCK_ROWS>(tile, pair, block, member);
-        }
+    const int pairs = params.heads / params.kv_heads * tile.blocks;
+    int block = 0;
+    for (int pair = tile.first_pair; pair < tile.first_pair + pairs; ++pair) {
+      if (!ADD_DQ && key_block >= key_blocks_of(tile, block)) {
+        skip(pair);
+      } else if (tile.narrow(block)) {
+        add<NARROW_ROWS>(tile, pair, block);
+      } else {
+        add<BLOCK_ROWS>(tile, pair, block);
       }
+      block = block + 1 < tile.blocks ? block + 1 : 0;  // ... of the next head
     }
   }
 
@@ -274,7 +285,7 @@ struct DkdvConsumer {
 
   // The first N queries of a block.
   template <int N>
-  VOCO_DEVICE void add(const KeyTile& tile, int pair, int block, int member) {
+  VOCO_DEVICE void add(const KeyTile& tile, int pair, int block) {
     const auto& ring = shared.ring;
     const QueryStatistics& statistics = shared.statistics_of(pair);
     if (!ADD_DQ || key_block < key_blocks_of(tile, block)) {
@@ -284,11 +295,11 @@ struct DkdvConsumer {
       uint32_t p[N / 16][4], ds[N / 16][4];
       ring.wait_full(2 * pair);
       ptx::wgmma_fence();
-      rows_by_rows<T, D, N>(scores, ptx::opaque(shared.k + keys), q, 0);
+      rows_by_rows<T, D, N>(scores, shared.k + keys, q, 0);
       ptx::wgmma_commit();
       ring.wait_full(2 * pair + 1);
       ptx::wgmma_fence();
-      rows_by_rows<T, D, N>(dp, ptx::opaque(shared.v + keys), dout, 0);
+      rows_by_rows<T, D, N>(dp, shared.v + keys, dout, 0);
       ptx::wgmma_commit();
 
       shared.statistics.wait_full(pair);
@@ -321,7 +332,7 @@ struct DkdvConsumer {
     }
     if constexpr (ADD_DQ) {
       ptx::named_barrier_sync(DS_WRITTEN, CONSUMERS * WARPGROUP);
-      add_dq(tile, pair, block, member);
+      add_dq(tile, pair, block);
     }
     __syncwarp();
     shared.statistics.release(pair, me.lane == 0);
@@ -347,14 +358,14 @@ struct DkdvConsumer {
   }
 
   // dQ of a block of queries, from all keys of this tile, half of its columns.
-  VOCO_DEVICE void add_dq(const KeyTile& tile, int pair, int block, int member) const {
+  VOCO_DEVICE void add_dq(const KeyTile& tile, int pair, int block) const {
     float dq[DQ_COLUMNS<D> / 2];
     const int panel = me.warpgroup * DQ_COLUMNS<D> / PANEL_COLUMNS;
     ptx::wgmma_fence();
 #pragma unroll
     for (int keys = 0; keys < KEY_BLOCKS<D>; ++keys) {
-      const ColumnsOperand ds(ptx::opaque(ds_panel(pair, keys)), 0, 0);
-      const ColumnsOperand k(ptx::opaque(shared.k + BLOCK_BYTES<D> * keys), panel, 0);
+      const ColumnsOperand ds(ds_panel(pair, keys), 0, 0);
+      const ColumnsOperand k(shared.k + BLOCK_BYTES<D> * keys, panel, 0);
 #pragma unroll
       for (int step = 0; step < BLOCK_ROWS / 16; ++step) {
         ptx::wgmma<T, DQ_COLUMNS<D>, true, true>(dq, ds.step(step), k.step(step), keys > 0 || step > 0);
@@ -365,6 +376,7 @@ struct DkdvConsumer {
     ptx::pin(dq);
 
     const QueryStatistics& statistics = shared.statistics_of(pair);
+    const int member = (pair - tile.first_pair) / tile.blocks;
     const int head = tile.kv_head * (params.heads / params.kv_heads) + member;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -382,7 +394,8 @@ struct DkdvConsumer {
     }
   }
 
-  // dP becomes dS. From the rounded probabilities: the unrounded ones would take registers that there aren't.
+  // dP becomes dS. From the rounded probabilities: the unrounded ones would take registers that there
+  // aren't.
   template <int N>
   VOCO_DEVICE void differentiate(float (&dp)[N / 2], const uint32_t (&p)[N / 16][4],
                                  const QueryStatistics& statistics) const {
@@ -398,10 +411,11 @@ struct DkdvConsumer {
     }
   }
 
-  // Scores, keys by queries, become probabilities, 0 where the query does not see the key.
+  // Scores, keys by queries, become probabilities, 0 where the query does not see the key. Keys behind
+  // the tile's end are zeros, not nothing: their probabilities may be anything, and dQ would meet them.
   template <int N>
-  VOCO_DEVICE void exponentiate(float (&scores)[N / 2], const KeyTile& tile, const QueryStatistics& statistics,
-                                int first_query) const {
+  VOCO_DEVICE void exponentiate(float (&scores)[N / 2], const KeyTile& tile,
+                                const QueryStatistics& statistics, int first_query) const {
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
       const float2 lse = *reinterpret_cast<const float2*>(&statistics.lse_log2[8 * j + me.lane % 4 * 2]);
@@ -411,16 +425,29 @@ struct DkdvConsumer {
         scores[4 * j + 2 * h + 1] = ptx::exp2(fmaf(scores[4 * j + 2 * h + 1], scale_log2, -lse.y));
       }
     }
-    const int last_key = tile.start + BLOCK_ROWS * (key_block + 1) - 1;
-    if (!tile.gathered && first_query >= last_key) return;
     const int keys[2] = {token(tile, 0), token(tile, 1)};
+    if (tile.gathered) {
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      const int column = i / 4 * 8 + me.lane % 4 * 2 + i % 2, h = i / 2 % 2;
-      const bool sees = tile.gathered ? keys[h] <= statistics.token[column] &&
-                                            keys[h] >= statistics.visible_from[column]
-                                      : keys[h] <= first_query + column;
-      if (!sees) scores[i] = 0.f;
+      for (int j = 0; j < N / 8; ++j) {
+        const int column = 8 * j + me.lane % 4 * 2;
+        const int2 query = *reinterpret_cast<const int2*>(&statistics.token[column]);
+        const int2 since = *reinterpret_cast<const int2*>(&statistics.visible_from[column]);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          // Without &&, which would be a branch each.
+          const bool first = (keys[h] <= query.x) & (keys[h] >= since.x);
+          const bool second = (keys[h] <= query.y) & (keys[h] >= since.y);
+          if (!first) scores[4 * j + 2 * h] = 0.f;
+          if (!second) scores[4 * j + 2 * h + 1] = 0.f;
+        }
+      }
+    } else if (first_query < tile.start + BLOCK_ROWS * (key_block + 1) - 1 ||
+               !tile.keys_contiguous(key_block)) {
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) {
+        const int query = first_query + i / 4 * 8 + me.lane % 4 * 2 + i % 2;
+        if (keys[i / 2 % 2] > query) scores[i] = 0.f;
+      }
     }
   }
 
@@ -464,7 +491,6 @@ void launch(const AttentionParams& params, runtime::Stream stream) {
   arguments.dout = panel_map(params.dout, params, params.heads, 1);
   arguments.k = panel_map(params.k, params, params.kv_heads, 1);
   arguments.v = panel_map(params.v, params, params.kv_heads, 1);
-  runtime::set_zero(params.next_item, sizeof(int), stream);
   by_type(params, [&](auto type, auto head_dim) {
     constexpr int D = decltype(head_dim)::value;
     if constexpr (!ADD_DQ || D > 64) {
@@ -478,4 +504,6 @@ void launch(const AttentionParams& params, runtime::Stream stream) {
 
 void attention_dkdv_sm90(const AttentionParams& params, void* stream) { launch<false>(params, stream); }
 
-void attention_dkdv_and_dq_sm90(const AttentionParams& params, void* stream) { launch<true>(params, stream); }
+void attention_dkdv_and_dq_sm90(const AttentionParams& params, void* stream) {
+  launch<true>(params, stream);
+}

@@ -13,9 +13,9 @@ namespace {
 
 // Keys and values of a block are read together; its keys stay until dS is multiplied with them.
 struct DqLoads {
-  int first;
+  int first, fill;
 
-  VOCO_DEVICE explicit DqLoads(const QueryTile& tile) : first(tile.first_load) {}
+  VOCO_DEVICE explicit DqLoads(const QueryTile& tile) : first(tile.first_load), fill(tile.fill) {}
   VOCO_DEVICE int keys(int block) const { return first + 2 * block; }
   VOCO_DEVICE int values(int block) const { return first + 2 * block + 1; }
   VOCO_DEVICE static Load at(int n) { return {n / 2, n % 2 == 1}; }
@@ -37,7 +37,7 @@ struct DqConsumer {
 
   uint32_t fragments[QUERIES_IN_REGISTERS ? D / 16 : 1][4];
   RowsByHeadDim<D> dq;
-  float lse_log2[2], delta[2];
+  float lse[2], delta[2];
 
   VOCO_DEVICE DqConsumer(const QueryTileArguments& arguments, const QueryTileShared<D, true>& shared)
       : params(arguments.params),
@@ -56,9 +56,10 @@ struct DqConsumer {
       if (tile.blocks > 0) {
         load_statistics(tile, rows);
         shared.resident.wait_full(tile.fill);
-        if constexpr (QUERIES_IN_REGISTERS) load_fragments<D>(fragments, my(shared.q), me.warp, me.lane);
+        if constexpr (QUERIES_IN_REGISTERS)
+          load_fragments<D>(fragments, my(shared.q(tile.fill)), me.warp, me.lane);
         accumulate(tile, rows, mine);
-        shared.resident.release(me.lane);
+        shared.resident.release(tile.fill, me.lane);
       }
       store(tile, rows);
       shared.queue.release(i, me.lane);
@@ -78,7 +79,7 @@ struct DqConsumer {
       const bool valid = rows.position[h] >= tile.run_start;
       const int64_t i = statistic_index(params, tile.row, head(tile, h), rows.position[h]);
       // exp2(-inf) is 0: rows that are not of this run take part without effect.
-      lse_log2[h] = valid ? params.lse[i] * LOG2_E : INFINITY_F;
+      lse[h] = valid ? params.lse[i] : INFINITY_F;
       delta[h] = valid ? params.delta[i] : 0.f;
     }
   }
@@ -93,9 +94,9 @@ struct DqConsumer {
     if constexpr (QUERIES_IN_REGISTERS) {
       rows_by_rows<T, D, N>(scores, fragments, shared.ring.slot(keys), BLOCK_ROWS - N);
     } else {
-      rows_by_rows<T, D, N>(scores, ptx::opaque(my(shared.q)), shared.ring.slot(keys), BLOCK_ROWS - N);
+      rows_by_rows<T, D, N>(scores, my(shared.q(loads.fill)), shared.ring.slot(keys), BLOCK_ROWS - N);
     }
-    rows_by_rows<T, D, N>(dp, ptx::opaque(my(shared.dout)), shared.ring.slot(values), BLOCK_ROWS - N);
+    rows_by_rows<T, D, N>(dp, my(shared.dout(loads.fill)), shared.ring.slot(values), BLOCK_ROWS - N);
     ptx::wgmma_commit();
   }
 
@@ -103,6 +104,8 @@ struct DqConsumer {
   template <int COUNT>
   VOCO_DEVICE void differentiate(const float (&scores)[COUNT], float (&dp)[COUNT], const Rows& rows,
                                  int start, int first_key) const {
+    // Not when they are loaded, or the first product would wait for them.
+    const float lse_log2[2] = {lse[0] * LOG2_E, lse[1] * LOG2_E};
     const bool cut = is_cut(rows, start, first_key);
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
@@ -127,8 +130,8 @@ struct DqConsumer {
 
   // dS of a tile's first block: of its last N keys.
   template <int N>
-  VOCO_DEVICE void begin(uint32_t (&ds)[N / 16][4], DqLoads loads, int block, const Rows& rows, int start,
-                         int first_key) {
+  VOCO_DEVICE void begin(uint32_t (&ds)[N / 16][4], DqLoads loads, int block, const Rows& rows,
+                         int start, int first_key) {
     float scores[N / 2], dp[N / 2];
     turns.take();
     multiply<N>(scores, dp, loads, block);
@@ -143,8 +146,8 @@ struct DqConsumer {
 
   // Adds block - 1 to dQ, and turns to dS of the next.
   template <int STEPS>
-  VOCO_DEVICE void advance(const uint32_t (&before)[STEPS][4], uint32_t (&ds)[BLOCK_ROWS / 16][4], DqLoads loads,
-                           int block, const Rows& rows, int start, int first_key) {
+  VOCO_DEVICE void advance(const uint32_t (&before)[STEPS][4], uint32_t (&ds)[BLOCK_ROWS / 16][4],
+                           DqLoads loads, int block, const Rows& rows, int start, int first_key) {
     float scores[BLOCK_ROWS / 2], dp[BLOCK_ROWS / 2];
     turns.take();
     multiply<BLOCK_ROWS>(scores, dp, loads, block);
@@ -217,7 +220,8 @@ struct DqConsumer {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       store_row<T, D>(row_address(params.dq, tile.row, head(tile, h), rows.position[h]),
-                      rows.position[h] >= tile.run_start, dq, h, params.scale, 0, params.head_dim, me.lane);
+                      rows.position[h] >= tile.run_start, dq, h, params.scale, 0, params.head_dim,
+                      me.lane);
     }
   }
 };
@@ -232,7 +236,6 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 void attention_dq_sm90(const AttentionParams& params, runtime::Stream stream) {
   const QueryTileArguments arguments(params);
-  runtime::set_zero(params.next_item, sizeof(int), stream);
   by_type(params, [&](auto type, auto head_dim) {
     constexpr int D = decltype(head_dim)::value;
     runtime::launch(dq_kernel<decltype(type), D>, runtime::multiprocessors(), THREADS,

@@ -1,7 +1,7 @@
 // Forward attention under a VoCo mask, for sm_90a (docs/hopper.md).
 //
-// The frame is query_tiles.cuh's; here is what a consumer does with the 64 rows that it has of a tile: scores,
-// online softmax and output, all in registers.
+// The frame is query_tiles.cuh's; here is what a consumer does with the 64 rows that it has of a tile:
+// scores, online softmax and output, all in registers.
 #include "attention.h"
 #include "mask.cuh"
 #include "products.cuh"
@@ -11,12 +11,13 @@
 
 namespace {
 
-// The order in which blocks are read: the scores of a block are under way while the values of the one before
-// are added.
+// The order in which blocks are read: the scores of a block are under way while the values of the one
+// before are added.
 struct ForwardLoads {
   int first, blocks;
 
-  VOCO_DEVICE explicit ForwardLoads(const QueryTile& tile) : first(tile.first_load), blocks(tile.blocks) {}
+  VOCO_DEVICE explicit ForwardLoads(const QueryTile& tile)
+      : first(tile.first_load), blocks(tile.blocks) {}
 
   VOCO_DEVICE int keys(int block) const { return first + max(0, 2 * block - 1); }
   VOCO_DEVICE int values(int block) const { return first + min(2 * block + 2, 2 * blocks - 1); }
@@ -63,10 +64,10 @@ struct ForwardConsumer {
         shared.resident.wait_full(tile.fill);
         if constexpr (QUERIES_IN_REGISTERS) {
           load_fragments<D>(fragments, my_queries(), me.warp, me.lane);
-          shared.resident.release(me.lane);
+          shared.resident.release(tile.fill, me.lane);
         }
         attend(tile, rows, mine);
-        if constexpr (!QUERIES_IN_REGISTERS) shared.resident.release(me.lane);
+        if constexpr (!QUERIES_IN_REGISTERS) shared.resident.release(tile.fill, me.lane);
       }
       store(tile, rows);
       shared.queue.release(i, me.lane);
@@ -75,7 +76,7 @@ struct ForwardConsumer {
   }
 
  private:
-  VOCO_DEVICE uint32_t my_queries() const { return shared.q + me.warpgroup * BLOCK_BYTES<D>; }
+  VOCO_DEVICE uint32_t my_queries() const { return shared.q(0) + me.warpgroup * BLOCK_BYTES<D>; }
 
   template <int N>
   VOCO_DEVICE void multiply_keys(float (&scores)[N / 2], int load) {
@@ -84,7 +85,7 @@ struct ForwardConsumer {
     if constexpr (QUERIES_IN_REGISTERS) {
       rows_by_rows<T, D, N>(scores, fragments, shared.ring.slot(load), BLOCK_ROWS - N);
     } else {
-      rows_by_rows<T, D, N>(scores, ptx::opaque(my_queries()), shared.ring.slot(load), BLOCK_ROWS - N);
+      rows_by_rows<T, D, N>(scores, my_queries(), shared.ring.slot(load), BLOCK_ROWS - N);
     }
     ptx::wgmma_commit();
   }
@@ -97,16 +98,25 @@ struct ForwardConsumer {
     ptx::wgmma_commit();
   }
 
+  // Waits for the values that are being added, and rescales the sum; rarely, after the first blocks.
+  // There is a wait in each branch because ptxas moves one in front of them up to where its basic block
+  // begins: before the softmax, which is to run beside the product.
   VOCO_DEVICE void rescale_out(const float (&rescale)[2]) {
-    if (!__any_sync(0xffffffffu, rescale[0] != 1.f || rescale[1] != 1.f)) return;
+    if (__any_sync(0xffffffffu, rescale[0] != 1.f || rescale[1] != 1.f)) {
+      ptx::wgmma_wait<0, 1>();
+      out.pin();
 #pragma unroll
-    for (int span = 0; span < SPANS<D>; ++span) multiply_rows(out.values[span], rescale);
+      for (int span = 0; span < SPANS<D>; ++span) multiply_rows(out.values[span], rescale);
+    } else {
+      ptx::wgmma_wait<0, 2>();
+      out.pin();
+    }
   }
 
   // Probabilities of a tile's first block: of its last N keys.
   template <int N>
-  VOCO_DEVICE void begin(uint32_t (&probabilities)[N / 16][4], ForwardLoads loads, const Rows& rows, int start,
-                         int first_key) {
+  VOCO_DEVICE void begin(uint32_t (&probabilities)[N / 16][4], ForwardLoads loads, const Rows& rows,
+                         int start, int first_key) {
     float scores[N / 2], rescale[2];
     turns.take();
     multiply_keys<N>(scores, loads.keys(0));
@@ -121,8 +131,9 @@ struct ForwardConsumer {
 
   // Adds the values of block - 1 and turns to the probabilities of the next.
   template <int STEPS>
-  VOCO_DEVICE void advance(const uint32_t (&before)[STEPS][4], uint32_t (&probabilities)[BLOCK_ROWS / 16][4],
-                           ForwardLoads loads, int block, const Rows& rows, int start, int first_key) {
+  VOCO_DEVICE void advance(const uint32_t (&before)[STEPS][4],
+                           uint32_t (&probabilities)[BLOCK_ROWS / 16][4], ForwardLoads loads, int block,
+                           const Rows& rows, int start, int first_key) {
     float scores[BLOCK_ROWS / 2], rescale[2];
     turns.take();
     multiply_keys<BLOCK_ROWS>(scores, loads.keys(block));
@@ -133,10 +144,8 @@ struct ForwardConsumer {
     shared.ring.release(loads.keys(block), me.elected);
     hide_if_cut(scores, rows, start, first_key, me.lane);
     softmax.update(scores, scale_log2, rescale);
-    ptx::wgmma_wait<0>();
-    out.pin();
-    shared.ring.release(loads.values(block - 1), me.elected);
     rescale_out(rescale);
+    shared.ring.release(loads.values(block - 1), me.elected);
     round_to_operand<T>(probabilities, scores);
   }
 

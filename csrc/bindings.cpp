@@ -1,5 +1,5 @@
-// The extension as Python sees it: the parameter struct, field by field, and one function a launch. Pointers
-// and streams are integers, so that it is built without torch and serves any version of it.
+// The extension as Python sees it: the parameter struct, field by field, and one function a launch.
+// Pointers and streams are integers, so that it is built without torch and serves any version of it.
 #include <pybind11/pybind11.h>
 
 #include "attention.h"
@@ -32,13 +32,14 @@ void function(py::module_& to, const char* name, void (*launch)(const Params&, v
 }  // namespace
 
 PYBIND11_MODULE(VOCO_MODULE_NAME, m) {
-  py::class_<Tensor4>(m, "Tensor4")
+  // Local, since the tests load this extension beside its emulation.
+  py::class_<Tensor4>(m, "Tensor4", py::module_local())
       .def(py::init([](uintptr_t data, int64_t batch_stride, int64_t head_stride, int64_t token_stride) {
              return Tensor4{reinterpret_cast<void*>(data), batch_stride, head_stride, token_stride};
            }),
            py::arg("data"), py::arg("batch_stride"), py::arg("head_stride"), py::arg("token_stride"));
 
-  py::class_<AttentionParams> attention(m, "AttentionParams");
+  py::class_<AttentionParams> attention(m, "AttentionParams", py::module_local());
   attention.def(py::init([] { return AttentionParams{}; }))
       .def_readwrite("batch", &AttentionParams::batch)
       .def_readwrite("heads", &AttentionParams::heads)

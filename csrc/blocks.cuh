@@ -1,8 +1,9 @@
 // Blocks of 64 rows in shared memory, as TMA writes and wgmma reads them.
 //
-// A block [64, D] of 16-bit elements lies in D / 64 panels, one behind the other. A panel holds 64 columns:
-// 64 rows of 128 bytes, whose eight chunks of 16 bytes are swizzled: chunk c of row r lies at c ^ (r % 8),
-// so that neither rows nor columns of chunks meet in one bank. Panels start at multiples of 1,024 bytes.
+// A block [64, D] of 16-bit elements lies in D / 64 panels, one behind the other. A panel holds 64
+// columns: 64 rows of 128 bytes, whose eight chunks of 16 bytes are swizzled: chunk c of row r lies at c
+// ^ (r % 8), so that neither rows nor columns of chunks meet in one bank. Panels start at multiples of
+// 1,024 bytes.
 #pragma once
 
 #include "ptx.cuh"
@@ -10,9 +11,9 @@
 constexpr int BLOCK_ROWS = 64;
 constexpr int PANEL_COLUMNS = 64;
 constexpr int PANEL_BYTES = BLOCK_ROWS * PANEL_COLUMNS * 2;
-constexpr int CHUNK = 8;          // elements of 16 bytes
-constexpr int ROW_GROUP = 1024;   // bytes of 8 rows of a panel: the swizzle's period
-constexpr int NARROW_ROWS = 16;   // of a block that is used from its last rows only
+constexpr int CHUNK = 8;         // elements of 16 bytes
+constexpr int ROW_GROUP = 1024;  // bytes of 8 rows of a panel: the swizzle's period
+constexpr int NARROW_ROWS = 16;  // of a block that is used from its last rows only
 
 template <int D>
 constexpr int BLOCK_BYTES = D / PANEL_COLUMNS * PANEL_BYTES;
@@ -28,7 +29,8 @@ VOCO_DEVICE uint64_t descriptor(uint32_t address, int leading_bytes, int stride_
 struct RowsOperand {
   uint64_t first;
 
-  VOCO_DEVICE RowsOperand(uint32_t block, int row) : first(descriptor(block + row * 128, 16, ROW_GROUP)) {}
+  VOCO_DEVICE RowsOperand(uint32_t block, int row)
+      : first(descriptor(ptx::uniform(block) + row * 128, 16, ROW_GROUP)) {}
   VOCO_DEVICE uint64_t step(int i) const { return first + (i / 4 * PANEL_BYTES + i % 4 * 32) / 16; }
 };
 
@@ -37,7 +39,8 @@ struct ColumnsOperand {
   uint64_t first;
 
   VOCO_DEVICE ColumnsOperand(uint32_t block, int panel, int row)
-      : first(descriptor(block + panel * PANEL_BYTES + row * 128, PANEL_BYTES, ROW_GROUP)) {}
+      : first(
+            descriptor(ptx::uniform(block + panel * PANEL_BYTES) + row * 128, PANEL_BYTES, ROW_GROUP)) {}
   VOCO_DEVICE uint64_t step(int i) const { return first + i * 2 * ROW_GROUP / 16; }
 };
 
@@ -67,19 +70,28 @@ VOCO_DEVICE void round_to_operand(uint32_t (&operand)[STEPS][4], const float (&v
   }
 }
 
-// A warp copies rows [begin, end), wherever they are, into a block. `token_of(row)` is negative for a row of
-// zeros; columns behind head_dim are zeros too.
+// A warp copies rows [begin, end), wherever they are, into a block. `token_of(row)` is negative for a
+// row of zeros; columns behind head_dim are zeros too. end - begin is a multiple of 16.
 template <int D, typename TokenOf>
 VOCO_DEVICE void copy_rows(uint32_t block, const uint16_t* base, int64_t token_stride, int head_dim,
                            int begin, int end, int lane, TokenOf token_of) {
-  constexpr int CHUNKS = D / CHUNK;
+  constexpr int CHUNKS = D / CHUNK;  // lanes side by side copy a row
+  constexpr int ROWS = 32 / CHUNKS;  // at once
+  constexpr int AHEAD = NARROW_ROWS / ROWS < 4 ? NARROW_ROWS / ROWS : 4;  // tokens looked up together
+  const int chunk = lane % CHUNKS;
+  const bool inside = chunk * CHUNK < head_dim;
+  base += inside ? chunk * CHUNK : 0;
 #pragma unroll 1
-  for (int i = begin * CHUNKS + lane; i < end * CHUNKS; i += 32) {
-    const int row = i / CHUNKS, chunk = i % CHUNKS;
-    const int token = token_of(row);
-    const bool valid = token >= 0 && chunk * CHUNK < head_dim;
-    const uint16_t* source = valid ? base + token * token_stride + chunk * CHUNK : base;
-    ptx::cp_async_16(chunk_address(block, row, chunk), source, valid);
+  for (int row = begin + lane / CHUNKS; row < end; row += AHEAD * ROWS) {
+    int tokens[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) tokens[i] = token_of(row + i * ROWS);
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      const bool valid = inside && tokens[i] >= 0;
+      ptx::cp_async_16(chunk_address(block, row + i * ROWS, chunk),
+                       base + (valid ? tokens[i] * token_stride : 0), valid);
+    }
   }
   ptx::cp_async_wait_all();
   ptx::fence_async_proxy();

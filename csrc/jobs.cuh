@@ -1,9 +1,9 @@
 // Copies that TMA can't make: rows that are gathered, and blocks that are cut off and want zeros.
 //
-// One thread knows everything that is to be copied, in order, and waits until each target is free. What is
-// not contiguous it describes as a job; three warps take the jobs in turn, so that several are under way at
-// once. (They can't watch the targets themselves: a barrier shows the parity of its phase only, and a warp
-// that skips most of a ring's loads would take one phase for another.)
+// One thread knows everything that is to be copied, in order, and waits until each target is free. What
+// is not contiguous it describes as a job; three warps take the jobs in turn, so that several are under
+// way at once. (They can't watch the targets themselves: a barrier shows the parity of its phase only,
+// and a warp that skips most of a ring's loads would take one phase for another.)
 #pragma once
 
 #include "blocks.cuh"
@@ -36,6 +36,7 @@ struct QueryStatistics {
 struct JobQueue {
   static constexpr int DEPTH = 2 * GATHER_WARPS;  // a multiple: each place is always the same warp's
   static constexpr int BARRIER_BYTES = 2 * DEPTH * 8;
+  static constexpr int BYTES = BARRIER_BYTES + DEPTH * sizeof(Job);
 
   uint32_t barriers;
   Job* jobs;  // [DEPTH], shared memory
@@ -65,7 +66,7 @@ struct JobQueue {
                         int gather_warp, int lane) const {
     for (int i = gather_warp;; i += GATHER_WARPS) {
       ptx::barrier_wait(full(i), i / DEPTH & 1);
-      const Job& job = jobs[i % DEPTH];
+      const Job job = jobs[i % DEPTH];
       if (job.what == Copy::END) return;
       const int64_t row = static_cast<int64_t>(job.row) * params.length;
       const int* list = (job.list_readers ? params.readers : params.kept) + row + job.list_offset;

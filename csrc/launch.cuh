@@ -16,7 +16,8 @@ inline ptx::TensorMap panel_map(const Tensor4& tensor, const AttentionParams& pa
   const uint64_t sizes[5] = {uint64_t(params.head_dim), uint64_t(heads), uint64_t(params.length),
                              uint64_t(all_heads / heads), uint64_t(params.batch)};
   const uint64_t strides[4] = {uint64_t(tensor.head_stride) * 2, uint64_t(tensor.token_stride) * 2,
-                               uint64_t(tensor.head_stride) * heads * 2, uint64_t(tensor.batch_stride) * 2};
+                               uint64_t(tensor.head_stride) * heads * 2,
+                               uint64_t(tensor.batch_stride) * 2};
   const uint32_t box[5] = {PANEL_COLUMNS, uint32_t(heads), uint32_t(BLOCK_ROWS / heads), 1, 1};
   return runtime::tensor_map(tensor.data, params.bf16, sizes, strides, box);
 }

@@ -37,6 +37,7 @@ VOCO_DEVICE void hide(float (&scores)[COUNT], const Rows& rows, int start, int f
 
 // Most blocks are seen by all queries: the mask costs one comparison then.
 template <int COUNT>
-VOCO_DEVICE void hide_if_cut(float (&scores)[COUNT], const Rows& rows, int start, int first_key, int lane) {
+VOCO_DEVICE void hide_if_cut(float (&scores)[COUNT], const Rows& rows, int start, int first_key,
+                             int lane) {
   if (is_cut(rows, start, first_key)) hide(scores, rows, start, first_key, lane);
 }

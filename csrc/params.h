@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-// A 16-bit tensor [batch, heads, length, head_dim]; the last dimension is contiguous. Address and strides
-// are multiples of 16 bytes.
+// A 16-bit tensor [batch, heads, length, head_dim]; the last dimension is contiguous. Address and
+// strides are multiples of 16 bytes.
 struct Tensor4 {
   void* data;
   int64_t batch_stride, head_stride, token_stride;  // elements
@@ -13,9 +13,9 @@ struct Tensor4 {
 struct AttentionParams {
   // ---- Shapes. heads is a multiple of kv_heads (grouped queries), head_dim of 8, at most 256.
   int batch, heads, kv_heads, length, head_dim;
-  bool bf16;      // or fp16
-  float scale;    // of the scores
-  int device;     // all pointers are on it
+  bool bf16;    // or fp16
+  float scale;  // of the scores
+  int device;   // all pointers are on it
 
   // ---- Operands. q, out, dout and dq are [batch, heads, ...], k, v, dk and dv [batch, kv_heads, ...].
   Tensor4 q, k, v, out;
@@ -33,5 +33,5 @@ struct AttentionParams {
   const int* kept;          // [batch, length]
   const int* readers;       // [batch, length]
 
-  int* next_item;  // [2], work space: which item of a kernel's list is the next to be taken
+  int* next_item;  // [2], work space: which query tile, and which key tile, is the next to be taken
 };

@@ -45,16 +45,15 @@ struct Ring {
   VOCO_DEVICE uint32_t full(int load) const { return barriers + load % SLOTS * 8; }
   VOCO_DEVICE uint32_t empty(int load) const { return barriers + (SLOTS + load % SLOTS) * 8; }
 
-  VOCO_DEVICE void wait_empty(int load) const {
-    ptx::barrier_wait(empty(load), (load / SLOTS & 1) ^ 1);
-  }
+  VOCO_DEVICE void wait_empty(int load) const { ptx::barrier_wait(empty(load), (load / SLOTS & 1) ^ 1); }
   VOCO_DEVICE void wait_full(int load) const { ptx::barrier_wait(full(load), load / SLOTS & 1); }
   // When all for whom the elected thread speaks have read the slot.
   VOCO_DEVICE void release(int load, bool elected) const {
     if (elected) ptx::barrier_arrive(empty(load));
   }
-  // A consumer that has no use for two loads must still wait for them: its arrival counts for their phase. Its
-  // warps meet before that, as they do in a product, or a slow one would find the barrier a phase ahead.
+  // A consumer that has no use for two loads must still wait for them: its arrival counts for their
+  // phase. Its warps meet before that, as they do in a product, or a slow one would find the barrier a
+  // phase ahead.
   VOCO_DEVICE void skip(int first, int second, const ConsumerThread& me) const {
     wait_full(first);
     wait_full(second);
@@ -64,35 +63,41 @@ struct Ring {
   }
 };
 
-// A place for what is loaded once an item, and read by warps that keep their own time. `fill` counts
-// the items for which it is used.
+// A place or two for what is loaded once an item, and read by warps that keep their own time. `fill`
+// counts the items for which one is used.
+template <int PLACES = 1>
 struct Resident {
-  static constexpr int BARRIER_BYTES = 16;
+  static constexpr int BARRIER_BYTES = 16 * PLACES;
 
   uint32_t barriers;
 
   VOCO_DEVICE void init(int arrivals = 1) const {
-    ptx::barrier_init(full(), arrivals);
-    ptx::barrier_init(empty(), CONSUMERS * 4);
+    for (int i = 0; i < PLACES; ++i) {
+      ptx::barrier_init(full(i), arrivals);
+      ptx::barrier_init(empty(i), CONSUMERS * 4);
+    }
   }
-  VOCO_DEVICE uint32_t full() const { return barriers; }
-  VOCO_DEVICE uint32_t empty() const { return barriers + 8; }
-  VOCO_DEVICE void wait_empty(int fill) const { ptx::barrier_wait(empty(), (fill & 1) ^ 1); }
-  VOCO_DEVICE void wait_full(int fill) const { ptx::barrier_wait(full(), fill & 1); }
+  VOCO_DEVICE uint32_t full(int fill) const { return barriers + fill % PLACES * 8; }
+  VOCO_DEVICE uint32_t empty(int fill) const { return barriers + (PLACES + fill % PLACES) * 8; }
+  VOCO_DEVICE void wait_empty(int fill) const {
+    ptx::barrier_wait(empty(fill), (fill / PLACES & 1) ^ 1);
+  }
+  VOCO_DEVICE void wait_full(int fill) const { ptx::barrier_wait(full(fill), fill / PLACES & 1); }
   // By every warp of the consumers.
-  VOCO_DEVICE void release(int lane) const {
+  VOCO_DEVICE void release(int fill, int lane) const {
     __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(empty());
+    if (lane == 0) ptx::barrier_arrive(empty(fill));
   }
 };
 
-// The items that this block takes, decoded. One thread draws them from a counter in global memory, so that
-// blocks which had short ones take more; all warps read them here, where they cost no registers.
+// The items that this block takes, decoded. One thread draws them from a counter in global memory, so
+// that blocks which had short ones take more; all warps read them here, where they cost no registers.
 template <typename Entry>
 struct WorkQueue {
   static constexpr int DEPTH = 4;
   static constexpr int READERS = CONSUMERS * 4;  // warps
   static constexpr int BARRIER_BYTES = DEPTH * 2 * 8;
+  static constexpr int BYTES = BARRIER_BYTES + DEPTH * sizeof(Entry);
 
   uint32_t barriers;
   Entry* entries;  // [DEPTH], shared memory
@@ -107,6 +112,7 @@ struct WorkQueue {
   VOCO_DEVICE uint32_t empty(int i) const { return barriers + (DEPTH + i % DEPTH) * 8; }
 
   // The number of this block's i-th item; the list has ended where it is not below the list's length.
+  // Drawn before the item before it is copied, so that nobody waits for the counter.
   VOCO_DEVICE static int draw(int i, int* next_item) {
     return i == 0 ? blockIdx.x : gridDim.x + atomicAdd(next_item, 1);
   }

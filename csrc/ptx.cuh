@@ -96,9 +96,7 @@ VOCO_DEVICE void named_barrier_arrive(int id, int threads) {
 // ---- Copies. Ordinary stores to shared memory reach the copy engine and wgmma, the asynchronous
 // proxy, only behind this fence, executed by the thread that stored.
 
-VOCO_DEVICE void fence_async_proxy() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+VOCO_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // A box of a tensor of five dimensions to shared memory, in the map's swizzle; elements outside the
 // tensor are 0. The barrier counts the bytes of the whole box.
@@ -144,20 +142,21 @@ VOCO_DEVICE void take_registers() {
 
 // ---- wgmma: D[64, N] (+)= A[64, 16] B[16, N] by the 128 threads of a warpgroup, asynchronously.
 //
-// Thread t holds D[16 * (t / 32) + (t % 32) / 4 + 8 * h, 8 * j + 2 * (t % 4) + e] in d[4 * j + 2 * h + e],
-// and of A, where it is in registers, columns 2 * (t % 4) + {0, 1} of rows r, r + 8 in a[0], a[1], and
-// the columns 8 further in a[2], a[3]. A matrix in shared memory is named by a descriptor (tiles.cuh);
-// K-major means that its 16 columns are contiguous, MN-major that its 64 or N rows are.
+// Thread t holds D[16 * (t / 32) + (t % 32) / 4 + 8 * h, 8 * j + 2 * (t % 4) + e] in d[4 * j + 2 * h +
+// e], and of A, where it is in registers, columns 2 * (t % 4) + {0, 1} of rows r, r + 8 in a[0], a[1],
+// and the columns 8 further in a[2], a[3]. A matrix in shared memory is named by a descriptor
+// (tiles.cuh); K-major means that its 16 columns are contiguous, MN-major that its 64 or N rows are.
 
 // Orders what the warpgroup's registers held before against the products that follow.
 VOCO_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 VOCO_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Returns once all but the last PENDING committed groups have completed.
-template <int PENDING>
+// Returns once all but the last PENDING committed groups have completed. PLACE tells apart two waits
+// that the compiler is not to merge.
+template <int PENDING, int PLACE = 0>
 VOCO_DEVICE void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;  // %1" ::"n"(PENDING), "n"(PLACE) : "memory");
 }
 
 // For the compiler, which can't know that products are written behind its back: not before here.
@@ -177,10 +176,9 @@ VOCO_DEVICE void pin(float (&values)[COUNT]) {
 #define VOCO_D56_63 "%56, %57, %58, %59, %60, %61, %62, %63"
 #define VOCO_DREGS16 VOCO_D0_7
 #define VOCO_DREGS64 VOCO_D0_7 ", " VOCO_D8_15 ", " VOCO_D16_23 ", " VOCO_D24_31
-#define VOCO_DREGS128 \
-  VOCO_DREGS64 ", " VOCO_D32_39 ", " VOCO_D40_47 ", " VOCO_D48_55 ", " VOCO_D56_63
-#define VOCO_OUT8(i)                                                                            \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),    \
+#define VOCO_DREGS128 VOCO_DREGS64 ", " VOCO_D32_39 ", " VOCO_D40_47 ", " VOCO_D48_55 ", " VOCO_D56_63
+#define VOCO_OUT8(i)                                                                          \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define VOCO_OUT16 VOCO_OUT8(0)
 #define VOCO_OUT64 VOCO_OUT8(0), VOCO_OUT8(8), VOCO_OUT8(16), VOCO_OUT8(24)
@@ -188,20 +186,20 @@ VOCO_DEVICE void pin(float (&values)[COUNT]) {
 
 // A0 to FLAG are the numbers of the operands behind the N / 2 registers of D.
 #define VOCO_WGMMA_SS(N, TYPE, A, B, FLAG, TA, TB)                                                \
-  asm volatile(                                                                                  \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %" #FLAG ", 0;\n"                                         \
-      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" VOCO_DREGS##N "}, %" #A \
-      ", %" #B ", p, 1, 1, %" #TA ", %" #TB ";\n}\n"                                              \
-      : VOCO_OUT##N                                                                              \
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(MN_MAJOR_A), "n"(MN_MAJOR_B))
-#define VOCO_WGMMA_RS(N, TYPE, A0, A1, A2, A3, B, FLAG, TB)                                        \
-  asm volatile(                                                                                  \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %" #FLAG ", 0;\n"                                         \
-      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" VOCO_DREGS##N "}, {%" #A0 \
-      ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, %" #TB ";\n}\n"                         \
-      : VOCO_OUT##N                                                                              \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),   \
-        "n"(MN_MAJOR_B))
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #FLAG                                         \
+               ", 0;\n"                                                                           \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" VOCO_DREGS##N \
+               "}, %" #A ", %" #B ", p, 1, 1, %" #TA ", %" #TB ";\n}\n"                           \
+               : VOCO_OUT##N                                                                      \
+               : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(MN_MAJOR_A), "n"(MN_MAJOR_B))
+#define VOCO_WGMMA_RS(N, TYPE, A0, A1, A2, A3, B, FLAG, TB)                                             \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #FLAG                                               \
+               ", 0;\n"                                                                                 \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" VOCO_DREGS##N       \
+               "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, %" #TB ";\n}\n"          \
+               : VOCO_OUT##N                                                                            \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), \
+                 "n"(MN_MAJOR_B))
 
 template <typename T>
 constexpr bool is_bf16 = false;
@@ -264,19 +262,18 @@ VOCO_DEVICE float2 unpack(uint32_t pair) {
     return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
   } else {
     float2 result;
-    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, "
+        "high;\n}"
         : "=f"(result.x), "=f"(result.y)
         : "r"(pair));
     return result;
   }
 }
 
-// The same value, of which the compiler can't tell: what is computed from it is computed where it is used
-// instead of being kept in registers across a loop.
-VOCO_DEVICE uint32_t opaque(uint32_t value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
+// The first lane's value, for the whole warp. The compiler then knows that all lanes have the same, and
+// keeps what is computed from it in uniform registers, where wgmma wants its descriptors; and it does
+// not know that the next round of a loop will have the same again, and so keeps nothing across rounds.
+VOCO_DEVICE uint32_t uniform(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 }  // namespace ptx
 

@@ -1,7 +1,8 @@
-// The frame of the kernels that walk query tiles (forward, dQ): shared memory, and the warpgroup that copies.
+// The frame of the kernels that walk query tiles (forward, dQ): shared memory, and the warpgroup that
+// copies.
 //
-// One block a multiprocessor takes items, 128 rows of queries each, until there are none. The first of its
-// three warpgroups copies (jobs.cuh), the other two compute, 64 rows each.
+// One block a multiprocessor takes items, 128 rows of queries each, until there are none. The first of
+// its three warpgroups copies (jobs.cuh), the other two compute, 64 rows each.
 #pragma once
 
 #include "jobs.cuh"
@@ -15,8 +16,8 @@ struct Load {
   bool values;
 };
 
-// A kernel's argument. The maps show q and dout as [batch, packs, length, heads of a pack, head_dim], k and v
-// alike with packs of one head.
+// A kernel's argument. The maps show q and dout as [batch, packs, length, heads of a pack, head_dim], k
+// and v alike with packs of one head.
 struct QueryTileArguments {
   AttentionParams params;
   Packing packing;
@@ -37,29 +38,39 @@ template <int D, bool WITH_DOUT>
 struct QueryTileShared {
   static constexpr int OPERAND_BYTES = CONSUMERS * BLOCK_BYTES<D>;
   static constexpr int RESIDENT_BYTES = (WITH_DOUT ? 2 : 1) * OPERAND_BYTES;
-  static constexpr int FITTING = (SHARED_LIMIT - SHARED_RESERVE - RESIDENT_BYTES) / BLOCK_BYTES<D>;
+  // Queries are free once they are in registers; where dout is read to the item's end, the next item's
+  // operands want a place of their own, if there is one.
+  static constexpr int PLACES = WITH_DOUT && D <= 128 ? 2 : 1;
+  static constexpr int ALL_RESIDENT_BYTES = PLACES * RESIDENT_BYTES;
+  static constexpr int FITTING = (SHARED_LIMIT - SHARED_RESERVE - ALL_RESIDENT_BYTES) / BLOCK_BYTES<D>;
   using Slots = Ring<(FITTING < 16 ? FITTING : 16), BLOCK_BYTES<D>>;
-  static constexpr int BYTES = RESIDENT_BYTES + Slots::BYTES + SHARED_RESERVE;
+  static constexpr int BYTES = ALL_RESIDENT_BYTES + Slots::BYTES + SHARED_RESERVE;
 
-  uint32_t q, dout;  // a block for each consumer
+  uint32_t operands;
   Slots ring;
-  Resident resident;
+  Resident<PLACES> resident;
   WorkQueue<QueryTile> queue;
   JobQueue jobs;
   unsigned char* memory;
 
   VOCO_DEVICE QueryTileShared() {
     memory = ptx::dynamic_shared();
-    q = ptx::shared_address(memory);
-    dout = q + OPERAND_BYTES;
-    ring.slots = q + RESIDENT_BYTES;
+    operands = ptx::shared_address(memory);
+    ring.slots = operands + ALL_RESIDENT_BYTES;
     ring.barriers = ring.slots + Slots::BYTES;
     resident.barriers = ring.barriers + Slots::BARRIER_BYTES;
-    queue.barriers = resident.barriers + Resident::BARRIER_BYTES;
+    queue.barriers = resident.barriers + resident.BARRIER_BYTES;
     jobs.barriers = queue.barriers + queue.BARRIER_BYTES;
-    queue.entries = reinterpret_cast<QueryTile*>(memory + (jobs.barriers - q) + JobQueue::BARRIER_BYTES);
+    queue.entries =
+        reinterpret_cast<QueryTile*>(memory + (jobs.barriers - operands) + JobQueue::BARRIER_BYTES);
     jobs.jobs = reinterpret_cast<Job*>(queue.entries + queue.DEPTH);
+    static_assert(Slots::BARRIER_BYTES + resident.BARRIER_BYTES + queue.BYTES + JobQueue::BYTES <=
+                  SHARED_RESERVE);
   }
+  // A block for each consumer.
+  VOCO_DEVICE uint32_t q(int fill) const { return operands + fill % PLACES * RESIDENT_BYTES; }
+  VOCO_DEVICE uint32_t dout(int fill) const { return q(fill) + OPERAND_BYTES; }
+
   VOCO_DEVICE void init() const {
     ring.init();
     resident.init();
@@ -71,28 +82,33 @@ struct QueryTileShared {
 
 // One thread: draws the items and sees to it that everything is copied.
 template <int D, typename Loads, bool WITH_DOUT>
-VOCO_DEVICE void copy_items(const QueryTileArguments& arguments, const QueryTileShared<D, WITH_DOUT>& shared) {
+VOCO_DEVICE void copy_items(const QueryTileArguments& arguments,
+                            const QueryTileShared<D, WITH_DOUT>& shared) {
   const auto& [params, packing, q_map, dout_map, k_map, v_map] = arguments;
   const auto& ring = shared.ring;
-  int next_load = 0, fill = 0, next_job = 0;
+  const auto& resident = shared.resident;
+  int next_load = 0, next_fill = 0, next_job = 0;
+  int item = shared.queue.draw(0, params.next_item);
   for (int i = 0;; ++i) {
-    QueryTile drawn = query_tile(params, packing, shared.queue.draw(i, params.next_item));
-    drawn.fill = fill;
+    QueryTile drawn = query_tile(params, packing, item);
+    drawn.fill = next_fill;
     drawn.first_load = next_load;
     const QueryTile& tile = shared.queue.publish(i, drawn);
     if (tile.is_end()) break;
+    item = shared.queue.draw(i + 1, params.next_item);
     if (tile.blocks == 0) continue;
 
-    shared.resident.wait_empty(fill++);
-    ptx::barrier_arrive_expect(shared.resident.full(), shared.RESIDENT_BYTES);
+    const int fill = next_fill++;
+    resident.wait_empty(fill);
+    ptx::barrier_arrive_expect(resident.full(fill), shared.RESIDENT_BYTES);
     for (int block = 0; block < CONSUMERS; ++block) {
       const int position = tile.start + block * packing.positions();
       for (int panel = 0; panel < D / PANEL_COLUMNS; ++panel) {
         const int offset = block * BLOCK_BYTES<D> + panel * PANEL_BYTES, column = panel * PANEL_COLUMNS;
-        ptx::tma_load(shared.q + offset, &q_map, shared.resident.full(), column, 0, position, tile.pack,
-                      tile.row);
+        ptx::tma_load(shared.q(fill) + offset, &q_map, resident.full(fill), column, 0, position,
+                      tile.pack, tile.row);
         if constexpr (WITH_DOUT) {
-          ptx::tma_load(shared.dout + offset, &dout_map, shared.resident.full(), column, 0, position,
+          ptx::tma_load(shared.dout(fill) + offset, &dout_map, resident.full(fill), column, 0, position,
                         tile.pack, tile.row);
         }
       }
@@ -139,7 +155,7 @@ VOCO_DEVICE void walk_query_tiles(const QueryTileArguments& arguments) {
   if (warp < WARPGROUP / 32) {
     ptx::give_registers<COPY_REGISTERS>();
     if (warp > 0) {
-      shared.jobs.template work<D>(arguments.params, shared.memory, shared.q, warp - 1, lane);
+      shared.jobs.template work<D>(arguments.params, shared.memory, shared.operands, warp - 1, lane);
     } else if (lane == 0) {
       copy_items<D, Loads>(arguments, shared);
     }

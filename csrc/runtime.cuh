@@ -1,5 +1,5 @@
-// What the host asks of CUDA: a device, a launch, a tensor map. Every call is checked; a failed one throws
-// with the name of what failed.
+// What the host asks of CUDA: a device, a launch, a tensor map. Every call is checked; a failed one
+// throws with the name of what failed.
 #pragma once
 
 #include "ptx.cuh"
@@ -70,15 +70,15 @@ void launch(void (*kernel)(Params), int blocks, int threads, int shared_bytes, S
 inline ptx::TensorMap tensor_map(const void* pointer, bool bf16, const uint64_t (&sizes)[5],
                                  const uint64_t (&strides)[4], const uint32_t (&box)[5]) {
   // Through the runtime, so that the extension need not link against the driver.
-  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                              const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
-                              CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
-                              CUtensorMapFloatOOBfill);
+  using Encode =
+      CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                   const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                   CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
   static const Encode encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                           cudaEnableDefault, &found),
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+                                           &found),
           "cudaGetDriverEntryPointByVersion");
     if (found != cudaDriverEntryPointSuccess) {
       throw std::runtime_error("cuTensorMapEncodeTiled: not in this driver; CUDA 12.0 or later has it");
@@ -90,11 +90,11 @@ inline ptx::TensorMap tensor_map(const void* pointer, bool bf16, const uint64_t 
   const cuuint32_t map_box[5] = {box[0], box[1], box[2], box[3], box[4]};
   const cuuint32_t every_element[5] = {1, 1, 1, 1, 1};
   ptx::TensorMap map;
-  const CUresult status = encode(
-      &map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
-      const_cast<void*>(pointer), map_sizes, map_strides, map_box, every_element,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status =
+      encode(&map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
+             const_cast<void*>(pointer), map_sizes, map_strides, map_box, every_element,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled: CUresult " + std::to_string(status));
   }

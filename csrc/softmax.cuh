@@ -60,7 +60,6 @@ struct OnlineSoftmax {
   }
 };
 
-// Rescaling is rare after the first blocks; a warp whose maxima all stand skips it.
 template <int COUNT>
 VOCO_DEVICE void multiply_rows(float (&values)[COUNT], const float (&factor)[2]) {
 #pragma unroll

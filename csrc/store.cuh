@@ -17,8 +17,8 @@ VOCO_DEVICE uint4 gather_chunk(uint32_t (&words)[4], int lane) {
   return upper ? uint4{x, y, high.x, high.y} : uint4{low.x, low.y, x, y};
 }
 
-// Row `h` of this thread, times `factor`, to `row` where valid. All lanes of a warp call it. `first_column`
-// is that of the accumulator's first value, columns behind head_dim are dropped.
+// Row `h` of this thread, times `factor`, to `row` where valid. All lanes of a warp call it.
+// `first_column` is that of the accumulator's first value, columns behind head_dim are dropped.
 template <typename T, int COUNT>
 VOCO_DEVICE void store_row(uint16_t* row, bool valid, const float (&values)[COUNT], int h, float factor,
                            int first_column, int head_dim, int lane) {
@@ -27,8 +27,8 @@ VOCO_DEVICE void store_row(uint16_t* row, bool valid, const float (&values)[COUN
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      words[i] = ptx::pack<T>(values[4 * (j + i) + 2 * h] * factor,
-                              values[4 * (j + i) + 2 * h + 1] * factor);
+      words[i] =
+          ptx::pack<T>(values[4 * (j + i) + 2 * h] * factor, values[4 * (j + i) + 2 * h + 1] * factor);
     }
     const uint4 chunk = gather_chunk(words, lane);
     const int column = first_column + CHUNK * (j + lane % 4);
@@ -41,6 +41,7 @@ VOCO_DEVICE void store_row(uint16_t* row, bool valid, const RowsByHeadDim<D>& ro
                            int first_column, int head_dim, int lane) {
 #pragma unroll
   for (int span = 0; span < SPANS<D>; ++span) {
-    store_row<T>(row, valid, rows.values[span], h, factor, first_column + span * SPAN<D>, head_dim, lane);
+    store_row<T>(row, valid, rows.values[span], h, factor, first_column + span * SPAN<D>, head_dim,
+                 lane);
   }
 }

@@ -14,8 +14,8 @@ VOCO_DEVICE int64_t statistic_index(const AttentionParams& params, int row, int 
   return (static_cast<int64_t>(row) * params.heads + head) * params.length + token;
 }
 
-constexpr int SCHEDULE_TILE = 128;            // TILE in voco_kernels/schedule.py
-constexpr int TILE_COLUMNS = 8;               // of a tile in the schedule
+constexpr int SCHEDULE_TILE = 128;  // TILE in voco_kernels/schedule.py
+constexpr int TILE_COLUMNS = 8;     // of a tile in the schedule
 
 // Items are numbered so that blocks running side by side share keys: within a section of tiles, a few
 // heads are finished before the next few begin, and their keys and values stay in L2.
@@ -55,10 +55,10 @@ inline int packing_log2(int heads, int kv_heads) {
 // Queries [start, end) of one pack of heads, cut from the end of a run, so that only a run's first tile
 // is short (its queries before run_start belong to others and are not stored).
 //
-// What they see is one axis of keys, [first_key, end). From key_start on these are token positions; before
-// it they are the prefix, kept keys that are gathered: key j is token kept[prefix_stop - (key_start - j)].
-// A query sees all keys up to its own position. Blocks of 64 keys are cut from the end as well: only
-// the first can be cut off by first_key, and the diagonal runs through corners of blocks.
+// What they see is one axis of keys, [first_key, end). From key_start on these are token positions;
+// before it they are the prefix, kept keys that are gathered: key j is token kept[prefix_stop -
+// (key_start - j)]. A query sees all keys up to its own position. Blocks of 64 keys are cut from the end
+// as well: only the first can be cut off by first_key, and the diagonal runs through corners of blocks.
 struct QueryTile {
   int row, pack, kv_head;
   int start, end, run_start;
@@ -82,9 +82,7 @@ struct QueryTile {
 };
 
 // Each tile of the schedule is 2^log2 tiles here, for heads / 2^log2 packs.
-VOCO_DEVICE int query_items(const AttentionParams& params) {
-  return params.counts[0] * params.heads;
-}
+VOCO_DEVICE int query_items(const AttentionParams& params) { return params.counts[0] * params.heads; }
 
 VOCO_DEVICE QueryTile query_tile(const AttentionParams& params, Packing packing, int index) {
   QueryTile tile = {};
@@ -97,7 +95,8 @@ VOCO_DEVICE QueryTile query_tile(const AttentionParams& params, Packing packing,
   const int* column = params.query_tiles + (item.tile >> packing.log2) * TILE_COLUMNS;
   const int start = column[1], run_start = column[6], run_stop = column[7];
   // The schedule cuts 128 positions from the run's start; here the n-th from its end is taken instead.
-  const int tiles_behind = (run_stop - 1 - run_start) / SCHEDULE_TILE - (start - run_start) / SCHEDULE_TILE;
+  const int tiles_behind =
+      (run_stop - 1 - run_start) / SCHEDULE_TILE - (start - run_start) / SCHEDULE_TILE;
   const int part = item.tile & (packing.heads() - 1);
   const int positions = 2 * packing.positions();
 

@@ -406,6 +406,26 @@ def test_attention_is_by_wgmma_on_tiles_that_tma_loads(source, build_folder):
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("kernel", ["forward_kernel", "dq_kernel"])
+def test_the_softmax_runs_beside_the_product(kernel, build_folder):
+    """Between the wait for the scores (all but one group) and the wait for the product behind them (all)
+    stand a block's exponentials. ptxas likes to move the second wait in front of them."""
+    (source,) = (s for s in SOURCES if s.stem.endswith(f"{kernel.removesuffix('_kernel')}_sm90"))
+    pipelined = 0
+    for function in disassemble(source, build_folder, "-sass").split("Function : ")[1:]:
+        name, _, code = function.partition("\n")
+        if kernel not in name:
+            continue
+        steps = re.findall(r"(MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01])", code)
+        for i, step in enumerate(steps):
+            if step.endswith("0x1"):
+                pipelined += 1
+                beside = next(n for n, later in enumerate(steps[i + 1 :]) if "DEPBAR" in later)
+                assert beside >= 32, f"{beside} exponentials beside the product: {name}"
+    assert pipelined
+
+
+@pytest.mark.timeout(900)
 def test_no_attention_kernel_is_called_otherwise(build_folder):
     """The test above finds them by name."""
     names = [kernel.name for source in SOURCES for kernel in kernels_of(source, build_folder)]

@@ -46,7 +46,7 @@ def masked_attention(
         RuntimeError: no backend, or not the named one, can serve; the message has all reasons.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    validate(q, k, v, layout, scale)
+    validate(q, k, v, layout, scale, deterministic)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     backend = choose(q, k, v, backend)
     out, lse = attention_forward(q, k, v, *layout.tensors(), scale, backend, deterministic)

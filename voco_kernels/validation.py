@@ -11,7 +11,14 @@ from torch.autograd import forward_ad
 from voco_kernels.layout import MaskLayout
 
 
-def validate(q: Tensor, k: Tensor, v: Tensor, layout: MaskLayout, scale: float | None) -> None:
+def validate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: MaskLayout,
+    scale: float | None,
+    deterministic: bool,
+) -> None:
     """Raise for arguments that no backend is to serve; see ``masked_attention`` for the contract.
 
     Raises:
@@ -69,6 +76,10 @@ def validate(q: Tensor, k: Tensor, v: Tensor, layout: MaskLayout, scale: float |
         raise NotImplementedError(
             "expected q, k and v without forward-mode tangents, got some that have them; "
             "differentiate in reverse mode (backward, torch.func.grad)"
+        )
+    if not isinstance(deterministic, bool):
+        raise TypeError(
+            f"expected deterministic as a bool, got {type(deterministic).__name__} {deterministic!r}"
         )
     if scale is not None and not isinstance(scale, int | float):
         raise TypeError(f"expected scale as a number, got {type(scale).__name__} {scale!r}")

@@ -71,12 +71,10 @@ VOCO_DEVICE void named_barrier_arrive(int id, int threads) {
 
 // ---- Copies.
 
-VOCO_DEVICE void fence_async_proxy() {
-  cuda_on_cpu::shared_memory.fence(cuda_on_cpu::current_thread());
-}
+VOCO_DEVICE void fence_async_proxy() { cuda_on_cpu::shared_memory.fence(cuda_on_cpu::current_thread()); }
 
-VOCO_DEVICE void tma_load(uint32_t destination, const TensorMap* map, uint32_t barrier, int x0,
-                          int x1, int x2, int x3, int x4) {
+VOCO_DEVICE void tma_load(uint32_t destination, const TensorMap* map, uint32_t barrier, int x0, int x1,
+                          int x2, int x3, int x4) {
   cuda_on_cpu::copy_engine.issue(destination, map, barrier, {x0, x1, x2, x3, x4});
 }
 
@@ -115,7 +113,7 @@ VOCO_DEVICE void wgmma_fence() { cuda_on_cpu::current_warpgroup().fence(); }
 
 VOCO_DEVICE void wgmma_commit() { cuda_on_cpu::current_warpgroup().commit(); }
 
-template <int PENDING>
+template <int PENDING, int PLACE = 0>
 VOCO_DEVICE void wgmma_wait() {
   cuda_on_cpu::current_warpgroup().wait(PENDING);
 }
@@ -137,8 +135,8 @@ VOCO_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulat
 template <typename T, int N, bool MN_MAJOR_B>
 VOCO_DEVICE void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   static_assert(N == 16 || N == 64 || N == 128, "expected N of 16, 64 or 128");
-  cuda_on_cpu::current_warpgroup().issue({is_bf16<T>, true, false, MN_MAJOR_B, accumulate, N, 0, b},
-                                         d, a);
+  cuda_on_cpu::current_warpgroup().issue({is_bf16<T>, true, false, MN_MAJOR_B, accumulate, N, 0, b}, d,
+                                         a);
 }
 
 // ---- Arithmetic. The chip's approximations take and give zeros for subnormal numbers.
@@ -161,6 +159,6 @@ VOCO_DEVICE float2 unpack(uint32_t pair) {
   return {widen(pair & 0xffff), widen(pair >> 16)};
 }
 
-inline uint32_t opaque(uint32_t value) { return value; }
+inline uint32_t uniform(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 }  // namespace ptx

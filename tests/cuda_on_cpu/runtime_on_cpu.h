@@ -18,9 +18,7 @@ inline int multiprocessor_count = 2;
 // Of threads and copies: see `order` in emulator/launch.h.
 EMULATION_SETTING emulation_order(int order) { cuda_on_cpu::order = order; }
 
-EMULATION_SETTING emulation_multiprocessors(int count) {
-  cuda_on_cpu::multiprocessor_count = count;
-}
+EMULATION_SETTING emulation_multiprocessors(int count) { cuda_on_cpu::multiprocessor_count = count; }
 
 #undef EMULATION_SETTING
 
@@ -64,8 +62,7 @@ inline ptx::TensorMap tensor_map(const void* pointer, bool /*bf16*/, const uint6
   map.data = static_cast<const unsigned char*>(pointer);
   for (int i = 0; i < 5; ++i) {
     const std::string dimension = " in dimension " + std::to_string(i);
-    expect(sizes[i] >= 1 && sizes[i] <= uint64_t{1} << 32, "a size of 1 to 2^32" + dimension,
-           sizes[i]);
+    expect(sizes[i] >= 1 && sizes[i] <= uint64_t{1} << 32, "a size of 1 to 2^32" + dimension, sizes[i]);
     expect(box[i] >= 1 && box[i] <= 256, "a box of 1 to 256 elements" + dimension, box[i]);
     map.sizes[i] = sizes[i];
     map.box[i] = box[i];

@@ -154,6 +154,17 @@ def test_scores_in_the_tens_of_thousands(emulated):
     assert all(gradient.isfinite().all() for gradient in results[2:])
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_scores_far_below_zero(emulated, deterministic):
+    """A row of zeros in place of a key has the score 0 and so, beside these, an infinite probability."""
+    layout = Case([[[*image(3, 21) * 3, ("text", 70)]]]).layout()
+    inputs = random_inputs(layout, torch.float16, heads=2, kv_heads=1, head_dim=128)
+    # Of about -17.
+    inputs = inputs._replace(q=1.5 + 0.1 * inputs.q, k=-1 + 0.1 * inputs.k)
+    results = attend(inputs, layout, "cuda_sm90", deterministic=deterministic)
+    assert_close_to_truth(results, inputs, layout)
+
+
 def test_the_same_bits_whoever_takes_which_item(monkeypatch, emulation):
     layout = LARGER["chat"].layout()
     inputs = random_inputs(layout, torch.bfloat16, heads=4, kv_heads=2, head_dim=64)

@@ -134,6 +134,7 @@ def test_forward_mode_is_refused_rather_than_dropped():
     [
         (dict(q=(2, 0, 11, 8)), ValueError, "at least one query head.*got 0 and 2"),
         (dict(scale="a"), TypeError, "scale as a number, got str 'a'"),
+        (dict(deterministic=1), TypeError, "deterministic as a bool, got int 1"),
     ],
 )
 def test_no_heads_and_no_number(change, error, message):

@@ -175,15 +175,15 @@ class Launch {
       int alike = 0;
       for (int thread = first; thread < threads.count; ++thread) {
         const Wait& other = threads.all[thread].wait;
-        if (threads.all[thread].exited || other.event != wait.event ||
-            other.object != wait.object || other.detail != wait.detail) {
+        if (threads.all[thread].exited || other.event != wait.event || other.object != wait.object ||
+            other.detail != wait.detail) {
           continue;
         }
         told[thread] = true;
         ++alike;
       }
-      report += "; " + std::to_string(alike) + " (first: thread " + std::to_string(first) +
-                ") for " + describe(wait);
+      report += "; " + std::to_string(alike) + " (first: thread " + std::to_string(first) + ") for " +
+                describe(wait);
     }
     throw std::runtime_error("block " + std::to_string(blockIdx.x) + ": " + report);
   }
@@ -192,9 +192,9 @@ class Launch {
     char text[200];
     if (wait.event == Event::mbarrier) {
       const Mbarrier& barrier = mbarriers.find_for_report(wait.object);
-      snprintf(text, sizeof text,
-               "mbarrier at 0x%x parity %u (%d of %d arrivals and %d bytes pending)", wait.object,
-               wait.detail, barrier.pending_arrivals, barrier.arrivals, barrier.pending_bytes);
+      snprintf(text, sizeof text, "mbarrier at 0x%x parity %u (%d of %d arrivals and %d bytes pending)",
+               wait.object, wait.detail, barrier.pending_arrivals, barrier.arrivals,
+               barrier.pending_bytes);
     } else if (wait.event == Event::named_barrier) {
       const NamedBarrier& barrier = named_barriers.find_for_report(static_cast<int>(wait.object));
       snprintf(text, sizeof text, "named barrier %u (%d of %u threads have arrived)", wait.object,

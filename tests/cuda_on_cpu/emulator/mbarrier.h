@@ -50,17 +50,18 @@ class Mbarriers {
     Mbarrier& barrier = find(address);
     barrier.pending_bytes += bytes;
     if (bytes < 0 || barrier.pending_bytes > MAX_PENDING_BYTES) {
-      fail("mbarrier at 0x%x: expected 0 to %d bytes a phase, got %d more", address,
-           MAX_PENDING_BYTES, bytes);
+      fail("mbarrier at 0x%x: expected 0 to %d bytes a phase, got %d more", address, MAX_PENDING_BYTES,
+           bytes);
     }
     arrive(barrier);
   }
 
   void check_usable_by_copies(uint32_t address) {
     if (!find(address).visible_to_copies) {
-      fail("mbarrier at 0x%x: a copy uses it, and thread %d, which initialised it, has not called "
-           "barrier_init_fence",
-           address, find(address).initialiser);
+      fail(
+          "mbarrier at 0x%x: a copy uses it, and thread %d, which initialised it, has not called "
+          "barrier_init_fence",
+          address, find(address).initialiser);
     }
   }
 
@@ -112,9 +113,10 @@ class Mbarriers {
 
   void arrive(Mbarrier& barrier) {
     if (barrier.pending_arrivals == 0) {
-      fail("mbarrier at 0x%x: more than its %d arrivals in the phase of parity %u, of which %d "
-           "bytes are still to come",
-           barrier.address, barrier.arrivals, barrier.parity, barrier.pending_bytes);
+      fail(
+          "mbarrier at 0x%x: more than its %d arrivals in the phase of parity %u, of which %d "
+          "bytes are still to come",
+          barrier.address, barrier.arrivals, barrier.parity, barrier.pending_bytes);
     }
     --barrier.pending_arrivals;
     complete_if_due(barrier);

@@ -66,8 +66,8 @@ class NamedBarriers {
   // Whether the barrier is complete by that.
   bool arrive(NamedBarrier& barrier, int id, int expected) {
     if (expected < 32 || expected % 32 != 0 || expected > threads.count) {
-      fail("named barrier %d: expected a multiple of 32 and at most the block's %d threads, got %d",
-           id, threads.count, expected);
+      fail("named barrier %d: expected a multiple of 32 and at most the block's %d threads, got %d", id,
+           threads.count, expected);
     }
     if (barrier.arrived > 0 && barrier.expected != expected) {
       fail("named barrier %d: for %d threads here, for %d where others have arrived", id, expected,

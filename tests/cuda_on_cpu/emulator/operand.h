@@ -49,9 +49,9 @@ struct Operand {
     if (mn_major) {  // 64 rows by 8 columns a pattern
       for (int k = 0; k < K; ++k) {
         for (int mn = 0; mn < rows; mn += 8) {
-          load(start() + mn / 64 * leading_offset() + k / 8 * stride_offset() + k % 8 * 128 +
-                   mn % 64 * 2,
-               loaded);
+          load(
+              start() + mn / 64 * leading_offset() + k / 8 * stride_offset() + k % 8 * 128 + mn % 64 * 2,
+              loaded);
           for (int i = 0; i < 8; ++i) element(mn + i, k) = loaded[i];
         }
       }

@@ -34,8 +34,7 @@ class SharedMemory {
   uint32_t address(const void* pointer) const {
     const auto* byte = static_cast<const unsigned char*>(pointer);
     if (byte < memory_ || byte > memory_ + bytes_) {
-      fail("shared_address of %p, which is outside of the %d bytes of shared memory", pointer,
-           bytes_);
+      fail("shared_address of %p, which is outside of the %d bytes of shared memory", pointer, bytes_);
     }
     return WINDOW + static_cast<uint32_t>(byte - memory_);
   }
@@ -121,8 +120,8 @@ class SharedMemory {
   static constexpr int MARGIN = 256;
 
   static unsigned char* map() {  // mmap aligns to pages, and so to the swizzle's 1024 bytes
-    void* memory = mmap(nullptr, MAX_BYTES + MARGIN, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* memory =
+        mmap(nullptr, MAX_BYTES + MARGIN, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     return static_cast<unsigned char*>(memory);
   }

@@ -26,8 +26,7 @@ struct Instruction {
   bool operator==(const Instruction& other) const {
     return bf16 == other.bf16 && a_in_registers == other.a_in_registers &&
            mn_major_a == other.mn_major_a && mn_major_b == other.mn_major_b &&
-           accumulate == other.accumulate && columns == other.columns && a == other.a &&
-           b == other.b;
+           accumulate == other.accumulate && columns == other.columns && a == other.a && b == other.b;
   }
 };
 
@@ -37,12 +36,8 @@ struct Product {
   int accumulator;
   uint32_t a[WARPGROUP][4];  // as the registers were when the thread issued it
 
-  Operand a_operand() const {
-    return {instruction.a, instruction.mn_major_a, instruction.bf16, issued};
-  }
-  Operand b_operand() const {
-    return {instruction.b, instruction.mn_major_b, instruction.bf16, issued};
-  }
+  Operand a_operand() const { return {instruction.a, instruction.mn_major_a, instruction.bf16, issued}; }
+  Operand b_operand() const { return {instruction.b, instruction.mn_major_b, instruction.bf16, issued}; }
 };
 
 // D of the products in flight on it. Row r of D is in threads of warp r / 16, see ptx.cuh.
@@ -88,8 +83,8 @@ struct Accumulator {
 using Vector = float __attribute__((vector_size(32)));
 
 // values[64, columns] += a[64, K] b[K, columns], `columns` a multiple of 16.
-__attribute__((target_clones("avx2", "default"))) inline void multiply_add(
-    float* values, const float* a, const float* b, int columns) {
+__attribute__((target_clones("avx2", "default"))) inline void multiply_add(float* values, const float* a,
+                                                                           const float* b, int columns) {
   for (int row = 0; row < 64; ++row) {
     for (int column = 0; column < columns; column += 16) {
       Vector* d = reinterpret_cast<Vector*>(values + row * columns + column);
@@ -135,9 +130,10 @@ class Warpgroup {
     }
     Product& product = products_[place];
     if (!(product.instruction == instruction)) {
-      fail("wgmma: not the instruction that other threads of the warpgroup have issued here "
-           "(descriptors 0x%" PRIx64 " and 0x%" PRIx64 ", theirs 0x%" PRIx64 " and 0x%" PRIx64 ")",
-           instruction.a, instruction.b, product.instruction.a, product.instruction.b);
+      fail(
+          "wgmma: not the instruction that other threads of the warpgroup have issued here "
+          "(descriptors 0x%" PRIx64 " and 0x%" PRIx64 ", theirs 0x%" PRIx64 " and 0x%" PRIx64 ")",
+          instruction.a, instruction.b, product.instruction.a, product.instruction.b);
     }
     if (a) std::memcpy(product.a[thread], a, sizeof product.a[thread]);
     Accumulator& accumulator = accumulators_[product.accumulator];
@@ -151,8 +147,8 @@ class Warpgroup {
     const size_t place = mine().committed++ - completed_groups_;
     if (place == group_ends_.size()) group_ends_.push_back(mine().issued);
     if (group_ends_[place] != mine().issued) {
-      fail("wgmma_commit after %d products, after %d in other threads of the warpgroup",
-           mine().issued, group_ends_[place]);
+      fail("wgmma_commit after %d products, after %d in other threads of the warpgroup", mine().issued,
+           group_ends_[place]);
     }
   }
 
@@ -177,9 +173,10 @@ class Warpgroup {
     const Progress& one = progress_[0];
     for (const Progress& other : progress_) {
       if (other.issued != one.issued || other.committed != one.committed) {
-        fail("wgmma_wait in warpgroup %d: after %d products in %d groups in some threads, after "
-             "%d in %d in others",
-             first_thread_ / WARPGROUP, one.issued, one.committed, other.issued, other.committed);
+        fail(
+            "wgmma_wait in warpgroup %d: after %d products in %d groups in some threads, after "
+            "%d in %d in others",
+            first_thread_ / WARPGROUP, one.issued, one.committed, other.issued, other.committed);
       }
     }
     for (; completed_groups_ < wanted_groups_; ++completed_groups_, group_ends_.pop_front()) {

@@ -48,8 +48,8 @@ VOCO_DEVICE void copy_keys(const Gather& gather, uint32_t keys, uint32_t full, u
 #endif
 }
 
-VOCO_DEVICE void multiply_in_turns(const Gather& gather, uint32_t query, uint32_t keys,
-                                   uint32_t full, uint32_t empty) {
+VOCO_DEVICE void multiply_in_turns(const Gather& gather, uint32_t query, uint32_t keys, uint32_t full,
+                                   uint32_t empty) {
   const int consumer = threadIdx.x / 128 - 1, mine = 1 + consumer, other = 2 - consumer;
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   if (consumer == 1) ptx::named_barrier_arrive(other, 256);  // the first turn is the other's
@@ -61,8 +61,7 @@ VOCO_DEVICE void multiply_in_turns(const Gather& gather, uint32_t query, uint32_
 #pragma unroll
     for (int k = 0; k < 64; k += 16) {
       ptx::wgmma<BF16, 64, false, false>(d, descriptor(query + 2 * k, 16, PATTERN),
-                                         descriptor(keys + stage * TILE + 2 * k, 16, PATTERN),
-                                         k > 0);
+                                         descriptor(keys + stage * TILE + 2 * k, 16, PATTERN), k > 0);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();

@@ -61,8 +61,7 @@ VOCO_DEVICE void multiply_tile(float (&d)[N / 2], uint32_t a, uint32_t b, bool a
     if constexpr (A_IN_REGISTERS) {
       const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
       uint32_t registers[4];
-      ptx::ldmatrix_x4(registers,
-                       swizzled(a + (16 * warp + lane % 16) * ROW + k * 2 + lane / 16 * 16));
+      ptx::ldmatrix_x4(registers, swizzled(a + (16 * warp + lane % 16) * ROW + k * 2 + lane / 16 * 16));
       ptx::wgmma_fence();
       ptx::wgmma<T, N, MN_MAJOR_B>(d, registers, b_operand, accumulate || k > 0);
     } else {
@@ -103,8 +102,8 @@ VOCO_DEVICE void multiply_tiles(const Gemm& gemm, uint32_t tiles, uint32_t full,
 #ifndef FAULT_NO_WGMMA_FENCE
       ptx::wgmma_fence();
 #endif
-      multiply_tile<T, N, MN_MAJOR_A, MN_MAJOR_B, A_IN_REGISTERS>(d, a + consumer * PANEL,
-                                                                  a + A_BYTES, k > 0);
+      multiply_tile<T, N, MN_MAJOR_A, MN_MAJOR_B, A_IN_REGISTERS>(d, a + consumer * PANEL, a + A_BYTES,
+                                                                  k > 0);
       ptx::wgmma_commit();
 #ifdef FAULT_EARLY_RELEASE
       ptx::barrier_arrive(empty + 8 * stage);
@@ -175,14 +174,14 @@ void run(const void* a, const void* b, float* c, int m, int k, int a_pitch, int 
   gemm.n = N;
   gemm.k = k;
   const int shared = STAGES * (A_BYTES + B_BYTES<N, MN_MAJOR_B> + 16);
-  runtime::launch(gemm_kernel<T, N, MN_MAJOR_A, MN_MAJOR_B, A_IN_REGISTERS>,
-                  runtime::multiprocessors(), THREADS, shared, runtime::Stream{}, gemm);
+  runtime::launch(gemm_kernel<T, N, MN_MAJOR_A, MN_MAJOR_B, A_IN_REGISTERS>, runtime::multiprocessors(),
+                  THREADS, shared, runtime::Stream{}, gemm);
 }
 
 #ifndef ONE_FORM_ONLY
 template <typename T, int N>
-void run_form(const std::string& form, const void* a, const void* b, float* c, int m, int k,
-              int a_pitch, int b_pitch) {
+void run_form(const std::string& form, const void* a, const void* b, float* c, int m, int k, int a_pitch,
+              int b_pitch) {
   if (form == "kk") run<T, N, false, false, false>(a, b, c, m, k, a_pitch, b_pitch);
   if (form == "km") run<T, N, false, true, false>(a, b, c, m, k, a_pitch, b_pitch);
   if (form == "mk") run<T, N, true, false, false>(a, b, c, m, k, a_pitch, b_pitch);
@@ -192,8 +191,8 @@ void run_form(const std::string& form, const void* a, const void* b, float* c, i
 }
 
 template <typename T>
-void run_columns(int n, const std::string& form, const void* a, const void* b, float* c, int m,
-                 int k, int a_pitch, int b_pitch) {
+void run_columns(int n, const std::string& form, const void* a, const void* b, float* c, int m, int k,
+                 int a_pitch, int b_pitch) {
   if (n == 16) run_form<T, 16>(form, a, b, c, m, k, a_pitch, b_pitch);
   if (n == 64) run_form<T, 64>(form, a, b, c, m, k, a_pitch, b_pitch);
   if (n == 128) run_form<T, 128>(form, a, b, c, m, k, a_pitch, b_pitch);
@@ -201,8 +200,8 @@ void run_columns(int n, const std::string& form, const void* a, const void* b, f
 #endif
 
 // form: how A and B lie, k (K-major), m (MN-major) or r (K-major, but multiplied from registers).
-EXPORTED gemm(bool bf16, int n, const char* form, const void* a, const void* b, float* c, int m,
-              int k, int a_pitch, int b_pitch) {
+EXPORTED gemm(bool bf16, int n, const char* form, const void* a, const void* b, float* c, int m, int k,
+              int a_pitch, int b_pitch) {
   return message_of([=] {
 #ifdef ONE_FORM_ONLY  // a planted fault is a compilation of its own
     run<BF16, 64, false, false, false>(a, b, c, m, k, a_pitch, b_pitch);

@@ -69,12 +69,10 @@ __global__ void numbers_kernel(const Numbers numbers) {
   }
 }
 
-EXPORTED numbers(bool bf16, const void* pairs, void* packed, void* unpacked, void* powers,
-                 int count) {
+EXPORTED numbers(bool bf16, const void* pairs, void* packed, void* unpacked, void* powers, int count) {
   return message_of([=] {
-    runtime::launch(
-        numbers_kernel, runtime::multiprocessors(), 256, 0, runtime::Stream{},
-        Numbers{static_cast<const float2*>(pairs), static_cast<uint32_t*>(packed),
-                static_cast<float2*>(unpacked), static_cast<float2*>(powers), count, bf16});
+    runtime::launch(numbers_kernel, runtime::multiprocessors(), 256, 0, runtime::Stream{},
+                    Numbers{static_cast<const float2*>(pairs), static_cast<uint32_t*>(packed),
+                            static_cast<float2*>(unpacked), static_cast<float2*>(powers), count, bf16});
   });
 }

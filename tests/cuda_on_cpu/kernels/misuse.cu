@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(256, 1) misuse_kernel(const __grid_constant__ 
 EXPORTED misuse(int mistake, const void* tensor, float* global) {
   return message_of([=] {
     Misuse parameters;
-    parameters.map = runtime::tensor_map(tensor, true, {64, 8, 1, 1, 1}, {128, 1024, 1024, 1024},
-                                         {64, 8, 1, 1, 1});
+    parameters.map =
+        runtime::tensor_map(tensor, true, {64, 8, 1, 1, 1}, {128, 1024, 1024, 1024}, {64, 8, 1, 1, 1});
     parameters.global = global;
     parameters.mistake = static_cast<Mistake>(mistake);
     runtime::launch(misuse_kernel, 1, 256, SHARED, runtime::Stream{}, parameters);
