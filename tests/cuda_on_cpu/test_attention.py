@@ -136,6 +136,40 @@ def test_gradient_of_a_sum(emulated):
         torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=5e-3, atol=5e-3)
 
 
+def test_views_that_begin_anywhere_are_copied(emulated):
+    """TMA wants addresses that are multiples of 16 bytes."""
+    layout = CASES["padded left"].layout()
+    q, k, v = random_inputs(layout, torch.bfloat16, heads=2, kv_heads=1, head_dim=64)[:3]
+    shifted = torch.cat([q, q, q], dim=-1)[..., 68:132].copy_(q)
+    assert shifted.data_ptr() % 16
+    results = [masked_attention(x, k, v, layout, backend="cuda_sm90") for x in (q, shifted)]
+    assert torch.equal(*results)
+
+
+def test_strides_that_tma_cannot_take_are_refused(emulated):
+    layout = CASES["padded left"].layout()
+    q, k, v = random_inputs(layout, torch.bfloat16, heads=2, kv_heads=1, head_dim=64)[:3]
+    odd = torch.nn.functional.pad(q, (0, 1))[..., :64]
+    with pytest.raises(RuntimeError, match="expected strides that are multiples of 16 bytes"):
+        masked_attention(odd, k, v, layout, backend="cuda_sm90")
+
+
+def test_compiles_whole(emulated):
+    layout = CASES[MIXED].layout()
+    inputs = random_inputs(layout, torch.bfloat16, heads=2, kv_heads=1, head_dim=64)
+
+    def attention(q, k, v):
+        return masked_attention(q, k, v, layout, backend="cuda_sm90", deterministic=False)
+
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (attention, compiled):
+        q, k, v = (tensor.clone().requires_grad_() for tensor in inputs[:3])
+        out = function(q, k, v)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), inputs.dout)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("scale", [0.03, 1.0])
 def test_scales(emulated, scale):
     layout = CASES["padded left"].layout()

@@ -56,11 +56,11 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         reasons.append(
             f"expected head_dim a multiple of 8 up to {_LARGEST_HEAD_DIM}, got {head_dim}"
         )
-    if not all(map(_is_aligned, (q, k, v))):
+    if not all(map(_has_aligned_strides, (q, k, v))):
         strides = ", ".join(str(tuple(tensor.stride())) for tensor in (q, k, v))
         reasons.append(
-            f"expected addresses and strides that are multiples of {_ALIGNMENT} bytes, got strides "
-            f"{strides} of {q.element_size()} bytes"
+            f"expected strides that are multiples of {_ALIGNMENT} bytes, got {strides} elements of "
+            f"{q.element_size()} bytes"
         )
     return reasons
 
@@ -96,8 +96,8 @@ def backward(
         v,
         layout,
         scale,
-        out=out if _is_aligned(out) else out.contiguous(),
-        dout=dout if _is_aligned(dout) else dout.contiguous(),
+        out=_aligned(out),
+        dout=_aligned(dout),
         lse=lse.contiguous(),
         dlse=None if dlse is None else dlse.contiguous(),
         delta=torch.empty_like(lse, memory_format=torch.contiguous_format),
@@ -122,6 +122,7 @@ def _launch(
 
     ``tensors`` are the fields of the same name in ``csrc/params.h``.
     """
+    q, k, v = map(_aligned, (q, k, v))
     params = _extension.AttentionParams()
     params.batch, params.heads, params.length, params.head_dim = q.shape
     params.kv_heads = k.shape[1]
@@ -146,11 +147,16 @@ def _launch(
         getattr(_extension, name)(params, stream)
 
 
-def _is_aligned(tensor: Tensor) -> bool:
-    size = tensor.element_size()
-    return tensor.data_ptr() % _ALIGNMENT == 0 and all(
-        stride * size % _ALIGNMENT == 0 for stride in tensor.stride()[:3]
-    )
+def _has_aligned_strides(tensor: Tensor) -> bool:
+    return all(stride * tensor.element_size() % _ALIGNMENT == 0 for stride in tensor.stride()[:3])
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where TMA can't read it: autograd's gradients have any strides, and views
+    begin anywhere, which ``unsupported`` can't see under torch.compile."""
+    if _has_aligned_strides(tensor) and tensor.data_ptr() % _ALIGNMENT == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 @torch.compiler.assume_constant_result
