@@ -7,210 +7,23 @@
 // With ADD_DQ the kernel makes dQ as well, from the dS that it has anyway: five products a block, where
 // a walk of its own (attention_dq_sm90.cu) brings them to seven. But then each row of dQ has many
 // authors, which add to it in memory, in float32, in whatever order they come.
+#include <stdexcept>
+#include <string>
+
 #include "attention.h"
-#include "jobs.cuh"
-#include "launch.cuh"
-#include "pipeline.cuh"
+#include "key_tiles.cuh"
 #include "products.cuh"
 #include "softmax.cuh"
 #include "store.cuh"
-#include "tiles.cuh"
 
 namespace {
 
-template <int D>
-constexpr int KEY_BLOCKS = D <= 128 ? CONSUMERS : 1;
-template <int D>
-constexpr int COLUMNS = D <= 128 ? D : D / CONSUMERS;
 // Of dQ a consumer makes some columns, from all keys.
 template <int D>
 constexpr int DQ_COLUMNS = D / CONSUMERS;
 constexpr int NOBODYS_TOKEN = 0x7fffffff;
 // The named barrier at which both consumers meet when dS is written.
 constexpr int DS_WRITTEN = FIRST_BARRIER;
-
-// Keys [start, stop) of one head and the queries [query_start, query_stop) that see them, in 64-query
-// blocks from the first on. Both are token positions and every key sees from itself on; or, gathered,
-// both are ranks, in `kept` and `readers`, and who sees whom is asked of their positions.
-struct KeyTile {
-  int row, kv_head, gathered;
-  int start, stop, query_start, query_stop;
-  int blocks;  // of queries; negative behind the last item
-  // How many items with queries, and pairs of a block of q and one of dout, this block has copied
-  // before.
-  int fill, first_pair;
-
-  VOCO_DEVICE bool is_end() const { return blocks < 0; }
-  VOCO_DEVICE bool keys_contiguous(int block) const {
-    return !gathered && start + BLOCK_ROWS * (block + 1) <= stop;
-  }
-  VOCO_DEVICE bool queries_contiguous(int block) const {
-    return !gathered && query_start + BLOCK_ROWS * (block + 1) <= query_stop;
-  }
-  VOCO_DEVICE int queries_in(int block) const {
-    return min(BLOCK_ROWS, query_stop - query_start - BLOCK_ROWS * block);
-  }
-  // At most 16 queries: products of a quarter of the width.
-  VOCO_DEVICE bool narrow(int block) const { return queries_in(block) <= NARROW_ROWS; }
-};
-
-template <int D>
-VOCO_DEVICE KeyTile key_tile(const AttentionParams& params, int index) {
-  constexpr int KEYS = KEY_BLOCKS<D> * BLOCK_ROWS;
-  constexpr int PARTS = SCHEDULE_TILE / KEYS;
-  KeyTile tile = {};
-  const int tiles = params.counts[1] * PARTS;
-  if (index >= tiles * params.kv_heads) {
-    tile.blocks = -1;
-    return tile;
-  }
-  const Item item = item_at(index, tiles, params.kv_heads);
-  const int* column = params.key_tiles + item.tile / PARTS * TILE_COLUMNS;
-  const int offset = item.tile % PARTS * KEYS;
-  tile.row = column[0];
-  tile.kv_head = item.head;
-  tile.gathered = column[1];
-  tile.start = column[2] + offset;
-  tile.stop = column[3];
-  tile.query_start = column[4] + (tile.gathered ? 0 : offset);
-  tile.query_stop = column[5];
-  if (tile.start < tile.stop) {
-    tile.blocks = max(0, tile.query_stop - tile.query_start + BLOCK_ROWS - 1) / BLOCK_ROWS;
-  }
-  return tile;
-}
-
-struct KeyTileArguments {
-  AttentionParams params;
-  ptx::TensorMap q, dout, k, v;
-};
-
-template <int D, bool ADD_DQ>
-struct KeyTileShared {
-  static constexpr int OPERAND_BYTES = KEY_BLOCKS<D> * BLOCK_BYTES<D>;
-  static constexpr int STATISTIC_SLOTS = 8;
-  using Statistics = Ring<STATISTIC_SLOTS, sizeof(QueryStatistics), CONSUMERS * 4>;
-  // dS [64 keys, 64 queries] of each block of keys, twice: one is written while the other is read.
-  static constexpr int DS_BYTES = ADD_DQ ? KEY_BLOCKS<D> * PANEL_BYTES : 0;
-  static constexpr int FIXED_BYTES = 2 * OPERAND_BYTES + 2 * DS_BYTES + Statistics::BYTES;
-  using Slots = Ring<(SHARED_LIMIT - SHARED_RESERVE - FIXED_BYTES) / BLOCK_BYTES<D>, BLOCK_BYTES<D>>;
-  static constexpr int BYTES = FIXED_BYTES + Slots::BYTES + SHARED_RESERVE;
-
-  uint32_t k, v, ds;
-  Slots ring;
-  Statistics statistics;
-  Resident<> resident;
-  WorkQueue<KeyTile> queue;
-  JobQueue jobs;
-  unsigned char* memory;
-
-  VOCO_DEVICE KeyTileShared() {
-    memory = ptx::dynamic_shared();
-    k = ptx::shared_address(memory);
-    v = k + OPERAND_BYTES;
-    ds = v + OPERAND_BYTES;
-    ring.slots = ds + 2 * DS_BYTES;
-    statistics.slots = ring.slots + Slots::BYTES;
-    ring.barriers = statistics.slots + Statistics::BYTES;
-    statistics.barriers = ring.barriers + Slots::BARRIER_BYTES;
-    resident.barriers = statistics.barriers + Statistics::BARRIER_BYTES;
-    queue.barriers = resident.barriers + resident.BARRIER_BYTES;
-    jobs.barriers = queue.barriers + queue.BARRIER_BYTES;
-    queue.entries = reinterpret_cast<KeyTile*>(memory + (jobs.barriers - k) + JobQueue::BARRIER_BYTES);
-    jobs.jobs = reinterpret_cast<Job*>(queue.entries + queue.DEPTH);
-    static_assert(Slots::BARRIER_BYTES + Statistics::BARRIER_BYTES + resident.BARRIER_BYTES +
-                      queue.BYTES + JobQueue::BYTES <=
-                  SHARED_RESERVE);
-  }
-  VOCO_DEVICE void init() const {
-    ring.init();
-    statistics.init();
-    resident.init(2 * KEY_BLOCKS<D>);
-    queue.init();
-    jobs.init();
-    ptx::barrier_init_fence();
-  }
-  VOCO_DEVICE QueryStatistics& statistics_of(int n) const {
-    return *reinterpret_cast<QueryStatistics*>(memory + (statistics.slot(n) - k));
-  }
-};
-
-// One thread: draws the items and sees to it that everything is copied.
-template <int D, bool ADD_DQ>
-VOCO_DEVICE void copy_items(const KeyTileArguments& arguments, const KeyTileShared<D, ADD_DQ>& shared) {
-  const AttentionParams& params = arguments.params;
-  const int group = params.heads / params.kv_heads;
-  int* const next_item = params.next_item + 1;
-  int pair = 0, fill = 0, next_job = 0;
-
-  const auto by_tma = [](const ptx::TensorMap& map, uint32_t target, uint32_t barrier, int token,
-                         int head, int row) {
-    ptx::barrier_arrive_expect(barrier, BLOCK_BYTES<D>);
-    for (int panel = 0; panel < D / PANEL_COLUMNS; ++panel) {
-      ptx::tma_load(target + panel * PANEL_BYTES, &map, barrier, panel * PANEL_COLUMNS, 0, token, head,
-                    row);
-    }
-  };
-  const auto by_job = [&](Copy what, uint32_t target, uint32_t barrier, const KeyTile& tile, int head,
-                          int start, int stop, int rows) {
-    Job job = {};
-    job.what = what;
-    job.target = target;
-    job.barrier = barrier;
-    job.row = tile.row;
-    job.head = head;
-    job.end = rows;
-    job.start = start;
-    job.high = stop;
-    job.direct_from = tile.gathered ? stop : 0;
-    job.list_readers = what != Copy::K && what != Copy::V;
-    shared.jobs.publish(next_job, job);
-  };
-
-  int item = shared.queue.draw(0, next_item);
-  for (int i = 0;; ++i) {
-    KeyTile drawn = key_tile<D>(params, item);
-    drawn.fill = fill;
-    drawn.first_pair = pair;
-    const KeyTile& tile = shared.queue.publish(i, drawn);
-    if (tile.is_end()) break;
-    item = shared.queue.draw(i + 1, next_item);
-    if (tile.blocks == 0) continue;
-
-    shared.resident.wait_empty(fill++);
-    for (int n = 0; n < 2 * KEY_BLOCKS<D>; ++n) {
-      const bool values = n % 2;
-      const int block = n / 2, start = tile.start + BLOCK_ROWS * block;
-      const uint32_t target = (values ? shared.v : shared.k) + BLOCK_BYTES<D> * block;
-      if (tile.keys_contiguous(block)) {
-        by_tma(values ? arguments.v : arguments.k, target, shared.resident.full(tile.fill), start,
-               tile.kv_head, tile.row);
-      } else {
-        by_job(values ? Copy::V : Copy::K, target, shared.resident.full(tile.fill), tile, tile.kv_head,
-               start, tile.stop, BLOCK_ROWS);
-      }
-    }
-    for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
-      for (int block = 0; block < tile.blocks; ++block, ++pair) {
-        const int start = tile.query_start + BLOCK_ROWS * block;
-        shared.statistics.wait_empty(pair);
-        by_job(Copy::STATISTICS, shared.statistics.slot(pair), shared.statistics.full(pair), tile, head,
-               start, tile.query_stop, BLOCK_ROWS);
-        for (int load = 2 * pair; load < 2 * pair + 2; ++load) {
-          shared.ring.wait_empty(load);
-          if (tile.queries_contiguous(block)) {
-            by_tma(load % 2 ? arguments.dout : arguments.q, shared.ring.slot(load),
-                   shared.ring.full(load), start, head, tile.row);
-          } else {
-            by_job(load % 2 ? Copy::DOUT : Copy::Q, shared.ring.slot(load), shared.ring.full(load), tile,
-                   head, start, tile.query_stop, tile.narrow(block) ? NARROW_ROWS : BLOCK_ROWS);
-          }
-        }
-      }
-    }
-  }
-  shared.jobs.publish_end(next_job);
-}
 
 template <typename T, int D, bool ADD_DQ>
 struct DkdvConsumer {
@@ -467,35 +280,20 @@ struct DkdvConsumer {
 template <typename T, int D, bool ADD_DQ>
 __global__ void __launch_bounds__(THREADS, 1)
     dkdv_kernel(const __grid_constant__ KeyTileArguments arguments) {
-  const KeyTileShared<D, ADD_DQ> shared;
-  if (threadIdx.x == 0) shared.init();
-  __syncthreads();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp < WARPGROUP / 32) {
-    ptx::give_registers<COPY_REGISTERS>();
-    if (warp > 0) {
-      shared.jobs.template work<D>(arguments.params, shared.memory, shared.k, warp - 1, lane);
-    } else if (lane == 0) {
-      copy_items(arguments, shared);
-    }
-  } else {
-    ptx::take_registers<COMPUTE_REGISTERS>();
-    DkdvConsumer<T, D, ADD_DQ>(arguments.params, shared).run();
-  }
+  walk_key_tiles<DkdvConsumer<T, D, ADD_DQ>, D, ADD_DQ>(arguments);
 }
 
 template <bool ADD_DQ>
-void launch(const AttentionParams& params, runtime::Stream stream) {
-  KeyTileArguments arguments{params, {}, {}, {}, {}};
-  arguments.q = panel_map(params.q, params, params.heads, 1);
-  arguments.dout = panel_map(params.dout, params, params.heads, 1);
-  arguments.k = panel_map(params.k, params, params.kv_heads, 1);
-  arguments.v = panel_map(params.v, params, params.kv_heads, 1);
+void launch(const AttentionParams& params, void* stream) {
+  const KeyTileArguments arguments(params);
   by_type(params, [&](auto type, auto head_dim) {
     constexpr int D = decltype(head_dim)::value;
     if constexpr (!ADD_DQ || D > 64) {
       runtime::launch(dkdv_kernel<decltype(type), D, ADD_DQ>, runtime::multiprocessors(), THREADS,
                       KeyTileShared<D, ADD_DQ>::BYTES, stream, arguments);
+    } else {
+      throw std::invalid_argument("dq_sum: expected head_dim above 64, got " +
+                                  std::to_string(params.head_dim) + "; leave it out");
     }
   });
 }

@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 }  // namespace
 
-void attention_dq_sm90(const AttentionParams& params, runtime::Stream stream) {
+void attention_dq_sm90(const AttentionParams& params, void* stream) {
   const QueryTileArguments arguments(params);
   by_type(params, [&](auto type, auto head_dim) {
     constexpr int D = decltype(head_dim)::value;

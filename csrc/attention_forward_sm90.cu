@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 }  // namespace
 
-void attention_forward_sm90(const AttentionParams& params, runtime::Stream stream) {
+void attention_forward_sm90(const AttentionParams& params, void* stream) {
   const runtime::DeviceGuard guard(params.device);
   const QueryTileArguments arguments(params);
   runtime::set_zero(params.next_item, sizeof(int), stream);

@@ -60,7 +60,8 @@ struct JobQueue {
     for (int warp = 0; warp < GATHER_WARPS; ++warp) publish(i, end);
   }
 
-  // All that a gathering warp does. `shared` is where dynamic shared memory begins, by both its names.
+  // All that a gathering warp does. `memory` and `memory_address`: where dynamic shared memory begins,
+  // by both its names.
   template <int D>
   VOCO_DEVICE void work(const AttentionParams& params, unsigned char* memory, uint32_t memory_address,
                         int gather_warp, int lane) const {
@@ -100,3 +101,23 @@ struct JobQueue {
     }
   }
 };
+
+// Who does what in a CTA: the first thread `copy`, three warps the jobs, two warpgroups `compute`.
+template <int D, typename Shared, typename CopyAll, typename Compute>
+VOCO_DEVICE void take_roles(const AttentionParams& params, const Shared& shared, uint32_t memory_address,
+                            CopyAll copy, Compute compute) {
+  if (threadIdx.x == 0) shared.init();
+  __syncthreads();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp >= WARPGROUP / 32) {
+    ptx::take_registers<COMPUTE_REGISTERS>();
+    compute();
+    return;
+  }
+  ptx::give_registers<COPY_REGISTERS>();
+  if (warp > 0) {
+    shared.jobs.template work<D>(params, shared.memory, memory_address, warp - 1, lane);
+  } else if (lane == 0) {
+    copy();
+  }
+}

@@ -1,4 +1,4 @@
-// How the warps of a block hand each other work: a ring of slots, a queue of items, and turns.
+// How the warps of a CTA hand each other work: a ring of slots, a queue of items, and turns.
 #pragma once
 
 #include "ptx.cuh"
@@ -90,8 +90,8 @@ struct Resident {
   }
 };
 
-// The items that this block takes, decoded. One thread draws them from a counter in global memory, so
-// that blocks which had short ones take more; all warps read them here, where they cost no registers.
+// The items that this CTA takes, decoded. One thread draws them from a counter in global memory, so
+// that CTAs which had short ones take more; all warps read them here, where they cost no registers.
 template <typename Entry>
 struct WorkQueue {
   static constexpr int DEPTH = 4;
@@ -111,7 +111,7 @@ struct WorkQueue {
   VOCO_DEVICE uint32_t full(int i) const { return barriers + i % DEPTH * 8; }
   VOCO_DEVICE uint32_t empty(int i) const { return barriers + (DEPTH + i % DEPTH) * 8; }
 
-  // The number of this block's i-th item; the list has ended where it is not below the list's length.
+  // The number of this CTA's i-th item; the list has ended where it is not below the list's length.
   // Drawn before the item before it is copied, so that nobody waits for the counter.
   VOCO_DEVICE static int draw(int i, int* next_item) {
     return i == 0 ? blockIdx.x : gridDim.x + atomicAdd(next_item, 1);

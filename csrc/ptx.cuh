@@ -109,10 +109,6 @@ VOCO_DEVICE void tma_load(uint32_t destination, const TensorMap* map, uint32_t b
       : "memory");
 }
 
-VOCO_DEVICE void tma_prefetch_map(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // 16 bytes from global to shared memory, or 16 zero bytes where not valid (the source is not read).
 VOCO_DEVICE void cp_async_16(uint32_t destination, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
@@ -145,7 +141,7 @@ VOCO_DEVICE void take_registers() {
 // Thread t holds D[16 * (t / 32) + (t % 32) / 4 + 8 * h, 8 * j + 2 * (t % 4) + e] in d[4 * j + 2 * h +
 // e], and of A, where it is in registers, columns 2 * (t % 4) + {0, 1} of rows r, r + 8 in a[0], a[1],
 // and the columns 8 further in a[2], a[3]. A matrix in shared memory is named by a descriptor
-// (tiles.cuh); K-major means that its 16 columns are contiguous, MN-major that its 64 or N rows are.
+// (blocks.cuh); K-major means that its 16 columns are contiguous, MN-major that its 64 or N rows are.
 
 // Orders what the warpgroup's registers held before against the products that follow.
 VOCO_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

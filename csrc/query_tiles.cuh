@@ -1,7 +1,7 @@
 // The frame of the kernels that walk query tiles (forward, dQ): shared memory, and the warpgroup that
 // copies.
 //
-// One block a multiprocessor takes items, 128 rows of queries each, until there are none. The first of
+// One CTA a multiprocessor takes items, 128 rows of queries each, until there are none. The first of
 // its three warpgroups copies (jobs.cuh), the other two compute, 64 rows each.
 #pragma once
 
@@ -149,18 +149,7 @@ VOCO_DEVICE void copy_items(const QueryTileArguments& arguments,
 template <int D, typename Loads, typename Consumer, bool WITH_DOUT>
 VOCO_DEVICE void walk_query_tiles(const QueryTileArguments& arguments) {
   const QueryTileShared<D, WITH_DOUT> shared;
-  if (threadIdx.x == 0) shared.init();
-  __syncthreads();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp < WARPGROUP / 32) {
-    ptx::give_registers<COPY_REGISTERS>();
-    if (warp > 0) {
-      shared.jobs.template work<D>(arguments.params, shared.memory, shared.operands, warp - 1, lane);
-    } else if (lane == 0) {
-      copy_items<D, Loads>(arguments, shared);
-    }
-  } else {
-    ptx::take_registers<COMPUTE_REGISTERS>();
-    Consumer(arguments, shared).run();
-  }
+  take_roles<D>(
+      arguments.params, shared, shared.operands, [&] { copy_items<D, Loads>(arguments, shared); },
+      [&] { Consumer(arguments, shared).run(); });
 }

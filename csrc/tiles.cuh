@@ -15,9 +15,13 @@ VOCO_DEVICE int64_t statistic_index(const AttentionParams& params, int row, int 
 }
 
 constexpr int SCHEDULE_TILE = 128;  // TILE in voco_kernels/schedule.py
-constexpr int TILE_COLUMNS = 8;     // of a tile in the schedule
 
-// Items are numbered so that blocks running side by side share keys: within a section of tiles, a few
+// Columns of the schedule's two tables, as voco_kernels/schedule.py names them.
+constexpr int TILE_COLUMNS = 8;
+enum QueryTileColumn { ROW, START, STOP, KEY_START, PREFIX_START, PREFIX_STOP, RUN_START, RUN_STOP };
+enum KeyTileColumn { KEY_ROW, KIND, KEY_TILE_START, KEY_TILE_STOP, QUERY_START, QUERY_STOP };
+
+// Items are numbered so that CTAs running side by side share keys: within a section of tiles, a few
 // heads are finished before the next few begin, and their keys and values stay in L2.
 constexpr int SECTION = 16;
 constexpr int HEAD_GROUP = 8;
@@ -64,7 +68,7 @@ struct QueryTile {
   int start, end, run_start;
   int first_key, key_start, prefix_stop;
   int blocks;  // negative behind the last item
-  // How many items with keys, and blocks of keys and of values, this block has copied before.
+  // How many items with keys, and blocks of keys and of values, this CTA has copied before.
   int fill, first_load;
 
   VOCO_DEVICE bool is_end() const { return blocks < 0; }
@@ -92,23 +96,23 @@ VOCO_DEVICE QueryTile query_tile(const AttentionParams& params, Packing packing,
   }
   const int packs = params.heads >> packing.log2;
   const Item item = item_at(index, params.counts[0] << packing.log2, packs);
-  const int* column = params.query_tiles + (item.tile >> packing.log2) * TILE_COLUMNS;
-  const int start = column[1], run_start = column[6], run_stop = column[7];
+  const int* entry = params.query_tiles + (item.tile >> packing.log2) * TILE_COLUMNS;
+  const int start = entry[START], run_start = entry[RUN_START], run_stop = entry[RUN_STOP];
   // The schedule cuts 128 positions from the run's start; here the n-th from its end is taken instead.
   const int tiles_behind =
       (run_stop - 1 - run_start) / SCHEDULE_TILE - (start - run_start) / SCHEDULE_TILE;
   const int part = item.tile & (packing.heads() - 1);
   const int positions = 2 * packing.positions();
 
-  tile.row = column[0];
+  tile.row = entry[ROW];
   tile.pack = item.head;
   tile.kv_head = (item.head << packing.log2) / (params.heads / params.kv_heads);
   tile.end = run_stop - ((tiles_behind << packing.log2) + part) * positions;
   tile.start = tile.end - positions;
   tile.run_start = run_start;
-  tile.key_start = column[3];
-  tile.first_key = tile.key_start - (column[5] - column[4]);
-  tile.prefix_stop = column[5];
+  tile.key_start = entry[KEY_START];
+  tile.first_key = tile.key_start - (entry[PREFIX_STOP] - entry[PREFIX_START]);
+  tile.prefix_stop = entry[PREFIX_STOP];
   const bool sees_nothing = tile.key_start >= run_stop || tile.end <= run_start;
   tile.blocks = sees_nothing ? 0 : (tile.end - tile.first_key + BLOCK_ROWS - 1) / BLOCK_ROWS;
   return tile;

@@ -34,8 +34,9 @@ def masked_attention(
         backend: a name in ``voco_kernels.backends()``. That one runs, or the call fails with its
             reasons. By default the first that can serve on q's device.
         return_lse: also return the log of the softmax's denominator, differentiable as well.
-        deterministic: the same inputs give the same gradients, bit for bit. With False a backend may add
-            in any order where that is faster; ``cuda_sm90`` then does so for head_dim above 64.
+        deterministic: the same inputs give the same gradients, bit for bit. With False, and unless
+            ``torch.use_deterministic_algorithms`` forbids it, a backend may add in any order where that
+            is faster; ``cuda_sm90`` then does so for head_dim above 64.
 
     Returns:
         out ``[B, Hq, S, D]`` in q's dtype; 0 in padding rows. With ``return_lse`` also lse, float32

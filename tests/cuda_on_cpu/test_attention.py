@@ -19,6 +19,7 @@ from tests.voco_kernels.oracle import (
 )
 from tests.voco_kernels.strategies import cases
 from voco_kernels import MaskLayout, masked_attention
+from voco_kernels.backends import cuda_sm90
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -58,7 +59,9 @@ def parity(
     """With NaN in padding and in memory that was never written."""
     layout = case.layout()
     inputs = random_inputs(layout, dtype, **{"heads": 2, "kv_heads": 1, "head_dim": 64, **sizes})
-    with poisoned_memory():
+    with poisoned_memory(), pytest.MonkeyPatch.context() as patch:
+        if not deterministic:  # which poisoning demands
+            patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
         inputs_with_nan = plant_nan_in_padding(inputs, layout)
         results = attend(inputs_with_nan, layout, "cuda_sm90", deterministic=deterministic)
     assert_close_to_truth(results, inputs, layout)
@@ -123,17 +126,44 @@ def test_strides(emulated, stride):
     assert_close_to_truth(attend(strided, layout, "cuda_sm90"), strided, layout)
 
 
-def test_gradient_of_a_sum(emulated):
-    """autograd hands over a gradient without strides, which TMA can't read."""
+def test_gradient_without_strides(emulated):
+    """What autograd hands over for a sum."""
     layout = CASES[MIXED].layout()
-    q, k, v = (
-        tensor.requires_grad_() for tensor in random_inputs(layout, torch.float16, head_dim=64)[:3]
-    )
-    masked_attention(q, k, v, layout, backend="cuda_sm90").sum().backward()
-    truth = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
-    masked_attention(*truth, layout, backend="reference").sum().backward()
-    for ours, exact in zip((q, k, v), truth, strict=True):
-        torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=5e-3, atol=5e-3)
+    inputs = random_inputs(layout, torch.float16, head_dim=64)
+    inputs = inputs._replace(dout=torch.ones(()).half().expand_as(inputs.q))
+    assert_close_to_truth(attend(inputs, layout, "cuda_sm90"), inputs, layout)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_deterministic_asks_for(emulated, monkeypatch, deterministic, head_dim):
+    """dQ in passing, where the order may vary and there is a kernel for it."""
+    layout = CASES["no image"].layout()
+    inputs = random_inputs(layout, torch.float16, head_dim=head_dim)
+    launch, sums = cuda_sm90._launch, {}
+
+    def spy(name, *arguments, **tensors):
+        sums[name] = tensors.get("dq_sum")
+        launch(name, *arguments, **tensors)
+
+    monkeypatch.setattr(cuda_sm90, "_launch", spy)
+    attend(inputs, layout, "cuda_sm90", deterministic=deterministic)
+    in_passing = not deterministic and head_dim > 64
+    assert (sums["attention_backward_sm90"] is not None) == in_passing
+    torch.use_deterministic_algorithms(True)
+    try:
+        attend(inputs, layout, "cuda_sm90", deterministic=deterministic)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert sums["attention_backward_sm90"] is None
+
+
+def test_the_extension_refuses_sums_that_no_kernel_makes(emulated, monkeypatch):
+    monkeypatch.setattr(cuda_sm90, "_WIDEST_WITHOUT_PASSING", 0)
+    layout = CASES["no image"].layout()
+    inputs = random_inputs(layout, torch.float16, head_dim=64)
+    with pytest.raises(ValueError, match="dq_sum: expected head_dim above 64, got 64"):
+        attend(inputs, layout, "cuda_sm90", deterministic=False)
 
 
 def test_views_that_begin_anywhere_are_copied(emulated):
@@ -141,9 +171,25 @@ def test_views_that_begin_anywhere_are_copied(emulated):
     layout = CASES["padded left"].layout()
     q, k, v = random_inputs(layout, torch.bfloat16, heads=2, kv_heads=1, head_dim=64)[:3]
     shifted = torch.cat([q, q, q], dim=-1)[..., 68:132].copy_(q)
-    assert shifted.data_ptr() % 16
-    results = [masked_attention(x, k, v, layout, backend="cuda_sm90") for x in (q, shifted)]
-    assert torch.equal(*results)
+    contiguous = torch.cat([q.flatten()[:1], q.flatten()])[1:].view_as(q)
+    assert shifted.data_ptr() % 16 and contiguous.data_ptr() % 16 and contiguous.is_contiguous()
+    expected = masked_attention(q, k, v, layout, backend="cuda_sm90")
+    for odd in (shifted, contiguous):
+        assert torch.equal(masked_attention(odd, k, v, layout, backend="cuda_sm90"), expected)
+
+    # A gradient comes like that, too, through torch.cat.
+    inputs = random_inputs(layout, torch.bfloat16, heads=2, kv_heads=1, head_dim=64)
+    inputs = inputs._replace(dout=contiguous)
+    assert_close_to_truth(attend(inputs, layout, "cuda_sm90"), inputs, layout)
+
+
+def test_strides_of_what_there_is_one_of(emulated):
+    """torch keeps any stride for a dimension of size 1, even one that TMA could not take."""
+    layout = Case([[image(30, 1, 20)]]).layout()
+    q, k, v = random_inputs(layout, torch.bfloat16, heads=1, kv_heads=1, head_dim=64)[:3]
+    odd = q.as_strided(q.shape, (3, 5, 64, 1))
+    expected = masked_attention(q, k, v, layout, backend="cuda_sm90")
+    assert torch.equal(masked_attention(odd, k, v, layout, backend="cuda_sm90"), expected)
 
 
 def test_strides_that_tma_cannot_take_are_refused(emulated):

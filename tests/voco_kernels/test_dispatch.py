@@ -46,7 +46,7 @@ def test_triton_says_that_it_is_missing(monkeypatch):
 
 def test_preference():
     assert choose(*tensors()) == "sdpa"
-    assert PREFERENCE["cuda"] == ("triton", "cuda_sm90", "flash_attn", "sdpa", "reference")
+    assert PREFERENCE["cuda"] == ("triton", "flash_attn", "sdpa", "reference")
 
 
 @pytest.mark.gpu

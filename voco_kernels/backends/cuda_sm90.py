@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from importlib import import_module
 from types import ModuleType
 
@@ -15,8 +14,9 @@ from voco_kernels.reasons import dtype_reasons, strided_reasons
 _LARGEST_HEAD_DIM = 256
 _ALIGNMENT = 16  # bytes: what TMA asks of addresses and strides
 _OPERANDS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
-# Up to this head_dim, adding to memory would take longer than the two products that it saves.
-_NARROWEST_IN_PASSING = 64
+# Beyond it csrc has a kernel that makes dQ in passing. In narrower rows the adds are expected, not
+# measured, to take longer than the two products that they save.
+_WIDEST_WITHOUT_PASSING = 64
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -25,7 +25,8 @@ def _load() -> tuple[ModuleType | None, str]:
         return import_module("voco_kernels._C"), ""
     except ModuleNotFoundError:
         return None, (
-            "the CUDA extension is not built; pip install voco-kernels where nvcc is, from CUDA 12.5 on"
+            "expected the CUDA extension voco_kernels._C, got none; run pip install -e . where there is "
+            "an nvcc 12.5 or newer"
         )
     except ImportError as error:
         return None, f"the CUDA extension can't be imported: {error}"
@@ -39,8 +40,8 @@ _emulated = False
 def missing() -> list[str]:
     if _extension is None:
         return [_why_not]
-    if not torch.cuda.is_available() and not _emulated:
-        return ["no CUDA device"]
+    if not _emulated and not any(map(_is_hopper, range(torch.cuda.device_count()))):
+        return ["no CUDA device of compute capability 9.0"]
     return []
 
 
@@ -49,8 +50,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     reasons += strided_reasons(q, k, v)
     if q.device.type != "cuda" and not _emulated:
         reasons.append(f"expected tensors on CUDA, got {q.device}")
-    if q.device.type == "cuda" and _capability(q.device) != (9, 0):
-        reasons.append(f"expected compute capability 9.0, got {_capability(q.device)}")
+    if q.device.type == "cuda" and not _is_hopper(q.device):
+        reasons.append(f"expected a device of compute capability 9.0, got {q.device}")
     head_dim = q.shape[-1]
     if head_dim > _LARGEST_HEAD_DIM or head_dim % 8:
         reasons.append(
@@ -60,7 +61,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         strides = ", ".join(str(tuple(tensor.stride())) for tensor in (q, k, v))
         reasons.append(
             f"expected strides that are multiples of {_ALIGNMENT} bytes, got {strides} elements of "
-            f"{q.element_size()} bytes"
+            f"{q.element_size()} bytes; call .contiguous()"
         )
     return reasons
 
@@ -88,7 +89,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     # Where the order may vary, dQ is added up while dK and dV are made: five products, not seven.
-    in_passing = not deterministic and q.shape[-1] > _NARROWEST_IN_PASSING
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    in_passing = not deterministic and q.shape[-1] > _WIDEST_WITHOUT_PASSING
     _launch(
         "attention_backward_sm90",
         q,
@@ -132,7 +134,7 @@ def _launch(
         if tensor is None:
             continue
         if field in _OPERANDS:
-            setattr(params, field, _extension.Tensor4(tensor.data_ptr(), *tensor.stride()[:3]))
+            setattr(params, field, _extension.Tensor4(tensor.data_ptr(), *_steps(tensor)))
         else:
             setattr(params, field, tensor.data_ptr())
     params.visible_from = layout.visible_from.data_ptr()
@@ -143,12 +145,17 @@ def _launch(
     on_cuda = q.device.type == "cuda"
     params.device = q.device.index if on_cuda else 0
     stream = torch.cuda.current_stream(q.device).cuda_stream if on_cuda else 0
-    with torch.cuda.device(q.device) if on_cuda else nullcontext():
-        getattr(_extension, name)(params, stream)
+    getattr(_extension, name)(params, stream)
+
+
+def _steps(tensor: Tensor) -> list[int]:
+    """Strides of the first three dimensions; 0 for those of size 1, of which torch says anything."""
+    sizes_and_strides = zip(tensor.shape[:3], tensor.stride(), strict=False)
+    return [stride if size > 1 else 0 for size, stride in sizes_and_strides]
 
 
 def _has_aligned_strides(tensor: Tensor) -> bool:
-    return all(stride * tensor.element_size() % _ALIGNMENT == 0 for stride in tensor.stride()[:3])
+    return all(step * tensor.element_size() % _ALIGNMENT == 0 for step in _steps(tensor))
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -160,5 +167,5 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 @torch.compiler.assume_constant_result
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _is_hopper(device: torch.device | int) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
