@@ -27,6 +27,7 @@ BUILD = Path("build") / f"cuda-{sys.implementation.cache_tag}"
 USUAL_HOME = "/usr/local/cuda"
 # sm_90a is older; cudaGetDriverEntryPointByVersion, which csrc/runtime.cuh calls, is not.
 OLDEST_NVCC = (12, 5)
+# What ptxas takes at its peak for these kernels, with room: small machines compile one at a time.
 BYTES_PER_NVCC = 4 << 30
 
 # The logs are kept for the tests: registers, spills, and where ptxas did not do as it was told.
@@ -87,7 +88,12 @@ def version(nvcc: str) -> tuple[int, int]:
 
 def missing() -> str | None:
     """Why no extension can be built here, in words; None where it can."""
-    if os.environ.get("VOCO_BUILD_CUDA") == "0":
+    wanted = os.environ.get("VOCO_BUILD_CUDA") or None
+    if wanted not in (None, "0", "1"):
+        fail(
+            f"expected VOCO_BUILD_CUDA to be 0 or 1, got {wanted!r}; leave it out to build where nvcc is"
+        )
+    if wanted == "0":
         return "VOCO_BUILD_CUDA is 0"
     if sys.platform != "linux":
         return f"expected Linux, got {sys.platform}"
@@ -184,9 +190,8 @@ def main() -> None:
         fail(f"VOCO_BUILD_CUDA is 1, but the CUDA extension can't be built: {reason}")
     if reason:
         print(f"voco-kernels: the CUDA extension is not built: {reason}", file=sys.stderr)
-    sources = [f"csrc/{path.name}" for path in sorted(ROOT.glob("csrc/*"))]  # for an sdist
     setup(
-        ext_modules=[] if reason else [Extension("voco_kernels._C", [], depends=sources)],
+        ext_modules=[] if reason else [Extension("voco_kernels._C", [])],
         cmdclass={"build_ext": BuildWithNinja},
     )
 

@@ -6,15 +6,15 @@ from types import ModuleType
 
 from torch import Tensor
 
-from bench.peers import Case
+from bench.peers import ANY_ORDER, Case
 from voco_kernels import dispatch
 
-MOST_IN_NEED = ("cuda_sm90", "triton")
-"""Backends with kernels of our own, those first that a tool should look at first."""
+OWN_KERNELS = ("cuda_sm90", "triton")
+"""Backends with kernels of our own, the least tried first."""
 
 
 def choose(case: Case, name: str | None) -> str:
-    """The named backend, or the first of ``MOST_IN_NEED`` that can serve, or the device's default.
+    """The named backend, or the first of ``OWN_KERNELS`` that can serve, or the device's default.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -22,9 +22,9 @@ def choose(case: Case, name: str | None) -> str:
     """
     tensors = (case.q, case.k, case.v)
     if name is None:
-        for candidate in MOST_IN_NEED:
-            backend = dispatch.BACKENDS.get(candidate)
-            if backend and not (backend.missing() or backend.unsupported(*tensors)):
+        for candidate in OWN_KERNELS:
+            backend = dispatch.load(candidate)
+            if not (backend.missing() or backend.unsupported(*tensors)):
                 return candidate
     return dispatch.choose(*tensors, name)
 
@@ -35,8 +35,20 @@ def forward(backend: ModuleType, case: Case) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    backend: ModuleType, case: Case, out: Tensor, lse: Tensor
+    backend: ModuleType,
+    case: Case,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None = None,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``dq``, ``dk`` and ``dv``, of the shapes of q, k and v."""
+    """``dq``, ``dk`` and ``dv``, of the shapes of q, k and v. ``dlse [B, Hq, S]``, like lse."""
     scale = case.q.shape[-1] ** -0.5
-    return backend.backward(case.dout, None, case.q, case.k, case.v, out, lse, case.layout, scale)
+    return backend.backward(
+        case.dout, dlse, case.q, case.k, case.v, out, lse, case.layout, scale, deterministic
+    )
+
+
+def orders(name: str) -> tuple[bool, ...]:
+    """What ``deterministic`` to call a backend with, to run all that it has."""
+    return (True, False) if name in ANY_ORDER else (True,)

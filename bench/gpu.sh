@@ -171,7 +171,8 @@ attn() {
 forward() { attn forward --direction forward; }
 backward() { attn backward --direction forward+backward --no-layouts; }
 
-# Nothing is written into the package here: python bench/tune.py --from tune.json --write does that at home.
+# Nothing is written into the package here: python bench/tune.py --from tune.json --write does that, on the
+# machine where the package is developed.
 tune() { resuming bench/tune.py "$OUT/tune.json" ${dry_run:+--dry-run}; }
 
 ncu() {
@@ -187,7 +188,7 @@ ncu() {
     local metrics=gpu__time_duration.sum,launch__registers_per_thread
     metrics+=,sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active
     metrics+=',regex:sm__inst_executed_pipe_tensor_op_.*\.avg\.pct_of_peak_sustained_active$'
-    # The clocks stay as they are: they are not ours alone.
+    # The clocks stay as they are: the machine may be shared.
     command ncu --clock-control none --profile-from-start off \
         --section SpeedOfLight --section LaunchStats --section Occupancy --metrics "$metrics" \
         --csv --page raw --log-file "$OUT/ncu.csv" "$PYTHON" bench/profile_kernels.py
@@ -242,7 +243,7 @@ for index in "${!plan[@]}"; do
     step "$name" "$most" $((reserved * limit / 560))
 done
 
-# What comes home from a borrowed machine is eight files at most; bench/report.py draws the plots again.
+# Few and small files, so that they are easily copied; bench/report.py draws the plots again.
 rm -f "$OUT"/*.part "$OUT"/*.png
 for record in "$OUT"/attn-*.json; do
     [ -e "$record" ] && "$PYTHON" bench/report.py --show "$record"

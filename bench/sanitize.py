@@ -61,14 +61,17 @@ def run(backend: str | None, head_dim: int, device: torch.device) -> str:
         name = direct.choose(case, backend)
         module = dispatch.load(name)
         out, lse = direct.forward(module, case)
-        gradients = direct.backward(module, case, out, lse)
-        results = dict(zip(("out", "dq", "dk", "dv"), (out, *gradients), strict=True))
-        for what, result in results.items():
-            if not result.cpu().isfinite().all():
-                raise RuntimeError(
-                    f"expected finite values in {what} of {name} on {shape.title}, head_dim "
-                    f"{head_dim}; got others"
-                )
+        results = {"out": out}
+        for deterministic in direct.orders(name):
+            dlse = None if deterministic else torch.zeros_like(lse)
+            gradients = direct.backward(module, case, out, lse, dlse, deterministic)
+            results |= zip(("dq", "dk", "dv"), gradients, strict=True)
+            for what, result in results.items():
+                if not result.cpu().isfinite().all():
+                    raise RuntimeError(
+                        f"expected finite values in {what} of {name} on {shape.title}, head_dim "
+                        f"{head_dim}, deterministic={deterministic}; got others"
+                    )
     return name
 
 

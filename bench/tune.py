@@ -200,7 +200,10 @@ def read(path: Path) -> dict:
     """
     record = records.load(path)
     if record.get("bench") != "tune" or record.get("schema") != SCHEMA:
-        raise ValueError(f"expected a record of bench/tune.py with schema {SCHEMA} in {path}")
+        raise ValueError(
+            f"expected a record of bench/tune.py with schema {SCHEMA} in {path}, got one of "
+            f"{record.get('bench')!r} with schema {record.get('schema')}"
+        )
     return record
 
 
@@ -216,7 +219,10 @@ def resumed(path: Path, fresh: dict) -> dict:
     same = before["settings"] == fresh["settings"]
     digests = [record["environment"]["sources_sha256"] for record in (before, fresh)]
     if not same or digests[0] != digests[1]:
-        raise ValueError(f"expected {path} of the same settings and sources to resume")
+        raise ValueError(
+            f"expected {path} of the same settings and sources to resume, got others; remove it or "
+            "leave out --resume"
+        )
     for key in ("candidates", "timings"):
         before[key] = [row for row in before[key] if row["status"] != "skipped"]
     return before | {"finished": False}
@@ -313,7 +319,9 @@ def main(
     --resume: the culprit's row is kept, as failed).
     """
     if write and dry_run and table == candidates.TABLE_FILE:
-        raise typer.BadParameter("expected another --table to --write in a --dry-run")
+        raise typer.BadParameter(
+            "expected another --table to --write in a --dry-run, got the package's own; name a file"
+        )
     try:
         if source is not None:
             record = read(source)
@@ -326,7 +334,10 @@ def main(
         print(lost, file=sys.stderr)
         raise typer.Exit(EXIT_DEVICE_LOST) from lost
     if write and record["settings"]["dry_run"] and table == candidates.TABLE_FILE:
-        raise typer.BadParameter("expected another --table to --write a --dry-run's choices")
+        raise typer.BadParameter(
+            "expected another --table to --write a --dry-run's choices, got the package's own; name "
+            "a file"
+        )
     show(record, Console(width=None if sys.stdout.isatty() else 160))
     if source is None:
         print(f"wrote {out}")

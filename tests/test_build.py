@@ -411,18 +411,19 @@ def test_the_softmax_runs_beside_the_product(kernel, build_folder):
     """Between the wait for the scores (all but one group) and the wait for the product behind them (all)
     stand a block's exponentials. ptxas likes to move the second wait in front of them."""
     (source,) = (s for s in SOURCES if s.stem.endswith(f"{kernel.removesuffix('_kernel')}_sm90"))
-    pipelined = 0
+    found = 0
     for function in disassemble(source, build_folder, "-sass").split("Function : ")[1:]:
         name, _, code = function.partition("\n")
-        if kernel not in name:
+        if kernel not in name or (kernel == "dq_kernel" and "Li256E" in name):  # no room to overlap
             continue
+        found += 1
         steps = re.findall(r"(MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01])", code)
-        for i, step in enumerate(steps):
-            if step.endswith("0x1"):
-                pipelined += 1
-                beside = next(n for n, later in enumerate(steps[i + 1 :]) if "DEPBAR" in later)
-                assert beside >= 32, f"{beside} exponentials beside the product: {name}"
-    assert pipelined
+        waits = [i for i, step in enumerate(steps) if step.endswith("0x1")]
+        assert waits, f"nothing overlaps: {name}"
+        for i in waits:
+            beside = next(n for n, later in enumerate(steps[i + 1 :]) if "DEPBAR" in later)
+            assert beside >= 32, f"{beside} exponentials beside the product: {name}"
+    assert found >= 4
 
 
 @pytest.mark.timeout(900)

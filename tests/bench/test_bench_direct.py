@@ -34,7 +34,7 @@ def test_a_backend_called_directly_is_right():
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_script_runs_the_devices_default_where_no_kernel_of_ours_can(name, monkeypatch):
-    monkeypatch.setattr(direct, "MOST_IN_NEED", ())  # Triton could, in the tests' interpreter
+    monkeypatch.setattr(direct, "OWN_KERNELS", ())  # Triton could, in the tests' interpreter
     result = CliRunner().invoke(SCRIPTS[name], [])
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
@@ -48,7 +48,7 @@ def test_a_backend_that_is_not_there_is_an_error(name):
     assert result.exit_code == 1 and "expected a backend among" in result.stderr
 
 
-def test_the_kernels_most_in_need_come_first(monkeypatch):
+def test_the_least_tried_kernels_come_first(monkeypatch):
     case = make_case(
         SIZES["tiny"].shapes["A"],
         (4, 2),
@@ -57,7 +57,7 @@ def test_the_kernels_most_in_need_come_first(monkeypatch):
         torch.device("cpu"),
         direction=records.DIRECTIONS[1],
     )
-    monkeypatch.setattr(direct, "MOST_IN_NEED", ("not_written_yet", "flash_attn", "reference"))
+    monkeypatch.setattr(direct, "OWN_KERNELS", ("flash_attn", "reference"))
     assert direct.choose(case, None) == "reference"
     assert direct.choose(case, "sdpa") == "sdpa"
     with pytest.raises(RuntimeError, match="flash_attn"):

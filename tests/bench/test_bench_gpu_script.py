@@ -107,7 +107,7 @@ def test_all_steps_in_order(script):
         "summary.txt",
         "tune.json",
     ]
-    assert len(names) < 8  # with ncu.csv, where there is ncu: what a borrowed machine sends home
+    assert len(names) < 8  # and ncu.csv, where there is ncu: few enough to copy by hand
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
     assert answer.stdout.count("TABLE") == 2
     assert re.search(r"parity +rc 0 +\d+ s", (out / "summary.txt").read_text())

@@ -78,8 +78,6 @@ VOCO_DEVICE void tma_load(uint32_t destination, const TensorMap* map, uint32_t b
   cuda_on_cpu::copy_engine.issue(destination, map, barrier, {x0, x1, x2, x3, x4});
 }
 
-VOCO_DEVICE void tma_prefetch_map(const TensorMap*) {}
-
 VOCO_DEVICE void cp_async_16(uint32_t destination, const void* source, bool valid) {
   cuda_on_cpu::cp_asyncs.issue(destination, valid ? source : nullptr);
 }

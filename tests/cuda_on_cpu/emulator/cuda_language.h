@@ -43,17 +43,9 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-
 // Variables, not macros: the scheduler writes the thread that it is about to run into them.
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
-constexpr int warpSize = 32;
 
 inline float __uint_as_float(unsigned bits) {
   float value;
@@ -67,26 +59,8 @@ inline unsigned __float_as_uint(float value) {
   return bits;
 }
 
-inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
-inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint(value)); }
-
 inline int min(int a, int b) { return b < a ? b : a; }
 inline int max(int a, int b) { return a < b ? b : a; }
-inline unsigned min(unsigned a, unsigned b) { return b < a ? b : a; }
-inline unsigned max(unsigned a, unsigned b) { return a < b ? b : a; }
-inline int64_t min(int64_t a, int64_t b) { return b < a ? b : a; }
-inline int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
-inline float min(float a, float b) { return fminf(a, b); }
-inline float max(float a, float b) { return fmaxf(a, b); }
-
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline int __clz(int bits) { return bits ? __builtin_clz(static_cast<unsigned>(bits)) : 32; }
-
-template <typename T>
-T __ldg(const T* address) {
-  return *address;
-}
 
 // One thread runs at a time, so that every access is atomic.
 template <typename T>
@@ -99,5 +73,3 @@ T atomic_add(T* address, T value) {
 inline int atomicAdd(int* address, int value) { return atomic_add(address, value); }
 inline unsigned atomicAdd(unsigned* address, unsigned value) { return atomic_add(address, value); }
 inline float atomicAdd(float* address, float value) { return atomic_add(address, value); }
-
-inline void __threadfence() {}
