@@ -21,6 +21,7 @@ namespace {
 // Of dQ a consumer makes some columns, from all keys.
 template <int D>
 constexpr int DQ_COLUMNS = D / CONSUMERS;
+// Behind every query.
 constexpr int NOBODYS_TOKEN = 0x7fffffff;
 // The named barrier at which both consumers meet when dS is written.
 constexpr int DS_WRITTEN = FIRST_BARRIER;

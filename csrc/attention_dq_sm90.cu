@@ -3,7 +3,6 @@
 // The frame is query_tiles.cuh's, as in the forward kernel: a consumer has 64 rows of queries, meets all
 // keys that they see, and adds up dQ in registers. Nobody else writes these rows: no atomics.
 #include "attention.h"
-#include "mask.cuh"
 #include "products.cuh"
 #include "query_tiles.cuh"
 #include "softmax.cuh"
@@ -58,7 +57,7 @@ struct DqConsumer {
         shared.resident.wait_full(tile.fill);
         if constexpr (QUERIES_IN_REGISTERS)
           load_fragments<D>(fragments, my(shared.q(tile.fill)), me.warp, me.lane);
-        accumulate(tile, rows, mine);
+        walk_keys(*this, DqLoads(tile), tile, rows, mine);
         shared.resident.release(tile.fill, me.lane);
       }
       store(tile, rows);
@@ -67,7 +66,6 @@ struct DqConsumer {
     turns.close();
   }
 
- private:
   VOCO_DEVICE uint32_t my(uint32_t operand) const { return operand + me.warpgroup * BLOCK_BYTES<D>; }
 
   VOCO_DEVICE int head(const QueryTile& tile, int h) const {
@@ -174,48 +172,7 @@ struct DqConsumer {
     shared.ring.release(loads.keys(block), me.elected);
   }
 
-  // dQ / scale over the first `mine` blocks of a tile, and all its turns and loads.
-  VOCO_DEVICE void accumulate(const QueryTile& tile, const Rows& rows, int mine) {
-    const DqLoads loads(tile);
-    const int start = tile.block_start(0), first_key = tile.first_key, blocks = tile.blocks;
-    const bool narrow = tile.narrow();
-    if (!PIPELINED || (mine == 1 && narrow)) {
-      for (int block = 0; block < mine; ++block) {
-        const int block_start = start + BLOCK_ROWS * block;
-        if (block == 0 && narrow) {
-          uint32_t ds[NARROW_ROWS / 16][4];
-          begin<NARROW_ROWS>(ds, loads, block, rows, block_start, first_key);
-          finish(ds, loads, block);
-        } else if constexpr (!PIPELINED) {
-          uint32_t ds[BLOCK_ROWS / 16][4];
-          begin<BLOCK_ROWS>(ds, loads, block, rows, block_start, first_key);
-          finish(ds, loads, block);
-        }
-      }
-    } else if (mine > 0) {
-      uint32_t ds[BLOCK_ROWS / 16][4];
-      if (narrow) {
-        uint32_t few[NARROW_ROWS / 16][4];
-        begin<NARROW_ROWS>(few, loads, 0, rows, start, first_key);
-        advance(few, ds, loads, 1, rows, start + BLOCK_ROWS, first_key);
-      } else {
-        begin<BLOCK_ROWS>(ds, loads, 0, rows, start, first_key);
-      }
-      for (int block = narrow ? 2 : 1; block < mine; ++block) {
-        advance(ds, ds, loads, block, rows, start + BLOCK_ROWS * block, first_key);
-      }
-      finish(ds, loads, mine - 1);
-    }
-
-    // The other consumer's blocks: turns and two loads each, in step, since it waits for both.
-    for (int block = mine; block < blocks; ++block) {
-      turns.forgo();
-      if constexpr (!PIPELINED) turns.forgo();
-      shared.ring.skip(loads.keys(block), loads.values(block), me);
-    }
-    if (PIPELINED && mine == 0) turns.forgo();  // the one in which the last block is added
-  }
-
+ private:
   VOCO_DEVICE void store(const QueryTile& tile, const Rows& rows) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -3,7 +3,6 @@
 // The frame is query_tiles.cuh's; here is what a consumer does with the 64 rows that it has of a tile:
 // scores, online softmax and output, all in registers.
 #include "attention.h"
-#include "mask.cuh"
 #include "products.cuh"
 #include "query_tiles.cuh"
 #include "softmax.cuh"
@@ -32,6 +31,7 @@ template <typename T, int D>
 struct ForwardConsumer {
   // Queries wider than 128 would take 64 registers or more: they are multiplied from shared memory.
   static constexpr bool QUERIES_IN_REGISTERS = D <= 128;
+  static constexpr bool PIPELINED = true;
 
   const AttentionParams& params;
   const Packing packing;
@@ -66,7 +66,7 @@ struct ForwardConsumer {
           load_fragments<D>(fragments, my_queries(), me.warp, me.lane);
           shared.resident.release(tile.fill, me.lane);
         }
-        attend(tile, rows, mine);
+        walk_keys(*this, ForwardLoads(tile), tile, rows, mine);
         if constexpr (!QUERIES_IN_REGISTERS) shared.resident.release(tile.fill, me.lane);
       }
       store(tile, rows);
@@ -75,7 +75,6 @@ struct ForwardConsumer {
     turns.close();
   }
 
- private:
   VOCO_DEVICE uint32_t my_queries() const { return shared.q(0) + me.warpgroup * BLOCK_BYTES<D>; }
 
   template <int N>
@@ -115,15 +114,15 @@ struct ForwardConsumer {
 
   // Probabilities of a tile's first block: of its last N keys.
   template <int N>
-  VOCO_DEVICE void begin(uint32_t (&probabilities)[N / 16][4], ForwardLoads loads, const Rows& rows,
-                         int start, int first_key) {
+  VOCO_DEVICE void begin(uint32_t (&probabilities)[N / 16][4], ForwardLoads loads, int block,
+                         const Rows& rows, int start, int first_key) {
     float scores[N / 2], rescale[2];
     turns.take();
-    multiply_keys<N>(scores, loads.keys(0));
+    multiply_keys<N>(scores, loads.keys(block));
     turns.pass();
     ptx::wgmma_wait<0>();
     ptx::pin(scores);
-    shared.ring.release(loads.keys(0), me.elected);
+    shared.ring.release(loads.keys(block), me.elected);
     hide_if_cut(scores, rows, start + BLOCK_ROWS - N, first_key, me.lane);
     softmax.update(scores, scale_log2, rescale);
     round_to_operand<T>(probabilities, scores);
@@ -159,38 +158,7 @@ struct ForwardConsumer {
     shared.ring.release(loads.values(block), me.elected);
   }
 
-  // out and softmax over the first `mine` blocks of a tile, and all its turns and loads.
-  VOCO_DEVICE void attend(const QueryTile& tile, const Rows& rows, int mine) {
-    const ForwardLoads loads(tile);
-    const int start = tile.block_start(0), first_key = tile.first_key, blocks = tile.blocks;
-    const bool narrow = tile.narrow();
-    if (mine == 1 && narrow) {
-      uint32_t probabilities[NARROW_ROWS / 16][4];
-      begin<NARROW_ROWS>(probabilities, loads, rows, start, first_key);
-      finish(probabilities, loads, 0);
-    } else if (mine > 0) {
-      uint32_t probabilities[BLOCK_ROWS / 16][4];
-      if (narrow) {
-        uint32_t few[NARROW_ROWS / 16][4];
-        begin<NARROW_ROWS>(few, loads, rows, start, first_key);
-        advance(few, probabilities, loads, 1, rows, start + BLOCK_ROWS, first_key);
-      } else {
-        begin<BLOCK_ROWS>(probabilities, loads, rows, start, first_key);
-      }
-      for (int block = narrow ? 2 : 1; block < mine; ++block) {
-        advance(probabilities, probabilities, loads, block, rows, start + BLOCK_ROWS * block, first_key);
-      }
-      finish(probabilities, loads, mine - 1);
-    }
-
-    // The other consumer's blocks: a turn and two loads each, in step, since it waits for both.
-    for (int block = mine; block < blocks; ++block) {
-      turns.forgo();
-      shared.ring.skip(loads.keys(block), loads.values(block), me);
-    }
-    if (mine == 0) turns.forgo();  // the one in which the last values are added
-  }
-
+ private:
   VOCO_DEVICE void store(const QueryTile& tile, const Rows& rows) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -9,10 +9,13 @@
 #include "pipeline.cuh"
 #include "tiles.cuh"
 
+// Blocks of keys in a tile: one for each consumer; or one for both, which then have half of the columns
+// of dK and dV each.
 template <int D>
 constexpr int KEY_BLOCKS = D <= 128 ? CONSUMERS : 1;
 template <int D>
 constexpr int COLUMNS = D <= 128 ? D : D / CONSUMERS;
+
 // Keys [start, stop) of one head and the queries [query_start, query_stop) that see them, in 64-query
 // blocks from the first on. Both are token positions and every key sees from itself on; or, gathered,
 // both are ranks, in `kept` and `readers`, and who sees whom is asked of their positions.

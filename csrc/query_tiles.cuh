@@ -7,6 +7,7 @@
 
 #include "jobs.cuh"
 #include "launch.cuh"
+#include "mask.cuh"
 #include "pipeline.cuh"
 #include "tiles.cuh"
 
@@ -143,6 +144,57 @@ VOCO_DEVICE void copy_items(const QueryTileArguments& arguments,
     }
   }
   shared.jobs.publish_end(next_job);
+}
+
+// How a consumer goes through the first `mine` blocks of a tile, of which each gives an operand [64
+// queries, keys] (probabilities, or dS) that is multiplied with a block. The consumer brings
+//   begin<N>     the operand of a block's last N keys, with nothing else under way
+//   advance      the operand of a block, while the product with that of the block before is under way
+//   finish       the product with an operand, with nothing else under way
+// and PIPELINED, whether advance is to be used. All the tile's turns are taken and all its loads
+// released, also those of the other consumer's blocks.
+template <typename Consumer, typename Loads>
+VOCO_DEVICE void walk_keys(Consumer& consumer, const Loads& loads, const QueryTile& tile,
+                           const Rows& rows, int mine) {
+  constexpr bool PIPELINED = Consumer::PIPELINED;
+  const int start = tile.block_start(0), first_key = tile.first_key, blocks = tile.blocks;
+  const bool narrow = tile.narrow();
+  int block = 0;
+  if (narrow && mine > 0 && (mine == 1 || !PIPELINED)) {
+    uint32_t few[NARROW_ROWS / 16][4];
+    consumer.template begin<NARROW_ROWS>(few, loads, 0, rows, start, first_key);
+    consumer.finish(few, loads, 0);
+    block = 1;
+  }
+  if constexpr (!PIPELINED) {
+    for (; block < mine; ++block) {
+      uint32_t operand[BLOCK_ROWS / 16][4];
+      consumer.template begin<BLOCK_ROWS>(operand, loads, block, rows, start + BLOCK_ROWS * block,
+                                          first_key);
+      consumer.finish(operand, loads, block);
+    }
+  } else if (block < mine) {
+    uint32_t operand[BLOCK_ROWS / 16][4];
+    if (narrow) {
+      uint32_t few[NARROW_ROWS / 16][4];
+      consumer.template begin<NARROW_ROWS>(few, loads, 0, rows, start, first_key);
+      consumer.advance(few, operand, loads, 1, rows, start + BLOCK_ROWS, first_key);
+    } else {
+      consumer.template begin<BLOCK_ROWS>(operand, loads, 0, rows, start, first_key);
+    }
+    for (block = narrow ? 2 : 1; block < mine; ++block) {
+      consumer.advance(operand, operand, loads, block, rows, start + BLOCK_ROWS * block, first_key);
+    }
+    consumer.finish(operand, loads, mine - 1);
+  }
+
+  // In step with the other consumer, which waits for turns and slots alike.
+  for (block = mine; block < blocks; ++block) {
+    consumer.turns.forgo();
+    if constexpr (!PIPELINED) consumer.turns.forgo();
+    consumer.shared.ring.skip(loads.keys(block), loads.values(block), consumer.me);
+  }
+  if (PIPELINED && mine == 0) consumer.turns.forgo();  // the one in which it finishes
 }
 
 // What every thread of such a kernel runs. `Consumer(arguments, shared).run()` reads the items.
