@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from voco_kernels import MaskLayout, masked_attention
-from voco_model.caches import CompactCache, VoCoCollector
+from voco_model.caches import CACHE_ARGUMENT, CompactCache, VoCoCollector
 
 ATTENTION_NAME = "voco"
 Mask = Tensor | dict | None
@@ -97,7 +97,8 @@ def hand_out_layout(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
         )
     kwargs = dict(kwargs)
     input_ids = args[0] if args else kwargs.get("input_ids")
-    cache = kwargs.get("past_key_values")
+    # A caller may use the old name still, which forward would take as well.
+    cache = kwargs.setdefault(CACHE_ARGUMENT, kwargs.pop("past_key_values", None))
     new_tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
     if new_tokens is None:
         raise ValueError("expected input_ids, got neither input_ids nor inputs_embeds")
@@ -141,7 +142,7 @@ def _mask_whole_prompt(
         use_cache = config.text_config.use_cache
     if cache is None and use_cache:
         # The language model would make the same one, out of reach of what follows.
-        cache = kwargs["past_key_values"] = DynamicCache(config=config.text_config)
+        cache = kwargs[CACHE_ARGUMENT] = DynamicCache(config=config.text_config)
     if cache is not None and not isinstance(cache, VoCoCollector):
         hidden = _hidden_from_what_follows(input_ids, real, config)
         cache.voco_hidden = hidden

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LlavaModel
 
 from voco_kernels.kv import CompactKV
+
+# What models and ``generate`` call a cache: past_key_values, before Transformers 5.24 renamed it.
+CACHE_ARGUMENT = (
+    "cache" if "cache" in signature(LlavaModel.forward).parameters else "past_key_values"
+)
 
 
 class VoCoCollector(DynamicCache):

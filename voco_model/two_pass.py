@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from voco_kernels.kv import CompactKV
 from voco_model.attach import is_enabled
-from voco_model.caches import CompactCache, VoCoCollector
+from voco_model.caches import CACHE_ARGUMENT, CompactCache, VoCoCollector
 from voco_model.prompt import VOCO_TOKEN, Turns, image_part, text_part
 
 # Arguments of model.generate that the second pass makes by itself.
@@ -28,6 +28,7 @@ _OWNED = (
     "inputs_embeds",
     "position_ids",
     "past_key_values",
+    "cache",
     "pixel_values",
     "image_sizes",
 )
@@ -139,7 +140,7 @@ def generate(
     copies = max(_option(model, generate_kwargs, name) or 1 for name in _COPIES)
     if copies > 1:
         cache.batch_repeat_interleave(copies)
-    output = model.generate(**prompt, past_key_values=cache, **generate_kwargs)
+    output = model.generate(**prompt, **{CACHE_ARGUMENT: cache}, **generate_kwargs)
     length = prompt["input_ids"].shape[1]
     if isinstance(output, Tensor):
         return output[:, length:]
@@ -206,8 +207,8 @@ def _first_pass(model, batch: Mapping[str, Tensor]) -> list[CompactKV]:
         input_ids=input_ids[:, :width],
         attention_mask=real.long(),
         position_ids=position_ids,
-        past_key_values=cache,
         use_cache=True,
+        **{CACHE_ARGUMENT: cache},
         **vision,
     )
     kv = cache.kept()

@@ -7,11 +7,11 @@ import copy
 
 import pytest
 import torch
-from transformers import CompileConfig, Qwen2Config
+from transformers import CompileConfig, DynamicCache, Qwen2Config
 
 import voco_model
 from tests.voco_model import tiny
-from voco_model.caches import CompactCache
+from voco_model.caches import CACHE_ARGUMENT, CompactCache
 from voco_model.two_pass import _layer_devices, _second_pass_prompt
 
 STEPS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -144,6 +144,20 @@ def test_decoding_by_hand_with_the_cache_that_forward_returns(enabled, text):
         ]
     torch.testing.assert_close(several, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.cat(singly, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted({"past_key_values", CACHE_ARGUMENT}))
+def test_the_base_model_takes_a_cache_by_its_old_and_its_new_name(enabled, prompts, name):
+    """Past the outer model, which passes on the new name only."""
+    inputs, _ = prompts
+    last, cache = torch.full((3, 1), 9), DynamicCache()
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(last)], dim=1)
+    ids = torch.cat([inputs["input_ids"], last], dim=1)
+    with torch.no_grad():
+        expected = enabled.model(**{**inputs, "input_ids": ids, "attention_mask": mask})[0][:, -1]
+        enabled.model(**inputs, **{name: cache})
+        state = enabled.model(input_ids=last, attention_mask=mask, **{name: cache})[0][:, -1]
+    torch.testing.assert_close(state, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_prompts_without_voco_tokens_leave_no_trace(enabled):

@@ -189,6 +189,8 @@ def test_entries_can_be_kept_in_another_dtype(with_processor):
         {"cache_implementation": "static"},
         {"position_ids": torch.zeros(1, 1)},
         {"pixel_values": torch.zeros(1)},
+        {"past_key_values": None},
+        {"cache": None},
         {"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)},
     ],
 )
