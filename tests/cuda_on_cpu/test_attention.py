@@ -23,7 +23,8 @@ from voco_kernels.backends import cuda_sm90
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
-ORDERS = (0, 1, 7)
+# Forwards, backwards, and a seed under which a consumer that skips loads without meeting is found out.
+ORDERS = (0, 1, 3)
 MIXED = "text between images"
 # Several tiles and blocks, none of them round.
 LARGER = {
