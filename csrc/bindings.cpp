@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "attention.h"
+#include "kv_move.h"
 
 #ifndef VOCO_MODULE_NAME
 #define VOCO_MODULE_NAME _C
@@ -71,4 +72,34 @@ PYBIND11_MODULE(VOCO_MODULE_NAME, m) {
 
   function(m, "attention_forward_sm90", attention_forward_sm90);
   function(m, "attention_backward_sm90", attention_backward_sm90);
+
+  py::enum_<Element>(m, "Element", py::module_local())
+      .value("bf16", Element::bf16)
+      .value("fp16", Element::fp16)
+      .value("fp32", Element::fp32)
+      .value("int8", Element::int8)
+      .value("e4m3", Element::e4m3);
+
+  py::class_<KvMoveParams> move(m, "KvMoveParams", py::module_local());
+  move.def(py::init([] { return KvMoveParams{}; }))
+      .def_readwrite("to_cache", &KvMoveParams::to_cache)
+      .def_readwrite("device", &KvMoveParams::device)
+      .def_readwrite("num_entries", &KvMoveParams::num_entries)
+      .def_readwrite("num_layers", &KvMoveParams::num_layers)
+      .def_readwrite("num_kv_heads", &KvMoveParams::num_kv_heads)
+      .def_readwrite("head_dim", &KvMoveParams::head_dim)
+      .def_readwrite("most_tokens", &KvMoveParams::most_tokens)
+      .def_readwrite("head_stride", &KvMoveParams::head_stride)
+      .def_readwrite("entry_type", &KvMoveParams::entry_type)
+      .def_readwrite("cache_type", &KvMoveParams::cache_type)
+      .def_readwrite("rotary_dim", &KvMoveParams::rotary_dim)
+      .def_readwrite("interleaved", &KvMoveParams::interleaved)
+      .def_readwrite("length", &KvMoveParams::length);
+  pointer(move, "entries", &KvMoveParams::entries);
+  pointer(move, "tokens", &KvMoveParams::tokens);
+  pointer(move, "bases", &KvMoveParams::bases);
+  pointer(move, "inv_freq", &KvMoveParams::inv_freq);
+  pointer(move, "lengths", &KvMoveParams::lengths);
+
+  function(m, "kv_move", kv_move);
 }

@@ -1,4 +1,5 @@
-// What crosses from Python to the kernels: one plain struct a call. All pointers are to device memory.
+// What crosses from Python to the kernels: one plain struct a call. All pointers are to device memory,
+// or, where a kv_move's struct says so, to pinned host memory, which the device reads by itself.
 #pragma once
 
 #include <cstdint>
@@ -34,4 +35,39 @@ struct AttentionParams {
   const int* readers;       // [batch, length]
 
   int* next_item;  // [2], work space: which query tile, and which key tile, is the next to be taken
+};
+
+enum class Element { bf16, fp16, fp32, int8, e4m3 };
+
+// Keys and values of some tokens, of all layers, between compact entries and a cache: the fields of Move
+// (voco_kernels/kv_move.py). The tables, entries and their scales are in device or pinned host memory.
+// Addresses and strides of rows are multiples of 16 bytes, of 8 in entries of 8 bits; addresses of
+// entries and tokens are multiples of 16 as well.
+struct KvMoveParams {
+  bool to_cache;  // or from it, which is a copy
+  int device;
+
+  // ---- Shapes. head_dim is a multiple of 8.
+  int num_entries, num_layers, num_kv_heads, head_dim;
+  int most_tokens;      // of an entry, to size the grid by
+  int64_t head_stride;  // of the cache, elements
+
+  // ---- Element types, of the cache 16 bits or more.
+  Element entry_type, cache_type;
+
+  // ---- Tables.
+  const int64_t* entries;  // [num_entries, 4]: address, address of scales or 0, first token, tokens
+  const int64_t* tokens;   // [all tokens, 2]: offset in the cache, in elements; shift of the key
+  const int64_t* bases;    // [num_layers, 2]: addresses of a layer's keys and values
+
+  // ---- Rotation of keys, or null: then element types that are equal mean a copy.
+  const double* inv_freq;  // [rotary_dim / 2], radians a position
+  int rotary_dim;          // even; a multiple of 16 unless interleaved
+  bool interleaved;        // dimensions (2i, 2i + 1) turn together, or (i, i + rotary_dim / 2)
+
+  // ---- The cache's count of tokens, or null.
+  const int64_t* lengths;  // [num_layers]: addresses of an int64 each
+  int64_t length;          // what is written there
+
+  int blocks_per_entry;  // set by kv_move
 };

@@ -124,6 +124,31 @@ VOCO_DEVICE void add_global(float* address, float first, float second) {
                : "memory");
 }
 
+// ---- Streams: what is read once and is to leave caches to others. L1 may forget a line first, but
+// keeps it while neighbouring threads still want their parts of it. Not for what this launch writes.
+
+VOCO_DEVICE uint4 load_16(const void* address) {
+  uint4 data;
+  asm volatile("ld.global.nc.L1::evict_first.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(data.x), "=r"(data.y), "=r"(data.z), "=r"(data.w)
+               : "l"(address));
+  return data;
+}
+
+VOCO_DEVICE uint2 load_8(const void* address) {
+  uint2 data;
+  asm volatile("ld.global.nc.L1::evict_first.v2.b32 {%0, %1}, [%2];"
+               : "=r"(data.x), "=r"(data.y)
+               : "l"(address));
+  return data;
+}
+
+VOCO_DEVICE void store_16(void* address, const uint4& data) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(data.x), "r"(data.y),
+               "r"(data.z), "r"(data.w)
+               : "memory");
+}
+
 // ---- Registers move from the warps that copy to those that compute. Both need __launch_bounds__(n, 1).
 
 template <int COUNT>
@@ -264,6 +289,13 @@ VOCO_DEVICE float2 unpack(uint32_t pair) {
         : "r"(pair));
     return result;
   }
+}
+
+// Two numbers of 8 bits, float8_e4m3fn, the first in the lower half; exact.
+VOCO_DEVICE float2 unpack_e4m3(uint16_t pair) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
+  return unpack<FP16>(halves);
 }
 
 // The first lane's value, for the whole warp. The compiler then knows that all lanes have the same, and

@@ -427,6 +427,21 @@ def test_the_softmax_runs_beside_the_product(kernel, build_folder):
 
 
 @pytest.mark.timeout(900)
+def test_keys_and_values_move_by_16_bytes(build_folder):
+    """Where they are only copied, four loads are under way before one is waited for."""
+    (source,) = (source for source in SOURCES if source.stem == "kv_load")
+    found = Counter()
+    for function in disassemble(source, build_folder, "-sass").split("Function : ")[1:]:
+        name, _, code = function.partition("\n")
+        found[re.search("kv_(copy|convert)_kernel", name)[1]] += 1
+        steps = re.findall(r"\b(LDG|STG)\.E\S*\.128\b", code)
+        assert "LDG" in steps and "STG" in steps, name
+        if "kv_copy" in name:
+            assert steps[: steps.index("STG")].count("LDG") >= 4, f"{steps}: {name}"
+    assert found == {"copy": 2, "convert": 1}
+
+
+@pytest.mark.timeout(900)
 def test_no_attention_kernel_is_called_otherwise(build_folder):
     """The test above finds them by name."""
     names = [kernel.name for source in SOURCES for kernel in kernels_of(source, build_folder)]

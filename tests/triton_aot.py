@@ -110,21 +110,24 @@ def _type_of(name: str, dtype: str, constants: dict, tma: bool) -> str:
 
 
 def _inspect(cubin: bytes, shared: int) -> Binary:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = _run("cuobjdump", "--dump-resource-usage", str(path))
-        code = _run("nvdisasm", "-c", str(path))
+    usage = _ask(cubin, "cuobjdump", "--dump-resource-usage")
+    code = disassemble(cubin)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.M)
     count = Counter(opcodes)
     return Binary(registers, stack, shared, count["LDL"], count["HGMMA"])
 
 
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run(
-        [str(TOOLS / tool), *arguments], check=True, capture_output=True, text=True
-    ).stdout
+def disassemble(cubin: bytes) -> str:
+    return _ask(cubin, "nvdisasm", "-c")
+
+
+def _ask(cubin: bytes, tool: str, option: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [str(TOOLS / tool), option, str(path)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def main(capability: int, dtype: str, head_dims: list[int]) -> None:

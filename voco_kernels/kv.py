@@ -2,10 +2,73 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+# What one scale a row spreads over: the largest finite value of the type.
+QUANTIZED_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """How keys were rotated for their positions (RoFormer, Eq. 34), as far as rotating on needs it.
+
+    Attributes:
+        inv_freq: float32 ``[rotary_dim / 2]`` on the CPU, radians a position: the model's own, with any
+            scaling applied. Dimensions of a head from rotary_dim on are not rotated.
+        interleaved: whether dimensions ``(2i, 2i + 1)`` turn together (GPT-J), or ``(i, i +
+            rotary_dim / 2)`` (Llama).
+    """
+
+    inv_freq: Tensor
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        if self.inv_freq.dim() != 1 or not self.inv_freq.numel():
+            raise ValueError(
+                f"expected inv_freq as [rotary_dim / 2], got {list(self.inv_freq.shape)}"
+            )
+        if self.inv_freq.dtype != torch.float32 or self.inv_freq.device.type != "cpu":
+            raise TypeError(
+                f"expected float32 inv_freq on the CPU, got {self.inv_freq.dtype} on "
+                f"{self.inv_freq.device}"
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * self.inv_freq.numel()
+
+    def same(self, other: Rope | None) -> bool:
+        """Whether both rotate alike."""
+        return self is other or (
+            other is not None
+            and self.interleaved == other.interleaved
+            and torch.equal(self.inv_freq, other.inv_freq)
+        )
+
+    def rotate(self, keys: Tensor, shift: Tensor) -> Tensor:
+        """``keys`` ``[..., n, D]``, turned on by ``shift`` positions, int64 ``[n]``.
+
+        The angles are float64, which costs little; the rotation is float32 (float64 of float64 keys)
+        and its result is rounded to the keys' dtype once.
+        """
+        working = torch.promote_types(keys.dtype, torch.float32)
+        angle = shift.to(torch.float64)[:, None] * self.inv_freq.to(keys.device, torch.float64)
+        cos, sin = angle.cos().to(working), angle.sin().to(working)
+        rotated = keys[..., : self.rotary_dim].to(working)
+        if self.interleaved:
+            a, b = rotated[..., 0::2], rotated[..., 1::2]
+        else:
+            a, b = rotated.chunk(2, dim=-1)
+        turned = (a * cos - b * sin, b * cos + a * sin)
+        if self.interleaved:
+            turned = torch.stack(turned, dim=-1).flatten(-2)
+        else:
+            turned = torch.cat(turned, dim=-1)
+        turned = torch.cat([turned.to(keys.dtype), keys[..., self.rotary_dim :]], dim=-1)
+        return torch.where((shift == 0)[:, None], keys, turned)  # to the bit, zeros' signs too
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -17,11 +80,16 @@ class CompactKV:
     them.
 
     Attributes:
-        kv: floating ``[L, 2, Hkv, n, D]``, layer by layer the keys (0) and the values (1) of the n
-            VoCo tokens. Keys are rotated already, for ``positions``.
-        positions: int64 ``[n]``, rising: the position ids of the first pass.
+        kv: ``[L, 2, Hkv, n, D]``, layer by layer the keys (0) and the values (1) of the n VoCo tokens.
+            Keys are rotated already, for ``positions``. Floating, or int8 or float8_e4m3fn with scales.
+        positions: int64 ``[n]`` on the CPU, rising: the position ids of the first pass.
         next_position: the position id at which text goes on, larger than all ``positions``. With it
             the second pass sees every token where one pass over the whole sequence would have it.
+        scales: float32 ``[L, 2, Hkv, n]`` where ``kv`` is quantized: a row of D values stands for
+            ``scale * kv``.
+        rope: how the keys were rotated; None where nobody says, and then they can't be rotated on.
+        fingerprint: of the model that made them (``voco_model.fingerprint``), or "".
+        key: under which a store keeps the entry (``voco_model.image_key``), or "".
 
     Raises:
         TypeError, ValueError: shapes, dtypes or positions that don't fit together.
@@ -30,6 +98,10 @@ class CompactKV:
     kv: Tensor
     positions: Tensor
     next_position: int
+    scales: Tensor | None = None
+    rope: Rope | None = None
+    fingerprint: str = field(default="", kw_only=True)
+    key: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.kv.dim() != 5 or self.kv.shape[1] != 2 or 0 in self.kv.shape:
@@ -37,11 +109,12 @@ class CompactKV:
                 "expected kv as [layers, 2, kv_heads, tokens, head_dim] with at least one token, "
                 f"got {list(self.kv.shape)}"
             )
-        if not self.kv.dtype.is_floating_point or self.positions.dtype != torch.int64:
-            raise TypeError(
-                f"expected floating-point kv and int64 positions, got {self.kv.dtype} and "
-                f"{self.positions.dtype}"
-            )
+        self._check_scales()
+        if self.positions.dtype != torch.int64:
+            raise TypeError(f"expected int64 positions, got {self.positions.dtype}")
+        if self.positions.device.type != "cpu":
+            # They are read on the host, by whoever places text behind them.
+            object.__setattr__(self, "positions", self.positions.cpu())
         if self.positions.shape != (self.num_tokens,):
             raise ValueError(
                 f"expected one position for each of the {self.num_tokens} tokens in kv, got "
@@ -53,6 +126,31 @@ class CompactKV:
                 "expected positions >= 0 that rise, and next_position above them, got positions "
                 f"{rising[1:-1]} and next_position {rising[-1]}"
             )
+        if self.rope is not None and self.rope.rotary_dim > self.head_dim:
+            raise ValueError(
+                f"expected a rotary_dim up to head_dim {self.head_dim}, got {self.rope.rotary_dim}"
+            )
+
+    def _check_scales(self) -> None:
+        if self.kv.dtype in QUANTIZED_MAX:
+            got = None if self.scales is None else (self.scales.dtype, self.scales.shape)
+            if got != (torch.float32, self.kv.shape[:4]):
+                raise ValueError(
+                    f"expected float32 scales {list(self.kv.shape[:4])} with kv in {self.kv.dtype}, "
+                    f"got {got and (got[0], list(got[1]))}; CompactKV.quantize makes both"
+                )
+            if self.scales.device != self.kv.device:
+                raise ValueError(
+                    f"expected kv and scales on one device, got {self.kv.device} and "
+                    f"{self.scales.device}"
+                )
+        elif not self.kv.dtype.is_floating_point or self.kv.dtype.itemsize < 2:
+            raise TypeError(
+                "expected kv in a floating dtype of 16 bits or more, int8 or float8_e4m3fn, got "
+                f"{self.kv.dtype}"
+            )
+        elif self.scales is not None:
+            raise ValueError(f"expected no scales with kv in {self.kv.dtype}, got some")
 
     @property
     def num_layers(self) -> int:
@@ -71,19 +169,121 @@ class CompactKV:
         return self.kv.shape[4]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of ``kv``."""
+        return self.kv.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.kv.device
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values."""
-        return self.kv.nbytes
+        """Bytes of the keys and values, and of their scales."""
+        return self.kv.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def quantize(self, dtype: torch.dtype = torch.int8) -> CompactKV:
+        """The same entry in 8 bits, with one scale a layer, head and token.
+
+        The scale brings the largest value of the row of D to the end of the type's range: 127 in int8,
+        448 in float8_e4m3fn. So a value is off by at most half a step, ``max|row| / 254``, in int8, and
+        by at most ``|value| / 16`` or ``max|row| / 458752`` (2**-10 steps), whichever is larger, in
+        float8_e4m3fn; each within float32's rounding.
+
+        Args:
+            dtype: torch.int8 or torch.float8_e4m3fn.
+
+        Raises:
+            ValueError: another dtype; an entry that is quantized already; NaN or infinity in it.
+        """
+        if dtype not in QUANTIZED_MAX:
+            raise ValueError(f"expected torch.int8 or torch.float8_e4m3fn, got {dtype}")
+        if self.scales is not None:
+            raise ValueError(
+                f"expected an entry that isn't quantized, got {self.dtype}; dequantize it first"
+            )
+        values = self.kv.float()
+        largest = values.abs().amax(-1)
+        if not largest.isfinite().all():
+            raise ValueError("expected finite keys and values, got NaN or infinity in some")
+        # A row of zeros, and one so small that its scale would vanish, are kept with the least scale.
+        scales = (largest / QUANTIZED_MAX[dtype]).clamp(min=torch.finfo(torch.float32).tiny)
+        values = values / scales[..., None]
+        if dtype == torch.int8:
+            values = values.round().clamp(-127, 127)
+        else:
+            values = values.clamp(-448, 448)
+        return replace(self, kv=values.to(dtype), scales=scales)
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> CompactKV:
+        """The same entry in a floating dtype: ``scale * kv`` in float32, rounded to ``dtype`` once."""
+        if self.scales is None:
+            raise ValueError(
+                f"expected a quantized entry, got one in {self.dtype}; use to(dtype=...)"
+            )
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ValueError(f"expected a floating dtype of 16 bits or more, got {dtype}")
+        return replace(self, kv=(self.kv.float() * self.scales[..., None]).to(dtype), scales=None)
+
+    def rotated(self, positions: Tensor | int) -> CompactKV:
+        """The same entry with its keys rotated on to other positions, in float32.
+
+        Text goes on behind them at the same distance as before.
+
+        Args:
+            positions: int64 ``[n]``, rising; or the first token's, which the others follow at their
+                present distances.
+
+        Raises:
+            ValueError: an entry without ``rope``, or one that is quantized; positions that don't rise.
+        """
+        if self.rope is None:
+            raise ValueError("expected an entry that knows its rope, got one without")
+        if self.scales is not None:
+            raise ValueError(
+                f"expected an entry that isn't quantized, got {self.dtype}; dequantize it"
+            )
+        positions = self.moved(positions)
+        shift = positions - self.positions
+        kv = self.kv.clone()
+        kv[:, 0] = self.rope.rotate(kv[:, 0], shift.to(kv.device))
+        return replace(
+            self,
+            kv=kv,
+            positions=positions,
+            next_position=self.next_position + int(shift[-1]),
+        )
+
+    def moved(self, positions: Tensor | int) -> Tensor:
+        """The positions that ``positions`` means (see ``rotated``): int64 ``[n]``, on the CPU."""
+        if not isinstance(positions, Tensor):
+            return self.positions + (int(positions) - int(self.positions[0]))
+        if positions.shape != self.positions.shape or positions.dtype.is_floating_point:
+            raise ValueError(
+                f"expected integer positions of shape {list(self.positions.shape)}, got "
+                f"{positions.dtype} {list(positions.shape)}"
+            )
+        return positions.to("cpu", torch.int64)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> CompactKV:
-        """The same entry on another device or in another dtype; itself where nothing changes."""
+        """The same entry on another device or in another dtype; itself where nothing changes.
+
+        A floating dtype dequantizes; for 8 bits there is ``quantize``.
+        """
+        if dtype is not None and dtype != self.dtype:
+            if dtype in QUANTIZED_MAX:
+                raise ValueError(
+                    f"expected a floating dtype of 16 bits or more, got {dtype}; use quantize"
+                )
+            if self.scales is not None:
+                return self.dequantize(dtype).to(device)
         kv = self.kv.to(device=device, dtype=dtype)
-        positions = self.positions.to(device=device)
-        if kv is self.kv and positions is self.positions:
+        if kv is self.kv:
             return self
-        return CompactKV(kv, positions, self.next_position)
+        scales = None if self.scales is None else self.scales.to(device)
+        return replace(self, kv=kv, scales=scales)
 
     def __repr__(self) -> str:
         return (

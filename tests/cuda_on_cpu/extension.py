@@ -1,4 +1,4 @@
-"""The shipped extension, ``csrc/``, compiled for the emulation and put in the CUDA backend's place."""
+"""The shipped extension, ``csrc/``, compiled for the emulation and put in the place of the real one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from tests.cuda_on_cpu.build import ROOT, compile_for_cpu
 from voco_kernels.backends import cuda_sm90
+from voco_kernels.loaders import cuda as cuda_loader
 
 CSRC = ROOT / "csrc"
 NAME = "_emulated"
@@ -35,7 +36,7 @@ def load_emulation() -> Emulation:
 def emulate(
     patch: pytest.MonkeyPatch, emulation: Emulation, order: int = 0, multiprocessors: int = 2
 ) -> None:
-    """Let the CUDA backend run on CPU tensors.
+    """Let the CUDA backend and the CUDA loader run on CPU tensors.
 
     Args:
         patch: undoes it.
@@ -44,5 +45,6 @@ def emulate(
     """
     emulation.library.emulation_order(order)
     emulation.library.emulation_multiprocessors(multiprocessors)
-    patch.setattr(cuda_sm90, "_extension", emulation.extension)
-    patch.setattr(cuda_sm90, "_emulated", True)
+    for module in (cuda_sm90, cuda_loader):
+        patch.setattr(module, "_extension", emulation.extension)
+        patch.setattr(module, "_emulated", True)

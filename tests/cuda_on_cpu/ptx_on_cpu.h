@@ -92,6 +92,33 @@ VOCO_DEVICE void add_global(float* address, float first, float second) {
   address[1] += second;
 }
 
+// ---- Streams.
+
+namespace detail {
+
+VOCO_DEVICE void expect_multiple(const char* what, const void* address, unsigned bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+    cuda_on_cpu::fail("%s of %p: expected a multiple of %u", what, address, bytes);
+  }
+}
+
+}  // namespace detail
+
+VOCO_DEVICE uint4 load_16(const void* address) {
+  detail::expect_multiple("load_16", address, 16);
+  return *static_cast<const uint4*>(address);
+}
+
+VOCO_DEVICE uint2 load_8(const void* address) {
+  detail::expect_multiple("load_8", address, 8);
+  return *static_cast<const uint2*>(address);
+}
+
+VOCO_DEVICE void store_16(void* address, const uint4& data) {
+  detail::expect_multiple("store_16", address, 16);
+  *static_cast<uint4*>(address) = data;
+}
+
 // ---- Registers.
 
 template <int COUNT>
@@ -155,6 +182,10 @@ template <typename T>
 VOCO_DEVICE float2 unpack(uint32_t pair) {
   const auto widen = is_bf16<T> ? cuda_on_cpu::float_from_bf16 : cuda_on_cpu::float_from_fp16;
   return {widen(pair & 0xffff), widen(pair >> 16)};
+}
+
+VOCO_DEVICE float2 unpack_e4m3(uint16_t pair) {
+  return {cuda_on_cpu::float_from_e4m3(pair & 0xff), cuda_on_cpu::float_from_e4m3(pair >> 8)};
 }
 
 inline uint32_t uniform(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }

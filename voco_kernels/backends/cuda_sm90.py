@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from voco_kernels import extension
 from voco_kernels.layout import MaskLayout
 from voco_kernels.reasons import dtype_reasons, strided_reasons
 
@@ -19,28 +17,15 @@ _OPERANDS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 _WIDEST_WITHOUT_PASSING = 64
 
 
-def _load() -> tuple[ModuleType | None, str]:
-    """The extension, or None and why it can't be imported."""
-    try:
-        return import_module("voco_kernels._C"), ""
-    except ModuleNotFoundError:
-        return None, (
-            "expected the CUDA extension voco_kernels._C, got none; run pip install -e . where there is "
-            "an nvcc 12.5 or newer"
-        )
-    except ImportError as error:
-        return None, f"the CUDA extension can't be imported: {error}"
-
-
 # On import: torch.compile can't trace it. Tests put an extension here that runs on the CPU.
-_extension, _why_not = _load()
+_extension, _why_not = extension.load()
 _emulated = False
 
 
 def missing() -> list[str]:
     if _extension is None:
         return [_why_not]
-    if not _emulated and not any(map(_is_hopper, range(torch.cuda.device_count()))):
+    if not _emulated and not any(map(extension.is_hopper, range(torch.cuda.device_count()))):
         return ["no CUDA device of compute capability 9.0"]
     return []
 
@@ -50,7 +35,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     reasons += strided_reasons(q, k, v)
     if q.device.type != "cuda" and not _emulated:
         reasons.append(f"expected tensors on CUDA, got {q.device}")
-    if q.device.type == "cuda" and not _is_hopper(q.device):
+    if q.device.type == "cuda" and not extension.is_hopper(q.device):
         reasons.append(f"expected a device of compute capability 9.0, got {q.device}")
     head_dim = q.shape[-1]
     if head_dim > _LARGEST_HEAD_DIM or head_dim % 8:
@@ -164,8 +149,3 @@ def _aligned(tensor: Tensor) -> Tensor:
     if _has_aligned_strides(tensor) and tensor.data_ptr() % _ALIGNMENT == 0:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-@torch.compiler.assume_constant_result
-def _is_hopper(device: torch.device | int) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)

@@ -61,6 +61,7 @@ inline unsigned __float_as_uint(float value) {
 
 inline int min(int a, int b) { return b < a ? b : a; }
 inline int max(int a, int b) { return a < b ? b : a; }
+inline unsigned min(unsigned a, unsigned b) { return b < a ? b : a; }
 
 // One thread runs at a time, so that every access is atomic.
 template <typename T>

@@ -1,5 +1,5 @@
-// bfloat16 and float16 as bits, rounded to nearest even. Branch-free one way, so that decoding
-// operands of wgmma vectorises.
+// bfloat16, float16 and float8_e4m3fn as bits, rounded to nearest even. Branch-free one way, so that
+// decoding operands of wgmma vectorises.
 #pragma once
 
 #include <cstdint>
@@ -37,6 +37,13 @@ inline float float_from_fp16(uint16_t bits) {
   const uint32_t magnitude = __float_as_uint(__uint_as_float(shifted) * 0x1p112f);
   const uint32_t special = (bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
   return __uint_as_float(magnitude | special | (bits & 0x8000u) << 16);
+}
+
+// There is no infinity; all bits but the sign's set are NaN.
+inline float float_from_e4m3(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  const float magnitude = exponent == 0 ? fraction * 0x1p-9f : ldexpf(8 + fraction, exponent - 10);
+  return copysignf((bits & 127) == 127 ? NAN : magnitude, bits & 128 ? -1.0f : 1.0f);
 }
 
 }  // namespace cuda_on_cpu
