@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, LlavaModel
 
+from voco_kernels.cache_view import allocate
 from voco_kernels.kv import CompactKV
+from voco_kernels.kv_load import load_into
 
 # What models and ``generate`` call a cache: past_key_values, before Transformers 5.24 renamed it.
 CACHE_ARGUMENT = (
@@ -72,21 +74,18 @@ class CompactCache(DynamicCache):
         layer_devices: Sequence[torch.device],
         dtype: torch.dtype,
     ) -> None:
-        slots = max(entry.num_tokens for entry in entries)
+        super().__init__()
+        first, slots = entries[0], max(entry.num_tokens for entry in entries)
+        shape = (len(entries), first.num_kv_heads, slots, first.head_dim)
+        allocate(self, first.num_layers, shape, dtype, layer_devices.__getitem__)
+        missing = [slots - entry.num_tokens for entry in entries]
+        load_into(self, entries, slots=missing)
+        positions = [
+            F.pad(entry.positions, (pad, 0)) for entry, pad in zip(entries, missing, strict=True)
+        ]
         device = layer_devices[0]
-
-        def left_padded(tensor: Tensor, dim: int) -> Tensor:
-            missing = slots - tensor.shape[dim]
-            return F.pad(tensor, (0,) * (2 * (tensor.dim() - 1 - dim)) + (missing, 0))
-
-        rows = [left_padded(entry.kv.to(device, dtype), 3) for entry in entries]
-        kv = torch.stack(rows, dim=2)  # [L, 2, B, Hkv, n, D]
-        layers = zip(kv, layer_devices, strict=True)
-        super().__init__([(layer[0].to(at), layer[1].to(at)) for layer, at in layers])
-        positions = [entry.positions.to(device) for entry in entries]
-        self.prefix_positions = torch.stack([left_padded(row, 0) for row in positions])
-        filled = [torch.ones_like(row, dtype=torch.bool) for row in positions]
-        self.prefix_mask = torch.stack([left_padded(row, 0) for row in filled])
+        self.prefix_positions = torch.stack(positions).to(device)
+        self.prefix_mask = (torch.arange(slots) >= torch.tensor(missing)[:, None]).to(device)
         self.next_position = torch.tensor([entry.next_position for entry in entries], device=device)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -9,6 +9,7 @@ the same position ids.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,7 +20,12 @@ from transformers.utils import ModelOutput
 from voco_kernels.kv import CompactKV
 from voco_model.attach import is_enabled
 from voco_model.caches import CACHE_ARGUMENT, CompactCache, VoCoCollector
+from voco_model.fingerprint import fingerprint
+from voco_model.image_key import image_key
+from voco_model.kv_store.base import Store
 from voco_model.prompt import VOCO_TOKEN, Turns, image_part, text_part
+from voco_model.rope import rope_of
+from voco_model.stored import compress_stored
 
 # Arguments of model.generate that the second pass makes by itself.
 _OWNED = (
@@ -55,6 +61,8 @@ def compress(
     inputs: Mapping[str, Tensor] | None = None,
     num_voco: int | None = None,
     batch_size: int = 8,
+    store: Store | None = None,
+    salt: str | bytes | None = None,
 ) -> list[CompactKV]:
     """Pass 1: one entry an image, in their order. The language model's head doesn't run.
 
@@ -69,6 +77,10 @@ def compress(
         num_voco: VoCo tokens an image; by default the number given to ``enable``. With ``inputs``
             it is what stands there.
         batch_size: images in one forward pass.
+        store: with images, what was compressed before comes from here (a ``KVStore`` or another store),
+            under its ``image_key``, and what is compressed now is put there. An image that comes twice
+            is compressed once. If the store can't keep an entry, that is logged and the entry returned.
+        salt: of a tenant, for ``image_key``.
 
     Raises:
         ValueError: a model that isn't enabled or is in training mode; a row without VoCo tokens, or
@@ -77,6 +89,19 @@ def compress(
     _check_ready(model)
     if (images is None) == (inputs is None):
         raise ValueError("expected either images or inputs, got both or neither")
+    if store is None and salt is not None:
+        raise ValueError("expected a salt only with a store, got one without")
+    if store is not None:
+        if inputs is not None:
+            raise ValueError(
+                "expected images with a store, whose keys are made from their pixels, got inputs"
+            )
+        _check_processor(processor)
+        compress_these = partial(
+            compress, model, processor=processor, num_voco=num_voco, batch_size=batch_size
+        )
+        key_of = partial(image_key, model=model, processor=processor, num_voco=num_voco, salt=salt)
+        return compress_stored(_each(images), compress_these, key_of, fingerprint(model), store)
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")
     if inputs is not None:
@@ -87,8 +112,7 @@ def compress(
             )
         batches = _split_rows(inputs, batch_size)
     else:
-        if processor is None:
-            raise ValueError("expected a processor to prepare the images, got none")
+        _check_processor(processor)
         text = image_part(model.config.num_voco if num_voco is None else num_voco)
         batches = _prepare(processor, images, text, batch_size)
     return [entry for batch in batches for entry in _first_pass(model, batch)]
@@ -176,11 +200,20 @@ def _split_rows(inputs: Mapping[str, Tensor], batch_size: int) -> Iterator[dict[
 
 
 def _prepare(processor, images: Any, text: str, batch_size: int) -> Iterator[Mapping[str, Tensor]]:
-    # A string is a path or a URL; an array or a tensor is one image.
-    single = not isinstance(images, Iterable) or isinstance(images, str) or hasattr(images, "shape")
-    remaining = iter([images] if single else images)
+    remaining = _each(images)
     while batch := list(islice(remaining, batch_size)):
         yield processor(images=batch, text=[text] * len(batch), padding=True, return_tensors="pt")
+
+
+def _check_processor(processor) -> None:
+    if processor is None:
+        raise ValueError("expected a processor to prepare the images, got none")
+
+
+def _each(images: Any) -> Iterator[Any]:
+    # A string is a path or a URL; an array or a tensor is one image.
+    single = not isinstance(images, Iterable) or isinstance(images, str) or hasattr(images, "shape")
+    return iter([images] if single else images)
 
 
 def _first_pass(model, batch: Mapping[str, Tensor]) -> list[CompactKV]:
@@ -212,11 +245,13 @@ def _first_pass(model, batch: Mapping[str, Tensor]) -> list[CompactKV]:
         **vision,
     )
     kv = cache.kept()
-    positions = position_ids.gather(1, columns).to(kv.device)
+    positions = position_ids.gather(1, columns).cpu()
+    rope = rope_of(model.model.language_model)
     entries = []
     for row, count in enumerate(counts):
         kept = positions[row, :count].clone()
-        entries.append(CompactKV(kv[:, :, row, :, :count].clone(), kept, int(kept[-1]) + 1))
+        own = kv[:, :, row, :, :count].clone(memory_format=torch.contiguous_format)
+        entries.append(CompactKV(own, kept, int(kept[-1]) + 1, rope=rope))
     return entries
 
 

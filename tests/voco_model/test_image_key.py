@@ -1,0 +1,139 @@
+"""Keys of images and fingerprints of models: what changes them, and what doesn't."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import voco_model
+from tests.voco_model import tiny
+from voco_model import fingerprint, image_key
+
+
+@pytest.fixture
+def setting():
+    model, processor = tiny.tiny_llava("llava"), tiny.tiny_processor("llava")
+    with voco_model.enable(model, processor, num_voco=2):
+        yield model, processor
+
+
+def picture(width=40, height=30, seed=0, mode="RGB"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def test_a_key_is_the_pixels_however_they_come(setting, tmp_path):
+    model, processor = setting
+    image = picture()
+    key = image_key(image, model=model, processor=processor)
+    assert re.fullmatch("[0-9a-f]{64}", key)
+    for name in ("a.png", "b.bmp", "c.tiff"):
+        image.save(tmp_path / name)
+        for given in (str(tmp_path / name), Image.open(tmp_path / name)):
+            assert image_key(given, model=model, processor=processor) == key
+
+
+def test_whatever_would_give_another_entry_gives_another_key(setting):
+    model, processor = setting
+    image = picture()
+    changed = image.copy()
+    changed.putpixel((7, 7), (1, 2, 3))
+    palette = image.convert("P")
+    other_palette = palette.copy()
+    other_palette.putpalette([255 - value for value in palette.getpalette()])
+    flat = np.asarray(image)
+    images = {
+        "itself": image,
+        "one pixel": changed,
+        "the same bytes in another shape": Image.frombytes("RGB", (30, 40), image.tobytes()),
+        "grey": image.convert("L"),
+        "a palette": palette,
+        "another palette": other_palette,
+        "an array": flat,
+        "the array as another type": flat.view(np.int8),
+        "the array in another shape": flat.reshape(40, 30, 3),
+        "a tensor": torch.from_numpy(flat.copy()),
+        "a tensor of another type": torch.from_numpy(flat.copy()).view(torch.int8),
+    }
+    keys = {
+        name: image_key(each, model=model, processor=processor) for name, each in images.items()
+    }
+    assert len(set(keys.values())) == len(images)
+
+
+def test_model_processor_and_number_of_tokens_are_in_the_key(setting):
+    model, processor = setting
+    image = picture()
+    keys = [image_key(image, model=model, processor=processor)]
+    keys.append(image_key(image, model=model, processor=processor, num_voco=3))
+    processor.image_processor.image_mean = [0.4, 0.5, 0.5]
+    keys.append(image_key(image, model=model, processor=processor))
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.bias[0] += 1
+    keys.append(image_key(image, model=model, processor=processor))
+    assert len(set(keys)) == 4
+
+
+def test_tenants_have_keys_of_their_own(setting):
+    model, processor = setting
+    salts = (None, "a", "b", b"b", "ab")
+    keys = [image_key(picture(), model=model, processor=processor, salt=salt) for salt in salts]
+    assert keys[2] == keys[3]
+    assert len(set(keys)) == 4
+    with pytest.raises(ValueError, match="expected a salt of at least one byte"):
+        image_key(picture(), model=model, processor=processor, salt="")
+    with pytest.raises(TypeError, match="expected a PIL image, a path or URL.* got int"):
+        image_key(3, model=model, processor=processor)
+
+
+def test_a_fingerprint_is_of_the_weights_not_of_the_name(tmp_path):
+    model = tiny.tiny_llava("llava")
+    name = fingerprint(model)
+    assert re.fullmatch("[0-9a-f]{64}", name)
+    model.save_pretrained(tmp_path / "elsewhere")
+    again = type(model).from_pretrained(tmp_path / "elsewhere")
+    assert fingerprint(again) == name
+    assert fingerprint(again.to(torch.bfloat16)) != name
+    again.config.vision_feature_layer = -1
+    assert fingerprint(again) != fingerprint(again.float()) != name
+
+
+@pytest.mark.parametrize("change", ["in place", "another tensor", "load_state_dict", "step"])
+def test_a_fingerprint_follows_the_weights(change):
+    model = tiny.tiny_llava("llava")
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    weight = model.lm_head.weight
+    if change == "in place":
+        with torch.no_grad():
+            weight[0, 0] += 1
+    elif change == "another tensor":
+        model.lm_head.weight = torch.nn.Parameter(weight.detach() + 1)
+    elif change == "load_state_dict":
+        model.load_state_dict(tiny.tiny_llava("llava").float().state_dict())
+        assert fingerprint(model) == before
+        model.load_state_dict({name: t + 1 for name, t in model.state_dict().items()})
+    else:
+        weight.grad = torch.ones_like(weight)
+        torch.optim.SGD([weight], lr=0.1).step()
+    assert fingerprint(model) != before
+
+
+def test_what_torch_does_not_count_is_told_by_the_caller():
+    model = tiny.tiny_llava("llava")
+    before = fingerprint(model)
+    model.lm_head.weight.data[0, 0] += 1
+    assert fingerprint(model) == before  # as its docstring says
+    assert fingerprint(model, refresh=True) != before
+
+
+def test_a_fingerprint_wants_weights():
+    with torch.device("meta"):
+        model = torch.nn.Linear(2, 2)
+    model.config = tiny.tiny_llava("llava").config
+    with pytest.raises(ValueError, match="expected weights that are loaded, got bias on the meta"):
+        fingerprint(model)

@@ -1,0 +1,129 @@
+"""``python -m voco_model``: what can be done from a shell."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from voco_model.kv_store.disk import KVStore
+from voco_model.kv_store.format import EntryError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+store_app = typer.Typer(no_args_is_help=True, help="Look into a store of compact entries.")
+app.add_typer(store_app, name="store")
+
+# Nothing is put from here, so nothing is evicted, whatever the bound.
+_NO_BOUND = 1 << 62
+
+FOLDER = Annotated[Path, typer.Argument(help="the store's folder", show_default=False)]
+
+
+@app.callback()
+def main() -> None:
+    """Vision-token compression with VoCo-LLaMA."""
+
+
+def _opened(path: Path) -> KVStore:
+    if not (path / "v1").is_dir():
+        _fail(f"expected the folder of a store, with v1 in it, got {path}")
+    return KVStore(path, max_bytes=_NO_BOUND)
+
+
+def _fail(message: str) -> None:
+    print(message, file=sys.stderr)
+    raise typer.Exit(2)
+
+
+@store_app.command()
+def ls(path: FOLDER) -> None:
+    """List the entries, the one used last first: key, bytes, tokens, dtype, model, last use."""
+    with _opened(path) as store:
+        rows = []
+        for key in store:
+            try:
+                rows.append((store.last_used(key), key, *_described(store, key)))
+            except FileNotFoundError:
+                continue  # evicted meanwhile
+    table = Table(box=None, pad_edge=False)
+    for name in ("key", "bytes", "tokens", "dtype", "model", "last used (UTC)"):
+        table.add_column(
+            name, justify="right" if name in ("bytes", "tokens") else "left", no_wrap=True
+        )
+    for used, *cells in sorted(rows, reverse=True):
+        when = datetime.fromtimestamp(used / 1e9, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+        table.add_row(*cells, when)
+    # Piped into another program, lines must not be cut.
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
+def _described(store: KVStore, key: str) -> tuple[str, str, str, str]:
+    try:
+        header = store.header(key)
+    except EntryError as error:
+        return "-", "-", f"not served: {error.reason}", "-"
+    dtype = str(header.dtype).removeprefix("torch.")
+    return str(header.file_size), str(header.shape[3]), dtype, header.fingerprint[:12] or "-"
+
+
+@store_app.command()
+def stats(path: FOLDER) -> None:
+    """Entries and bytes, and what is set aside."""
+    with _opened(path) as store:
+        found = store.stats()
+        aside = list((store.path / "quarantine").iterdir())
+    print(f"entries      {found.entries}")
+    print(f"bytes        {found.bytes}")
+    print(f"set aside    {len(aside)}")
+
+
+@store_app.command()
+def verify(path: FOLDER) -> None:
+    """Read every byte; set aside what is bad, put the index right. Exit status 1 if anything was."""
+    with _opened(path) as store:
+        report = store.verify()
+    print(f"{report.entries} entries of {report.bytes} bytes are intact")
+    for name, reason in report.bad.items():
+        print(f"set aside, {reason}: {name}")
+    for key in report.added:
+        print(f"was not in the index: {key}")
+    for key in report.dropped:
+        print(f"had no file: {key}")
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@store_app.command()
+def rm(
+    path: FOLDER,
+    keys: Annotated[list[str] | None, typer.Argument(help="of the entries to remove")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="remove all entries")] = False,
+) -> None:
+    """Remove entries by key. Exit status 1 if one of them wasn't there."""
+    if bool(keys) == everything:
+        _fail("expected keys, or --all, got " + ("both" if keys else "neither"))
+    with _opened(path) as store:
+        if everything:
+            count = len(store)
+            store.clear()
+            print(f"removed {count} entries")
+            return
+        try:
+            gone = [store.delete(key) for key in keys]
+        except ValueError as error:
+            _fail(str(error))
+    for key, was_there in zip(keys, gone, strict=True):
+        print(f"{'removed' if was_there else 'not there'}: {key}")
+    raise typer.Exit(0 if all(gone) else 1)
+
+
+def run() -> None:
+    try:
+        app(prog_name="python -m voco_model")
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

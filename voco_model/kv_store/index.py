@@ -1,0 +1,384 @@
+"""The index of a folder of entries: how large they are, and in which order they were last used.
+
+An SQLite file that can be made again from the entries at any time, so whatever is wrong with it is put
+right without a word from the user: a damaged, foreign or too new one is renamed and a new one is made.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from voco_model.kv_store.base import StoreUnavailable, after_fork, logger
+
+APPLICATION_ID = 0x766F636F  # "voco"
+SCHEMA_VERSION = 1
+_SCHEMA = f"""
+CREATE TABLE entries (
+    key TEXT PRIMARY KEY,
+    size INTEGER NOT NULL,      -- bytes of its file
+    last_used INTEGER NOT NULL  -- nanoseconds since 1970, at least; the file's mtime may be newer
+) WITHOUT ROWID;
+CREATE INDEX by_last_used ON entries (last_used, key, size);
+-- One row, kept by the triggers, so that nobody counts.
+CREATE TABLE totals (entries INTEGER NOT NULL, bytes INTEGER NOT NULL);
+INSERT INTO totals VALUES (0, 0);
+CREATE TRIGGER counted AFTER INSERT ON entries BEGIN
+    UPDATE totals SET entries = entries + 1, bytes = bytes + NEW.size;
+END;
+CREATE TRIGGER uncounted AFTER DELETE ON entries BEGIN
+    UPDATE totals SET entries = entries - 1, bytes = bytes - OLD.size;
+END;
+CREATE TRIGGER resized AFTER UPDATE OF size ON entries BEGIN
+    UPDATE totals SET bytes = bytes + NEW.size - OLD.size;
+END;
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+_UPSERT = (
+    "INSERT INTO entries VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE SET size = excluded.size, "
+    "last_used = excluded.last_used"
+)
+_PAGE = 1000
+Result = TypeVar("Result")
+
+
+class Row(NamedTuple):
+    """An entry, as the index knows it."""
+
+    key: str
+    size: int
+    last_used: int
+
+
+class Unusable(Exception):  # noqa: N818
+    """An index file that isn't one, isn't ours, or isn't there any more."""
+
+
+class Transaction:
+    """What may be done with the index while nobody else changes it."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def put(self, key: str, size: int, last_used: int) -> None:
+        self._connection.execute(_UPSERT, (key, size, last_used))
+
+    def size(self, key: str) -> int | None:
+        row = self._connection.execute("SELECT size FROM entries WHERE key = ?", (key,)).fetchone()
+        return row and row[0]
+
+    def delete(self, key: str) -> None:
+        self._connection.execute("DELETE FROM entries WHERE key = ?", (key,))
+
+    def touch(self, key: str, last_used: int) -> None:
+        self._connection.execute("UPDATE entries SET last_used = ? WHERE key = ?", (last_used, key))
+
+    def totals(self) -> tuple[int, int]:
+        """How many entries, and of how many bytes."""
+        return self._connection.execute("SELECT entries, bytes FROM totals").fetchone()
+
+    def oldest(self) -> Iterator[Row]:
+        """Rows by last use. One that is touched on the way comes again, at its new place."""
+        after = (-(2**63), "")
+        while rows := self._connection.execute(
+            "SELECT key, size, last_used FROM entries WHERE (last_used, key) > (?, ?) "
+            "ORDER BY last_used, key LIMIT 16",
+            after,
+        ).fetchall():
+            for row in map(Row._make, rows):
+                after = (row.last_used, row.key)
+                yield row
+
+
+class Index:
+    """The index of one folder, for any number of threads and processes.
+
+    Args:
+        path: of the SQLite file.
+        scan: gives the rows of all entries there are, from their files; asked only where the index is
+            missing or unusable.
+        timeout: seconds to wait for other processes.
+        sync: whether a change survives a power cut.
+
+    Raises:
+        StoreUnavailable: (methods) others kept the index locked for ``timeout`` seconds.
+        OSError: its folder can't be written, or the disk is full.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        scan: Callable[[], Iterable[Row]],
+        *,
+        timeout: float = 30.0,
+        sync: bool = True,
+    ) -> None:
+        self.path = path
+        self.rebuilt = 0  # how often this handle had to
+        self._scan = scan
+        self._timeout = timeout
+        self._sync = sync
+        self._connection: sqlite3.Connection | None = None
+        self._inode: tuple[int, int] | None = None
+        self._lock = threading.Lock()
+        self._left_behind: list[sqlite3.Connection] = []
+        after_fork(self, Index._renew)
+        try:
+            self.totals()  # opens it, and makes it where it's missing
+        except StoreUnavailable as error:
+            logger.warning("%s; entries can be read meanwhile", error)
+
+    def _renew(self) -> None:
+        # SQLite forbids a child to use its parent's connection, closing it included.
+        self._lock = threading.Lock()
+        if self._connection is not None:
+            self._left_behind.append(self._connection)
+        self._connection = None
+
+    def close(self) -> None:
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            connection.close()
+
+    # --- what it knows
+
+    def change(self, do: Callable[[Transaction], Result]) -> Result:
+        """``do(transaction)``: all of its changes happen, or none, and nobody else's in between.
+
+        It may be called again, should the index turn out to be unusable.
+        """
+        return self._run(lambda connection: self._transact(connection, do))
+
+    def _transact(
+        self, connection: sqlite3.Connection, do: Callable[[Transaction], Result]
+    ) -> Result:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            self._check_in_place()
+            result = do(Transaction(connection))
+            connection.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            raise
+        return result
+
+    def try_change(self, do: Callable[[Transaction], Any], wait: float) -> bool:
+        """``change``, if others let us within ``wait`` seconds; whether it was done."""
+        if not self._lock.acquire(timeout=wait):
+            return False
+        try:
+            if self._connection is None:
+                return False
+            self._connection.execute(f"PRAGMA busy_timeout = {int(1000 * wait)}")
+            try:
+                self._transact(self._connection, do)
+            finally:
+                self._connection.execute(f"PRAGMA busy_timeout = {int(1000 * self._timeout)}")
+            return True
+        except (sqlite3.Error, Unusable, OSError):
+            return False  # whoever needs the index next finds out why
+        finally:
+            self._lock.release()
+
+    def totals(self) -> tuple[int, int]:
+        """How many entries, and of how many bytes."""
+        return self._select("SELECT entries, bytes FROM totals")[0]
+
+    def keys(self) -> Iterator[str]:
+        """All keys, in order; a page at a time, so that nobody waits for a slow reader."""
+        after = ""
+        while page := self._select(
+            f"SELECT key FROM entries WHERE key > ? ORDER BY key LIMIT {_PAGE}", after
+        ):
+            for (after,) in page:
+                yield after
+
+    def check(self) -> None:
+        """Reads all of the index; makes a new one if it is damaged."""
+
+        def run(connection: sqlite3.Connection) -> None:
+            answers = connection.execute("PRAGMA integrity_check(1)").fetchall()
+            if answers != [("ok",)]:
+                raise sqlite3.DatabaseError(f"integrity_check said {answers}")
+
+        self._run(run)
+
+    def _select(self, query: str, *arguments) -> list[tuple]:
+        def run(connection: sqlite3.Connection) -> list[tuple]:
+            self._check_in_place()
+            return connection.execute(query, arguments).fetchall()
+
+        return self._run(run)
+
+    # --- opening, and opening again
+
+    def _run(self, do: Callable[[sqlite3.Connection], Result]) -> Result:
+        """``do(connection)``; once more with a new index if this one turns out to be unusable."""
+        with self._lock:
+            for last in (False, True):
+                try:
+                    if self._connection is None:
+                        self._open()
+                    return do(self._connection)
+                except Unusable as error:
+                    problem: Exception = error
+                except sqlite3.Error as error:
+                    if not _is_damage(error):
+                        raise self._as_os_error(error) from error
+                    problem = error
+                self._close()
+                if last:
+                    break
+                self._open(problem)
+            raise StoreUnavailable(
+                f"expected a usable index {self.path}, got twice: {problem}"
+            ) from problem
+
+    def _check_in_place(self) -> None:
+        """Whether the file that is open is still the one others find under this name."""
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError as error:
+            raise Unusable("it was removed") from error
+        if (status.st_dev, status.st_ino) != self._inode:
+            raise Unusable("another process made a new one")
+
+    def _open(self, problem: Exception | None = None) -> None:
+        """Opens the index; makes it anew where it is missing or unusable, or was, by ``problem``."""
+        damaged = self._inode if problem is not None and _is_damage(problem) else None
+        with alone(self.path.with_suffix(".lock")):
+            try:
+                # What was damaged when we met it may have been replaced before we held the lock.
+                if damaged is not None and _inode(self.path) == damaged:
+                    raise Unusable(str(problem))
+                self._connect()
+            except (Unusable, sqlite3.Error) as error:
+                if isinstance(error, sqlite3.Error) and not _is_damage(error):
+                    raise self._as_os_error(error) from error
+                self._close()
+                existed = self._set_aside(error)
+                self._rebuild()
+                self._connect()
+                # A new store has nothing to make an index of.
+                if existed or self._connection.execute("SELECT entries FROM totals").fetchone()[0]:
+                    self.rebuilt += 1
+
+    def _connect(self) -> None:
+        inode = _inode(self.path)
+        if inode is None:
+            raise Unusable("it is missing")
+        self._connection = self._connect_to(self.path)
+        self._inode = inode
+        (application_id,) = self._connection.execute("PRAGMA application_id").fetchone()
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if (application_id, version) != (APPLICATION_ID, SCHEMA_VERSION):
+            raise Unusable(
+                f"expected application_id {APPLICATION_ID:#x} and version {SCHEMA_VERSION}, got "
+                f"{application_id:#x} and {version}"
+            )
+        if len(self._connection.execute("SELECT * FROM totals").fetchall()) != 1:
+            raise Unusable("expected one row of totals")
+        # A rollback journal has no shared memory that a crash could leave behind, as WAL has. DELETE is
+        # the default, but a file may say else.
+        self._connection.execute("PRAGMA journal_mode = DELETE")
+        self._connection.execute(f"PRAGMA synchronous = {'NORMAL' if self._sync else 'OFF'}")
+
+    def _connect_to(self, path: Path) -> sqlite3.Connection:
+        # In autocommit; and from any thread, one at a time.
+        return sqlite3.connect(
+            path, timeout=self._timeout, isolation_level=None, check_same_thread=False
+        )
+
+    def _set_aside(self, problem: Exception) -> bool:
+        """Renames the index, its journal first: SQLite would roll that back into the next one.
+
+        Returns:
+            Whether there was an index.
+        """
+        for older in self.path.parent.glob(f"{self.path.name}.set-aside-*"):
+            older.unlink(missing_ok=True)  # one is enough to look at
+        existed = False
+        name = f"{self.path.name}.set-aside-{secrets.token_hex(4)}"
+        for suffix in ("-journal", "-wal", "-shm", ""):
+            with suppress(FileNotFoundError):
+                os.rename(f"{self.path}{suffix}", f"{self.path.with_name(name)}{suffix}")
+                existed = existed or suffix == ""
+        if existed:
+            logger.warning("set the index %s aside as %s: %s", self.path, name, problem)
+        return existed
+
+    def _rebuild(self) -> None:
+        """Makes the index from the files, under another name until it is whole."""
+        for left_behind in self.path.parent.glob(f"{self.path.name}.new-*"):
+            left_behind.unlink(missing_ok=True)
+        new = self.path.with_name(f"{self.path.name}.new-{secrets.token_hex(4)}")
+        try:
+            with closing(self._connect_to(new)) as connection:
+                connection.executescript(f"BEGIN; {_SCHEMA}")
+                connection.executemany(_UPSERT, self._scan())
+                connection.execute("COMMIT")
+            os.rename(new, self.path)
+        except BaseException:
+            for path in (new, f"{new}-journal"):
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+            raise
+
+    def _as_os_error(self, error: sqlite3.Error) -> OSError:
+        message = str(error)
+        if "full" in message:
+            return OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {message}", str(self.path))
+        if "locked" in message or "busy" in message:
+            return StoreUnavailable(
+                f"expected the index {self.path} within {self._timeout} s, got: {message}"
+            )
+        if "readonly" in message:
+            return PermissionError(errno.EACCES, message, str(self.path))
+        return OSError(errno.EIO, message, str(self.path))
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether a new index is the answer; not so where others are busy or the disk is."""
+    if not isinstance(error, sqlite3.DatabaseError):
+        return False
+    if not isinstance(error, sqlite3.OperationalError):
+        return True  # "file is not a database", "database disk image is malformed"
+    return str(error).startswith(("no such table", "no such column", "no such index", "table "))
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+@contextmanager
+def alone(path: Path, mode: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Holds the lock file ``path``, among threads and processes; alone, or with others by LOCK_SH.
+
+    The kernel lets go of it for a process that dies.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(fd, mode)
+        yield
+    finally:
+        # Explicitly, because a child forked meanwhile has a copy of fd that it doesn't know of.
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)

@@ -1,0 +1,91 @@
+"""From files into a key/value cache without a stop: piece by piece, each while it is in the processor's
+cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from voco_kernels.kv_load import prepare_load
+from voco_kernels.kv_transfer import Transfer
+from voco_model.kv_store.format import EntryError
+from voco_model.kv_store.reader import EntryReader
+
+if TYPE_CHECKING:
+    from voco_model.kv_store.disk import KVStore
+
+# Bytes of an entry at a time, where they go to a cache on the CPU: they stay in a processor's cache. A
+# GPU, which is busy with one while the next is read, gets whole layers.
+_PIECE = 1 << 20
+_LAYERS = 4 << 20
+# Bytes of a head from which on it is read to its place in the cache at once, and hashed there: one pass
+# over the memory less. Of shorter ones there are too many for that.
+_READ_IN_PLACE_FROM = 1 << 16
+
+
+def load_from_files(
+    store: KVStore, cache: Any, keys: Sequence[Sequence[str]], placement: dict[str, Any]
+) -> list[str]:
+    """``Store.load_into`` for a store of files; ``placement`` are its keyword arguments."""
+    missing = []
+    with ExitStack() as all_of_them:
+        opened = []
+        for key in (key for row in keys for key in row):
+            context = all_of_them.enter_context(ExitStack())
+            reader = context.enter_context(store.reader(key))
+            opened.append((key, context, reader))
+            if reader is None:
+                missing.append(key)
+        if missing:
+            return missing
+        outlines = [reader.outline() for _, _, reader in opened]
+        shells = iter(shell for shell, _ in outlines)
+        transfer = prepare_load(cache, [[next(shells) for _ in row] for row in keys], **placement)
+        for index, (key, context, reader) in enumerate(opened):
+            try:
+                with context:
+                    if transfer.takes_bytes(index):
+                        _write(transfer, index, reader, store)
+                    else:
+                        _feed(transfer, index, reader, outlines[index][1], store)
+                    reader.check()
+            except (EntryError, OSError):  # counted and logged by the store
+                missing.append(key)
+        if not missing:
+            transfer.commit()
+    return missing
+
+
+def _write(transfer: Transfer, index: int, reader: EntryReader, store: KVStore) -> None:
+    header = reader.header
+    nbytes = header.tail - header.size
+    head = header.layer_nbytes // (2 * header.shape[2])
+    if head >= _READ_IN_PLACE_FROM:
+        destinations = transfer.destinations(index)
+        if destinations is not None:
+            reader.read_scattered(destinations)
+            return
+    size = min(max(1, _PIECE // head) * head, nbytes)
+    memory = store.buffers.lease(size)
+    for at in range(0, nbytes, size):
+        piece = memory[: min(size, nbytes - at)]
+        reader.read_bytes(at, piece)
+        transfer.write(index, at, piece)
+
+
+def _feed(
+    transfer: Transfer, index: int, reader: EntryReader, scales: Tensor | None, store: KVStore
+) -> None:
+    header = reader.header
+    num_layers = header.shape[0]
+    at_once = min(max(1, _LAYERS // header.layer_nbytes), num_layers)
+    memory = None
+    for first in range(0, num_layers, at_once):
+        count = min(at_once, num_layers - first)
+        if memory is None or transfer.reads_later:
+            memory = store.buffers.lease(at_once * header.layer_nbytes)
+        kv = reader.read(first, count, memory)
+        transfer.feed(index, first, kv, None if scales is None else scales[first : first + count])

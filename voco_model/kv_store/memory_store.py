@@ -1,0 +1,171 @@
+"""``MemoryStore``: the entries used last, in host memory that a GPU reads directly."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from voco_kernels.kv import CompactKV
+from voco_model.kv_store.base import Store, StoreStats, Tally, after_fork, key_of, logger
+from voco_model.kv_store.format import check_key
+
+
+class MemoryStore(Store):
+    """Entries in the memory of this process, least recently used first to go.
+
+    ``put`` copies, so that nothing that happens to the tensors put in happens to the store. ``get``
+    gives out the store's own tensors, to everybody the same: they are to be read. They stay valid when
+    their entry is evicted, replaced or deleted, because memory isn't used again while a tensor of it
+    lives. An entry that torch has written to in place since it was put is not served, but dropped with
+    the reason "overwritten".
+
+    Args:
+        max_bytes: of all entries together, 0 or more.
+        fingerprint: of the model whose entries are kept; None: of any.
+        pin: whether to pin; None: where CUDA is available.
+
+    Raises:
+        ValueError: max_bytes below 0; or ``pin`` where there is no CUDA.
+    """
+
+    durable = False
+
+    def __init__(
+        self, max_bytes: int, *, fingerprint: str | None = None, pin: bool | None = None
+    ) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"expected max_bytes of 0 or more, got {max_bytes}")
+        if pin and not torch.cuda.is_available():
+            raise ValueError("expected CUDA for pin=True, got none; leave pin out")
+        self._max_bytes = max_bytes
+        self._fingerprint = fingerprint
+        self._pin = torch.cuda.is_available() if pin is None else pin
+        # By key, the one used last at the end: the entry, its size, the versions of its tensors.
+        self._entries: OrderedDict[str, tuple[CompactKV, int, list[int]]] = OrderedDict()
+        self._bytes = 0
+        self._tally = Tally(StoreStats())
+        self._unlock()
+        after_fork(self, MemoryStore._unlock)
+
+    def _unlock(self) -> None:
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"MemoryStore({self._bytes} of {self._max_bytes} B{', pinned' if self._pin else ''})"
+
+    def put(self, entry: CompactKV, key: str | None = None) -> None:
+        """As ``Store.put``; an entry larger than ``max_bytes`` is a ValueError too."""
+        key = key_of(entry, key, self._fingerprint)
+        size = sum(tensor.nbytes for tensor in _tensors(entry))
+        if size > self._max_bytes:
+            self._tally.add(put_failures=1)
+            raise ValueError(
+                f"expected an entry of up to max_bytes {self._max_bytes}, got one of {size} bytes"
+            )
+        # Room first: a copy that waits for room isn't in the memory that max_bytes allows.
+        with self._lock:
+            self._drop(key)
+            self._evict(self._max_bytes - size)
+        copy = self._copy(entry, key)
+        with self._lock:
+            self._drop(key)
+            self._evict(self._max_bytes - size)
+            self._entries[key] = copy, size, _versions(copy)
+            self._bytes += size
+        self._tally.add(puts=1, bytes_written=size)
+
+    def get(self, key: str) -> CompactKV | None:
+        check_key(key)
+        with self._lock:
+            found = self._entries.get(key)
+            if found is None:
+                self._tally.add(misses=1)
+                return None
+            entry, size, versions = found
+            intact = _versions(entry) == versions
+            if intact:
+                self._entries.move_to_end(key)
+            else:
+                self._drop(key)
+        if not intact:
+            self._tally.add("overwritten", misses=1)
+            logger.warning(
+                "%s: entry of %s not served: somebody wrote to its tensors; clone what you change",
+                self,
+                key,
+            )
+            return None
+        self._tally.add(hits=1, bytes_read=size)
+        return entry
+
+    def delete(self, key: str) -> bool:
+        check_key(key)
+        with self._lock:
+            deleted = self._drop(key)
+        self._tally.add(deletes=deleted)
+        return deleted
+
+    def stats(self) -> StoreStats:
+        with self._lock:
+            return self._tally.read(
+                entries=len(self._entries), bytes=self._bytes, max_bytes=self._max_bytes
+            )
+
+    def __contains__(self, key: object) -> bool:
+        return check_key(key) in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        with self._lock:
+            return iter(list(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def close(self) -> None:
+        """Forgets all entries. Tensors that were served stay valid."""
+        with self._lock:
+            self._entries.clear()
+            self._bytes = 0
+
+    def _drop(self, key: str) -> bool:
+        found = self._entries.pop(key, None)
+        if found is not None:
+            self._bytes -= found[1]
+        return found is not None
+
+    def _evict(self, most: int) -> None:
+        while self._bytes > most:
+            self._drop(next(iter(self._entries)))
+
+    def _copy(self, entry: CompactKV, key: str) -> CompactKV:
+        # Tensors made in inference mode have no version, which tells whether they were written to.
+        with torch.inference_mode(False):
+            rope = entry.rope
+            if rope is not None:
+                rope = replace(rope, inv_freq=rope.inv_freq.clone())
+            return replace(
+                entry,
+                kv=self._host(entry.kv),
+                scales=None if entry.scales is None else self._host(entry.scales),
+                positions=entry.positions.clone(),
+                rope=rope,
+                key=key,
+            )
+
+    def _host(self, tensor: Tensor) -> Tensor:
+        memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pin)
+        return memory.copy_(tensor.detach())
+
+
+def _tensors(entry: CompactKV) -> list[Tensor]:
+    parts = [entry.kv, entry.scales, entry.positions, entry.rope and entry.rope.inv_freq]
+    return [part for part in parts if part is not None]
+
+
+def _versions(entry: CompactKV) -> list[int]:
+    return [tensor._version for tensor in _tensors(entry)]
