@@ -125,6 +125,11 @@ class Transfer:
         """
         next(part for part in self._parts if part.owns(index)).rows[index].write(at, memory)
 
+    def destinations(self, index: int) -> list[memoryview] | None:
+        """Of an entry that ``takes_bytes``: the memory of each head in the cache, in the entry's order, to
+        be written by whoever brings the bytes; None where a head's tokens are not side by side."""
+        return next(part for part in self._parts if part.owns(index)).rows[index].heads()
+
     def commit(self) -> None:
         """After the last ``feed``: the cache's length, where it is the transfer's to set."""
         if self._length is None:

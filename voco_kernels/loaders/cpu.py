@@ -100,6 +100,14 @@ class CacheRows:
         rows = np.frombuffer(memory, self._row).reshape(-1, self._count)
         self._copy(at // self._head_nbytes, rows, to_cache=True)
 
+    def heads(self) -> list[memoryview] | None:
+        """The memory of each head's tokens, in the entry's order; None where a head's are scattered."""
+        start, stop, row, regular, tensors = self._runs[0]
+        if stop - start != self._count or row.itemsize != self._head_nbytes:
+            return None
+        each = (tensor for layer in tensors for tensor in layer) if regular else tensors
+        return [memoryview(head.view(np.uint8)) for tensor in each for head in tensor]
+
     def read(self, into: np.ndarray) -> None:
         """All bytes of the entry."""
         self._copy(0, into.view(self._row).reshape(-1, self._count), to_cache=False)
