@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_known: WeakKeyDictionary[Any, list[CacheView]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +101,8 @@ class CacheView:
 def views(cache: Any) -> list[CacheView]:
     """One view a device, in the order of the layers. Reads no element of the cache but a block table.
 
-    Making them takes a look at every layer, tens of microseconds: for a cache that is loaded into often
-    and whose tensors stay (StaticCache, PagedKV), keep the views and pass them in the cache's place.
+    Making them takes a look at every layer, tens of microseconds. Those of a StaticCache are remembered
+    with it; of a PagedKV that is loaded into often, keep them and pass them in the cache's place.
 
     Raises:
         TypeError: something that has no layers with keys and values.
@@ -111,6 +114,13 @@ def views(cache: Any) -> list[CacheView]:
         pairs = [tuple(pair) for pair in cache.layers]
         return _by_device(pairs, (), cache.block_table)
     layers = _layers(cache)
+    known = _known.get(cache, ())
+    held = [pair for view in known for pair in view.tensors]
+    if held and all(
+        keys is layer.keys and values is layer.values
+        for (keys, values), layer in zip(held, layers, strict=True)
+    ):
+        return list(known)
     if not layers or any(_tensors(layer) is None for layer in layers):
         raise ValueError(
             f"expected a {type(cache).__name__} whose layers have their tensors, got one that is not "
@@ -125,7 +135,12 @@ def views(cache: Any) -> list[CacheView]:
             )
     counters = [getattr(layer, "cumulative_length", None) for layer in layers]
     counters = counters if all(isinstance(counter, Tensor) for counter in counters) else ()
-    return _by_device([_tensors(layer) for layer in layers], counters, None)
+    found = _by_device([_tensors(layer) for layer in layers], counters, None)
+    if not grows(
+        cache
+    ):  # one that grows changes its tensors, and must not be kept from freeing them
+        _known[cache] = found
+    return found
 
 
 def is_empty(cache: Any) -> bool:

@@ -126,8 +126,8 @@ class Transfer:
         next(part for part in self._parts if part.owns(index)).rows[index].write(at, memory)
 
     def destinations(self, index: int) -> list[memoryview] | None:
-        """Of an entry that ``takes_bytes``: the memory of each head in the cache, in the entry's order, to
-        be written by whoever brings the bytes; None where a head's tokens are not side by side."""
+        """Of an entry that ``takes_bytes``: each head's memory in the cache, in the entry's order, to be
+        written by whoever brings the bytes; None where a head's tokens are not side by side."""
         return next(part for part in self._parts if part.owns(index)).rows[index].heads()
 
     def commit(self) -> None:

@@ -38,7 +38,7 @@ from voco_model.kv_store.base import Store, StoreStats, Tally, key_of, logger, r
 from voco_model.kv_store.buffers import BufferPool
 from voco_model.kv_store.format import VERSION, EntryError, Header, check_key, encode
 from voco_model.kv_store.index import Index, Row, Transaction, alone
-from voco_model.kv_store.loading import load_from_files
+from voco_model.kv_store.loading import STREAMED_FROM, load_from_files
 from voco_model.kv_store.reader import OPEN_FLAGS, EntryReader, close_locked, mark_used, read_entry
 
 _SUFFIX = ".safetensors"
@@ -237,9 +237,19 @@ class KVStore(Store):
     def load_into(
         self, cache: Any, keys: str | Sequence[str | Sequence[str]], **placement
     ) -> list[str]:
-        """As ``Store.load_into``, without a stop on the way: pieces of a file are read, hashed and put
-        in their place one after another."""
-        return load_from_files(self, cache, rows_of_keys(keys), placement)
+        """As ``Store.load_into``; large entries without a stop on the way: pieces of a file are read,
+        hashed and put in their place one after another."""
+        rows = rows_of_keys(keys)
+        sizes = [self._size(key) for row in rows for key in row]
+        if max(sizes, default=0) < STREAMED_FROM:
+            return super().load_into(cache, rows, **placement)
+        return load_from_files(self, cache, rows, placement)
+
+    def _size(self, key: str) -> int:
+        try:
+            return os.stat(self._path(key)).st_size
+        except OSError:
+            return 0
 
     def prefetch(self, keys: Iterable[str]) -> None:
         """Has the kernel read these files into its page cache, while we go on."""

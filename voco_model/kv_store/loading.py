@@ -17,9 +17,11 @@ from voco_model.kv_store.reader import EntryReader
 if TYPE_CHECKING:
     from voco_model.kv_store.disk import KVStore
 
+# Bytes of a file from which on it pays: of less, the whole fits into a processor's cache.
+STREAMED_FROM = 2 << 20
 # Bytes of an entry at a time, where they go to a cache on the CPU: they stay in a processor's cache. A
 # GPU, which is busy with one while the next is read, gets whole layers.
-_PIECE = 1 << 20
+_PIECE = 2 << 20
 _LAYERS = 4 << 20
 # Bytes of a head from which on it is read to its place in the cache at once, and hashed there: one pass
 # over the memory less. Of shorter ones there are too many for that.

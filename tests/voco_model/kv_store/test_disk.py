@@ -743,7 +743,7 @@ def test_a_fork_goes_on_with_the_handle(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_entries(tmp_path, record_property):
+def test_a_hundred_thousand_entries(tmp_path):
     """Opened in less than a second, and got from as fast as from a store of ten."""
     count = 100_000
     with KVStore(tmp_path / "few", max_bytes=10**12, fsync=False) as few:
@@ -757,7 +757,9 @@ def test_a_hundred_thousand_entries(tmp_path, record_property):
         for number in range(1, count):
             shard = number % 256
             path = many_path / "v1" / f"{shard:02x}" / f"{shard:02x}{number:062x}.safetensors"
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
+            fd = os.open(path, os.O_CREAT | os.O_WRONLY)
+            os.truncate(fd, SIZE)  # without a byte of its own on the disk
+            os.close(fd)
     (many_path / "index.sqlite").unlink()
     with KVStore(many_path, max_bytes=10**12, fsync=False) as many:
         assert many.stats().index_rebuilds == 1 and len(many) == count
@@ -792,6 +794,6 @@ def test_a_hundred_thousand_entries(tmp_path, record_property):
     many.max_bytes = many.stats().bytes
     start = time.perf_counter()
     many.put(make_entry(10**6, tokens=3))
-    assert time.perf_counter() - start < 5
-    assert many.stats().evictions > 0
+    assert time.perf_counter() - start < 1
+    assert 0 < many.stats().evictions < 10
     many.close()

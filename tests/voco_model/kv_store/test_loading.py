@@ -16,7 +16,7 @@ from tests.voco_kernels.test_kv_load import (
     poison,
     static_cache,
 )
-from voco_model.kv_store import KVStore, loading
+from voco_model.kv_store import KVStore, disk, loading
 from voco_model.kv_store.memory_store import MemoryStore
 
 
@@ -35,9 +35,12 @@ def store(request, tmp_path):
     return KVStore(tmp_path, max_bytes=1 << 24, fsync=False)
 
 
-@pytest.fixture(params=["in pieces", "in place"])
+@pytest.fixture(params=["in pieces", "in place", "as a whole"])
 def way(request, monkeypatch):
-    """Of a file: a few heads at a time; or each head to its place."""
+    """Of a file: a few heads at a time; or each head to its place; or as every other store does."""
+    if request.param == "as a whole":
+        return
+    monkeypatch.setattr(disk, "STREAMED_FROM", 0)
     monkeypatch.setattr(loading, "_PIECE", 700)
     monkeypatch.setattr(loading, "_LAYERS", 5000)
     if request.param == "in place":
@@ -101,7 +104,8 @@ def test_a_damaged_entry_is_missing_and_set_aside(tmp_path, way):
     assert_only(cache, {(row, 0): make_entry(3, seed=row) for row in range(3)})
 
 
-def test_a_file_cut_off_while_it_is_read_is_missing(tmp_path, way, monkeypatch):
+def test_a_file_cut_off_while_it_is_read_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "STREAMED_FROM", 0)
     store = KVStore(tmp_path, max_bytes=1 << 24, fsync=False)
     store.put(make_entry(3), key(0))
     prepare = loading.prepare_load
