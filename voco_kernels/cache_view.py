@@ -116,7 +116,7 @@ def views(cache: Any) -> list[CacheView]:
     layers = _layers(cache)
     known = _known.get(cache, ())
     held = [pair for view in known for pair in view.tensors]
-    if held and all(
+    if len(held) == len(layers) > 0 and all(
         keys is layer.keys and values is layer.values
         for (keys, values), layer in zip(held, layers, strict=True)
     ):
@@ -216,6 +216,16 @@ def _by_device(
                 _view(range(start, stop), pairs[start:stop], counters[start:stop], block_table)
             )
             start = stop
+    for view in found[1:]:
+        sizes = [
+            (each.num_rows, each.num_slots, each.num_kv_heads, each.head_dim)
+            for each in (view, found[0])
+        ]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                "expected all layers with the same (rows, slots, kv_heads, head_dim), got "
+                f"{sizes[1]} from layer 0 on and {sizes[0]} from layer {view.layers[0]} on"
+            )
     return found
 
 

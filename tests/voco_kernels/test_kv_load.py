@@ -400,6 +400,11 @@ def test_refuses_caches_that_it_can_not_serve():
     sliding.early_initialization(1, HEADS, HEAD_DIM, torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match="got a sliding window in layer 0"):
         load_into(sliding, ENTRY, slots=0)
+    apart = dynamic_cache()
+    for layer in apart.layers[2:]:  # as on another device, with fewer slots
+        layer.keys, layer.values = layer.keys[:, :, :4].to("meta"), layer.values[:, :, :4].to("meta")
+    with pytest.raises(ValueError, match=r"got \(1, 12, 2, 16\) from layer 0 .* from layer 2 on"):
+        load_into(apart, ENTRY, slots=8)
     uneven = dynamic_cache()
     uneven.layers[2].values = uneven.layers[2].values.half()
     with pytest.raises(ValueError, match="float16 .* as the values of layer 2"):
