@@ -213,8 +213,11 @@ def test_a_forked_child_has_connections_of_its_own(store):
     store.put(make_entry(1))
     pid = os.fork()
     if pid == 0:
+        connection, used = store._connection()
+        connection.disconnect()
         got = store.get(make_key(1))
-        os._exit(0 if got is not None and torch.equal(got.kv, make_entry(1).kv) else 1)
+        same = got is not None and torch.equal(got.kv, make_entry(1).kv)
+        os._exit(0 if same and not used else 1)
     assert os.waitpid(pid, 0)[1] == 0
     assert_same(store.get(make_key(1)), make_entry(1))
 
