@@ -43,6 +43,8 @@ from voco_model.kv_store.reader import OPEN_FLAGS, EntryReader, close_locked, ma
 
 _SUFFIX = ".safetensors"
 _ENTRY_NAME = re.compile(r"([0-9a-f]{64})\.safetensors")
+# On a full disk: new pages of the index, its journal, and what files take beyond their size.
+_INDEX_ROOM = 1 << 16  # bytes
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # A miss doesn't wait long for the index, which is only told that a bad entry is gone.
 _DISCARD_PATIENCE = 0.05  # seconds
@@ -522,12 +524,13 @@ class KVStore(Store):
             os.rename(temporary, path)
 
     def _make_room(self, size: int, full: OSError) -> None:
-        """Evicts at least ``size`` bytes. The files go first, so that the index has room to change."""
+        """Evicts ``size`` bytes and some for the index. The files go first: then it can change."""
         logger.warning("%s: no room for %d bytes on the disk (%s)", self.path, size, full)
+        wanted = size + _INDEX_ROOM
         for _ in range(2):
             try:
                 self._change(
-                    lambda transaction: self._evict(transaction, transaction.totals()[1] - size)
+                    lambda transaction: self._evict(transaction, transaction.totals()[1] - wanted)
                 )
                 return
             except OSError as error:

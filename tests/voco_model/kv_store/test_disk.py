@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests.voco_model.kv_store.samples import assert_same, make_entry, make_key
+from voco_model.kv_store import disk
 from voco_model.kv_store.base import StoreUnavailable
 from voco_model.kv_store.buffers import BufferPool
 from voco_model.kv_store.disk import KVStore
@@ -609,8 +610,9 @@ def test_a_locked_index_keeps_nobody_from_reading(tmp_path):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_makes_room_once_and_then_says_so(store, monkeypatch, code, caplog):
-    for number in range(8):
+    for number in range(30):
         store.put(make_entry(number))
+    evicted = -(-(SIZE + disk._INDEX_ROOM) // SIZE)
     room = [0]  # attempts that fail
     writev = os.writev
 
@@ -623,16 +625,16 @@ def test_a_full_disk_makes_room_once_and_then_says_so(store, monkeypatch, code, 
 
     monkeypatch.setattr(os, "writev", full)
     room[0] = 1
-    store.put(make_entry(10))
-    assert_same(store.get(make_key(10)), make_entry(10))
-    assert held(store) == set(range(1, 8)) | {10} and "no room" in caplog.text
+    store.put(make_entry(100))
+    assert_same(store.get(make_key(100)), make_entry(100))
+    assert held(store) == {*range(evicted, 30), 100} and "no room" in caplog.text
     room[0] = 100
     with pytest.raises(OSError) as failed:
-        store.put(make_entry(11))
+        store.put(make_entry(101))
     assert failed.value.errno == code
     room[0] = 0
-    assert not files(store, "tmp") and 11 not in held(store)
-    assert (store.stats().put_failures, store.stats().puts) == (1, 9)
+    assert not files(store, "tmp") and 101 not in held(store)
+    assert (store.stats().put_failures, store.stats().puts) == (1, 31)
     for number in held(store):
         assert_same(store.get(make_key(number)), make_entry(number))
     check_consistent(store)
