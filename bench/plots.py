@@ -1,4 +1,5 @@
-"""Pictures of a record: useful TFLOP/s by shape and implementation, and the same under the roofline."""
+"""Pictures of a record: useful TFLOP/s by shape and implementation, and the same under the roofline;
+the time of a load against its bytes."""
 
 from __future__ import annotations
 
@@ -270,3 +271,118 @@ def _title(record: dict) -> str:
         f"(vision, VoCo, text x batch), medians; torch {versions['torch']}, "
         f"{environment['commit'][:12]}, {environment['date'][:10]}"
     )
+
+
+KV_LOOKS = {
+    "load_into": {"color": OUR_COLOURS[0], "marker": "o"},
+    "launch": {"color": OUR_COLOURS[1], "marker": "o"},
+    "KVStore.load_into": {"color": OUR_COLOURS[0], "marker": "o"},
+    "KVStore.get + load_into": {"color": OUR_COLOURS[1], "marker": "o"},
+    "RedisStore.load_into": {"color": OUR_COLOURS[0], "marker": "o"},
+    "slices": {"color": "#1f4e79", "marker": "s"},
+    "safetensors": {"color": "#a9cce3", "marker": "^"},
+    "safetensors + slices": {"color": "#2e86c1", "marker": "^"},
+    "torch.load": {"color": "#d2b4de", "marker": "v"},
+    "torch.load + slices": {"color": "#8e44ad", "marker": "v"},
+}
+"""What is drawn, of all that is timed, beside the floors."""
+
+KV_FLOORS = {
+    "memcpy": "-",
+    "pinned copy": "-",
+    "device copy": "-",
+    "memcpy + xxh3-128": "--",
+    "read": "-.",
+    "GET": "-.",
+}
+"""Black, in these styles."""
+
+
+def plot_kv(record: dict, path: Path, *, metadata: dict[str, str] | None = None) -> None:
+    """Write a PNG: a panel for each place to load from, time against bytes, the floors in black.
+
+    Ours are red. On CUDA solid lines are from the call until the device is done, dotted ones the
+    device's alone.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sources = list(dict.fromkeys(case["source"] for case in record["cases"]))
+    if not sources:
+        raise ValueError("expected a record with cases to plot, got none")
+    columns = min(len(sources), 2)
+    rows = -(-len(sources) // columns)
+    figure, axes = pyplot.subplots(
+        rows,
+        columns,
+        figsize=(12, 1 + 4.2 * rows),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    for axis, source in zip(axes.flat, sources, strict=False):
+        _draw_kv(axis, [case for case in record["cases"] if case["source"] == source])
+        axis.set_title(f"from {source}", loc="left", fontsize=10)
+    for axis in axes.flat[len(sources) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("ms, median on cold caches; band: p20 to p80")
+    handles = {}
+    for axis in axes.flat[: len(sources)]:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(
+        handles.values(),
+        handles,
+        loc="outside right upper",
+        fontsize=8,
+        frameon=False,
+        title="load",
+    )
+    environment, settings = record["environment"], record["settings"]
+    figure.suptitle(
+        f"{environment['device']['name']}, an entry of {settings['num_layers']} layers, "
+        f"{settings['num_kv_heads']} heads of {settings['head_dim']}, {settings['dtype']}, into a "
+        f"StaticCache; torch {environment['versions']['torch']}, {environment['commit'][:12]}, "
+        f"{environment['date'][:10]}",
+        fontsize=10,
+        x=0.01,
+        ha="left",
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata=metadata)
+    pyplot.close(figure)
+
+
+def _draw_kv(axis, cases: list[dict]) -> None:
+    cases = sorted(cases, key=lambda case: case["bytes"])
+    names = dict.fromkeys(row["name"] for case in cases for row in records.timed(case))
+    for name in names:
+        if name in KV_FLOORS:
+            look = {"color": "black", "lw": 1.4, "ls": KV_FLOORS[name]}
+        elif name in KV_LOOKS:
+            look = {**KV_LOOKS[name], "ms": 5}
+        else:
+            continue
+        points = [(case["bytes"], row) for case in cases if (row := records.named(case, name))]
+        sizes = [size for size, _ in points]
+        wall = [[row["wall"][at] for _, row in points] for at in ("p20", "p50", "p80")]
+        label = f"floor: {name}" if name in KV_FLOORS else name
+        axis.plot(sizes, wall[1], label=label, zorder=3, **look)
+        axis.fill_between(sizes, wall[0], wall[2], color=look["color"], alpha=0.12, lw=0)
+        on_device = [(size, row["device"]["p50"]) for size, row in points if "device" in row]
+        if on_device:
+            axis.plot(*zip(*on_device, strict=True), **{**look, "ls": ":"})
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    sizes = [case["bytes"] for case in cases]
+    axis.set_xticks(sizes, [_kv_label(case) for case in cases], fontsize=8)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _kv_label(case: dict) -> str:
+    return f"{case['bytes'] / 1e6:.3g} MB\n{case['tokens']} tok."

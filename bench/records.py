@@ -8,6 +8,11 @@ A record holds ``environment`` (device, versions, commit, date), ``settings``, `
 * ``ok``: correct (or, for the unmasked floor, not compared) and timed;
 * ``red``: its error is over the limit; a red row carries no time;
 * ``unsupported``, ``failed``, ``skipped``: not measured, and ``reason`` says why.
+
+Records of bench/kv.py ("bench" is "kv") have neither ceilings nor layouts. A case is a place to load
+from and a number of tokens; its rows are the loads of ``kv_loads``, floors among them, and carry up to
+three times in ms: ``wall``, on cold caches, from the call until the device is done; ``warm``, the same,
+call upon call; ``device``, on a CUDA device alone, on a cold L2.
 """
 
 from __future__ import annotations
@@ -21,17 +26,15 @@ SCHEMA = 1
 STATUSES = ("ok", "red", "unsupported", "failed", "skipped")
 DIRECTIONS = ("forward", "forward+backward")
 
-_RECORD_KEYS = {
+_COMMON_KEYS = {
     "schema": int,
     "bench": str,
     "finished": bool,
     "environment": dict,
     "settings": dict,
-    "ceilings": dict,
-    "unavailable": dict,
     "cases": list,
-    "layouts": list,
 }
+_RECORD_KEYS = {**_COMMON_KEYS, "ceilings": dict, "unavailable": dict, "layouts": list}
 _CASE_KEYS = {
     "shape": str,
     "title": str,
@@ -47,6 +50,10 @@ _CASE_KEYS = {
     "rows": list,
 }
 _TIMED_KEYS = ("timing", "tflops")
+_ROW_KEYS = {"name": str, "ours": bool, "masked": bool, "drop_in": bool, "status": str}
+_KV_CASE_KEYS = {"source": str, "tokens": int, "bytes": int, "rows": list}
+_KV_ROW_KEYS = {"name": str, "kind": str, "checksum": bool, "status": str}
+_KV_KINDS = ("floor", "ours", "rival")
 _ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -93,11 +100,11 @@ def load(path: Path) -> dict:
 
 def check(record: dict) -> None:
     """Raise ``ValueError`` unless ``record`` has this schema."""
+    if isinstance(record, dict) and record.get("bench") == "kv":
+        _check_kv(record)
+        return
     _check_keys(record, _RECORD_KEYS, "record")
-    if record["schema"] != SCHEMA:
-        raise ValueError(
-            f"expected schema {SCHEMA}, got {record['schema']}; run the benchmark again"
-        )
+    _check_schema(record)
     for case in record["cases"]:
         _check_keys(case, _CASE_KEYS, "case")
         if case["direction"] not in DIRECTIONS:
@@ -108,13 +115,36 @@ def check(record: dict) -> None:
         _check_keys(layout, {"shape": str, "status": str}, "layout")
 
 
-def _check_row(row: dict, where: str) -> None:
-    keys = {"name": str, "ours": bool, "masked": bool, "drop_in": bool, "status": str}
+def _check_kv(record: dict) -> None:
+    _check_keys(record, _COMMON_KEYS, "record")
+    _check_schema(record)
+    for case in record["cases"]:
+        _check_keys(case, _KV_CASE_KEYS, "case")
+        where = f"{case['source']}, {case['tokens']} tokens"
+        for row in case["rows"]:
+            _check_row(row, where, _KV_ROW_KEYS, ("wall",))
+            if row["kind"] not in _KV_KINDS:
+                raise ValueError(f"expected a kind of {_KV_KINDS}, got {row['kind']!r} in {where}")
+
+
+def _check_schema(record: dict) -> None:
+    if record["schema"] != SCHEMA:
+        raise ValueError(
+            f"expected schema {SCHEMA}, got {record['schema']}; run the benchmark again"
+        )
+
+
+def _check_row(
+    row: dict,
+    where: str,
+    keys: dict[str, type] = _ROW_KEYS,
+    times: tuple[str, ...] = _TIMED_KEYS,
+) -> None:
     _check_keys(row, keys, f"row of {where}")
     if row["status"] not in STATUSES:
         raise ValueError(f"expected a status of {STATUSES}, got {row['status']!r} in {where}")
-    timed = [key for key in _TIMED_KEYS if key in row]
-    if (row["status"] == "ok") != (len(timed) == len(_TIMED_KEYS)):
+    timed = [key for key in times if key in row]
+    if (row["status"] == "ok") != (len(timed) == len(times)):
         raise ValueError(
             f"expected a time exactly where the status is 'ok', got status {row['status']!r} with "
             f"{timed or 'none'} for {row['name']} in {where}"
@@ -221,4 +251,47 @@ def our_failures(record: dict) -> list[str]:
         f"layout {entry['shape']}: {entry['status']}: {entry['reason']}"
         for entry in record["layouts"]
         if entry["status"] in ("red", "failed")
+    ]
+
+
+def kv_times_floor(case: dict, row: dict, what: str = "wall") -> float | None:
+    """A load's median as a multiple of its floor's: of the one with a checksum, if it has one, too.
+
+    Args:
+        case: of a kv record, ``row`` of it.
+        what: the time to compare, "wall", "warm" or "device".
+
+    Returns:
+        None unless both were timed so.
+    """
+    floor = kv_floor(case, checksum=row["checksum"])
+    if floor is None or not row.get(what) or not floor.get(what):
+        return None
+    return row[what]["p50"] / floor[what]["p50"]
+
+
+def kv_floor(case: dict, *, checksum: bool) -> dict | None:
+    """The first floor with, or without, a checksum; without one where no floor has any (on CUDA)."""
+    floors = [row for row in case["rows"] if row["kind"] == "floor"]
+    alike = [row for row in floors if row["checksum"] == checksum] or floors
+    return alike[0] if alike and alike[0]["status"] == "ok" else None
+
+
+def kv_case(record: dict, source: str, tokens: int) -> dict | None:
+    cases = record["cases"]
+    return next((c for c in cases if (c["source"], c["tokens"]) == (source, tokens)), None)
+
+
+def kv_row(case: dict | None, name: str) -> dict | None:
+    """The row of that name, if it was timed."""
+    return case and named(case, name)
+
+
+def kv_failures(record: dict) -> list[str]:
+    """A line for each load of ours, or floor, that was wrong or raised."""
+    return [
+        f"{case['source']} {case['tokens']} {row['name']}: {row['status']}: {row['reason']}"
+        for case in record["cases"]
+        for row in case["rows"]
+        if row["kind"] != "rival" and row["status"] in ("red", "failed")
     ]

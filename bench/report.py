@@ -8,7 +8,8 @@ A text says where a table belongs with two comment lines, ``<!-- bench:NAME:star
 ``<!-- bench:NAME:end -->``; what stands between them is replaced. Names: ``attn`` and ``attn-cpu``
 (tables of bench/attn.py on a GPU and on a CPU), ``attn-plot`` (its plots), ``roofline`` (each shape
 under its roof), ``layout`` (making a layout against making a BlockMask), ``shapes`` (what A to G
-are), ``tiles`` (the visible share of what kernels multiply). A figure that no record holds is "not
+are), ``tiles`` (the visible share of what kernels multiply), ``kv`` and ``kv-cpu`` (goals and tables
+of bench/kv.py on a GPU and on a CPU), ``kv-plot`` (its plots). A figure that no record holds is "not
 measured".
 """
 
@@ -27,11 +28,11 @@ if __name__ == "__main__":
 
 import typer
 
-from bench import plots, records, tiles
+from bench import kv_report, markdown, plots, records, tiles
+from bench.markdown import NOT_MEASURED
 from bench.shapes import SIZES
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_MEASURED = "not measured"
 MARKER = re.compile(r"^<!-- bench:([a-z0-9-]+):(start|end) -->$", re.MULTILINE)
 PLOT_SOURCE = "Source"
 """The PNG text entry that holds the SHA-256 of the record a plot was drawn from."""
@@ -82,6 +83,7 @@ def tables_for(results: Records, text_folder: Path, results_folder: Path) -> dic
     attn = {name: record for name, record in results.items() if record["bench"] == "attn"}
     on_gpu = {n: r for n, r in attn.items() if r["environment"]["device"]["type"] == "cuda"}
     on_cpu = {n: r for n, r in attn.items() if n not in on_gpu}
+    kv = {name: record for name, record in results.items() if record["bench"] == "kv"}
     return {
         "attn": lambda: attention_tables(on_gpu, "full"),
         "attn-cpu": lambda: attention_tables(on_cpu, "small"),
@@ -90,6 +92,9 @@ def tables_for(results: Records, text_folder: Path, results_folder: Path) -> dic
         "layout": lambda: layout_table(on_gpu or on_cpu, "full" if on_gpu else "small"),
         "shapes": shapes_table,
         "tiles": tiles_table,
+        "kv": lambda: kv_report.tables(kv, "cuda"),
+        "kv-cpu": lambda: kv_report.tables(kv, "cpu"),
+        "kv-plot": lambda: kv_plot_links(kv, text_folder, results_folder),
     }
 
 
@@ -151,7 +156,7 @@ def _attention_table(
             figures.insert(0, own["name"].removeprefix("voco ") if own else NOT_MEASURED)
         rows.append([f"**{key[0]}**", f"{key[1]}/{key[2]}", *figures])
     used = list(dict.fromkeys(name for name, _ in newest.values()))
-    return f"**{direction}**. {_origin(results, used)}\n\n{_markdown(header, rows)}"
+    return f"**{direction}**. {_origin(results, used)}\n\n{markdown.table(header, rows)}"
 
 
 def _figures(case: dict | None, factor: float) -> list[str]:
@@ -184,7 +189,7 @@ def _origin(results: Records, used: list[str]) -> str:
     newest = results[used[-1]]
     environment, settings = newest["environment"], newest["settings"]
     versions = environment["versions"]
-    commits = dict.fromkeys(_short(results[name]["environment"]["commit"]) for name in used)
+    commits = dict.fromkeys(markdown.short(results[name]["environment"]["commit"]) for name in used)
     own = [records.our_row(case) or _first_of_ours(case) for case in newest["cases"]]
     backends = dict.fromkeys(row["name"].removeprefix("voco ") for row in own)
     files = ", ".join(f"`bench/results/{name}`" for name in used)
@@ -198,10 +203,6 @@ def _origin(results: Records, used: list[str]) -> str:
 
 def _first_of_ours(case: dict) -> dict:
     return next(row for row in case["rows"] if row["ours"])
-
-
-def _short(commit: str) -> str:
-    return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def layout_table(results: Records, size: str, *, all_shapes: bool = True) -> str:
@@ -232,7 +233,7 @@ def layout_table(results: Records, size: str, *, all_shapes: bool = True) -> str
         )
     used = list(dict.fromkeys(name for name, _ in newest.values()))
     header = ["shape", "`from_input_ids`, µs", "`create_block_mask`, µs", "×"]
-    return f"{_origin(results, used)}\n\n{_markdown(header, rows)}"
+    return f"{_origin(results, used)}\n\n{markdown.table(header, rows)}"
 
 
 def plot_links(results: Records, text_folder: Path, results_folder: Path) -> str:
@@ -245,6 +246,16 @@ def plot_links(results: Records, text_folder: Path, results_folder: Path) -> str
             f"![Useful TFLOP/s by shape and implementation, {device_of(record)}]({target})"
         )
     return "\n\n".join(links) or f"Useful TFLOP/s by shape and implementation: {NOT_MEASURED}."
+
+
+def kv_plot_links(results: Records, text_folder: Path, results_folder: Path) -> str:
+    """The plots of bench/kv.py's records, as images."""
+    links = []
+    for name, record in results.items():
+        picture = (results_folder / name).with_suffix(".png")
+        target = Path(os.path.relpath(picture, text_folder)).as_posix()
+        links.append(f"![Time of a load against its bytes, {device_of(record)}]({target})")
+    return "\n\n".join(links) or f"Time of a load against its bytes: {NOT_MEASURED}."
 
 
 def roofline_links(results: Records, text_folder: Path, results_folder: Path) -> str:
@@ -285,7 +296,7 @@ def tiles_table() -> str:
         "`cuda_sm90`, 32/32 heads",
         "`cuda_sm90`, 32/8 heads",
     ]
-    return _markdown(header, rows)
+    return markdown.table(header, rows)
 
 
 def shapes_table() -> str:
@@ -294,12 +305,7 @@ def shapes_table() -> str:
         [f"**{name}**", SIZES["full"].shapes[name].title, SIZES["small"].shapes[name].title]
         for name in SIZES["full"].shapes
     ]
-    return _markdown(["shape", "on a GPU (vision, VoCo, text x batch)", "on a CPU"], rows)
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    right = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, right, *rows])
+    return markdown.table(["shape", "on a GPU (vision, VoCo, text x batch)", "on a CPU"], rows)
 
 
 def texts(root: Path) -> list[Path]:
@@ -321,12 +327,13 @@ def update(root: Path, results_folder: Path, *, check: bool) -> list[Path]:
             if not check:
                 path.write_text(after)
     for name, record in results.items():
-        if record["bench"] != "attn" or not record["cases"]:
+        if record["bench"] not in ("attn", "kv") or not record["cases"]:
             continue
         path = results_folder / name
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        pictures = {path.with_suffix(".png"): plots.plot_attention}
-        if record["environment"]["device"]["type"] == "cuda" and record["ceilings"]:
+        is_kv = record["bench"] == "kv"
+        pictures = {path.with_suffix(".png"): plots.plot_kv if is_kv else plots.plot_attention}
+        if record["environment"]["device"]["type"] == "cuda" and record.get("ceilings"):
             pictures[roofline_path(path)] = plots.plot_roofline
         for picture, plot in pictures.items():
             if plot_source(picture) != digest:
@@ -349,6 +356,8 @@ def plot_source(path: Path) -> str | None:
 def show(path: Path) -> str:
     """The tables of one record, wherever it lies."""
     record = records.read(path)
+    if record["bench"] == "kv":
+        return kv_report.show(record)
     size = record["settings"]["size"]
     results = {path.name: record}
     blocks = [

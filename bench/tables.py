@@ -1,4 +1,4 @@
-"""The tables that ``bench/attn.py`` prints."""
+"""The tables that ``bench/attn.py`` and ``bench/kv.py`` print."""
 
 from __future__ import annotations
 
@@ -142,3 +142,50 @@ def _layout_table(layouts: list[dict]) -> Table:
 
 def _p50(timing: dict | None) -> str:
     return "-" if timing is None else f"{timing['p50']:.4g}"
+
+
+def print_kv(record: dict, console: Console) -> None:
+    """One table for each place to load from and size, then what they mean."""
+    on_gpu = record["environment"]["device"]["type"] == "cuda"
+    for case in record["cases"]:
+        console.print(_kv_table(case, on_gpu))
+    console.print(
+        "ms on cold caches, from the call until the device is done; warm: call upon call; device: "
+        "on the GPU alone; x: times the floor, the one with a checksum where the load has one"
+    )
+
+
+def _kv_table(case: dict, on_gpu: bool) -> Table:
+    tokens = f"{case['tokens']} token{'s' if case['tokens'] > 1 else ''}"
+    table = Table(
+        title=f"from {case['source']}: {tokens}, {case['bytes'] / 1e6:.3g} MB",
+        title_justify="left",
+    )
+    table.add_column("load", no_wrap=True)
+    columns = ["p20", "p50", "p80", "x", "warm", "x warm"]
+    columns += ["device", "x device"] if on_gpu else []
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("note", overflow="fold")
+    for index, row in enumerate(case["rows"]):
+        name = f"[bold red]{row['name']}[/bold red]" if row["kind"] == "ours" else row["name"]
+        following = case["rows"][index + 1 : index + 2]
+        last = not following or following[0]["kind"] != row["kind"]
+        table.add_row(name, *_kv_cells(case, row, on_gpu), end_section=last)
+    return table
+
+
+def _kv_cells(case: dict, row: dict, on_gpu: bool) -> list[str]:
+    if row["status"] != "ok":
+        status = "[bold red]RED[/bold red]" if row["status"] == "red" else row["status"]
+        return ["-"] * (8 if on_gpu else 6) + [f"{status}: {escape(row['reason'])}"]
+    cells = [f"{row['wall'][quantile]:.4g}" for quantile in ("p20", "p50", "p80")]
+    cells.append(_times_floor(case, row, "wall"))
+    for what in ("warm", "device") if on_gpu else ("warm",):
+        cells += [_p50(row.get(what)), _times_floor(case, row, what)]
+    return [*cells, "checksum" if row["checksum"] else ""]
+
+
+def _times_floor(case: dict, row: dict, what: str) -> str:
+    ratio = records.kv_times_floor(case, row, what)
+    return "-" if ratio is None else f"{ratio:.2f}"

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("voco_kernels", "csrc")
+"""Folders of the code that ``masked_attention`` runs."""
 
 Function = Callable[[], object]
 
@@ -73,14 +75,14 @@ def measure(
     flush = Flush(device)
     times, host_ms = _measure_cuda(function, effort, flush)
     if not graph:
-        return Timing(*_quantiles(times), len(times), host_ms)
+        return Timing(*quantiles(times), len(times), host_ms)
     try:
-        captured = _capture(function)
+        captured = capture(function)
     except RuntimeError as error:
         reason = first_line(error)
-        return Timing(*_quantiles(times), len(times), host_ms, graph_reason=reason)
+        return Timing(*quantiles(times), len(times), host_ms, graph_reason=reason)
     replays, _ = _measure_cuda(captured.replay, effort, flush)
-    return Timing(*_quantiles(times), len(times), host_ms, statistics.median(replays))
+    return Timing(*quantiles(times), len(times), host_ms, statistics.median(replays))
 
 
 class Flush:
@@ -139,7 +141,8 @@ def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
     return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
-def _capture(function: Function) -> torch.cuda.CUDAGraph:
+def capture(function: Function) -> torch.cuda.CUDAGraph:
+    """``function`` as a CUDA graph, run and replayed once."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -159,10 +162,10 @@ def _measure_cpu(function: Function, effort: Effort) -> Timing:
         started = time.perf_counter()
         function()
         times.append(1e3 * (time.perf_counter() - started))
-    return Timing(*_quantiles(times), len(times))
+    return Timing(*quantiles(times), len(times))
 
 
-def _quantiles(times: list[float]) -> tuple[float, float, float]:
+def quantiles(times: list[float]) -> tuple[float, float, float]:
     """p20, p50 and p80, interpolated between neighbours."""
     ordered = sorted(times)
 
@@ -215,12 +218,16 @@ def first_line(error: BaseException, limit: int = 300) -> str:
     return f"{type(error).__name__}: {message}"[:limit]
 
 
-def environment(device: torch.device) -> dict:
-    """All that decides what a figure means. Holds no names of machines, users or folders."""
+def environment(device: torch.device, sources: Sequence[str] = SOURCES) -> dict:
+    """All that decides what a figure means. Holds no names of machines, users or folders.
+
+    Args:
+        sources: see ``sources_digest``.
+    """
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
-        "sources_sha256": sources_digest(),
+        "sources_sha256": sources_digest(sources=sources),
         "device": _device_record(device),
         "versions": {
             "python": platform.python_version(),
@@ -315,10 +322,10 @@ def _git(root: Path, *arguments: str) -> str:
     return answer.stdout.strip()
 
 
-def sources_digest(root: Path = ROOT) -> str:
-    """SHA-256 over the code that is measured, ``voco_kernels/`` and ``csrc/``, file by file."""
+def sources_digest(root: Path = ROOT, sources: Sequence[str] = SOURCES) -> str:
+    """SHA-256 over the code that is measured, the folders named by ``sources``, file by file."""
     digest = hashlib.sha256()
-    for folder in ("voco_kernels", "csrc"):
+    for folder in sources:
         for path in sorted((root / folder).rglob("*")):
             if path.suffix in (".py", ".cu", ".cuh", ".h", ".cpp", ".json"):
                 digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())

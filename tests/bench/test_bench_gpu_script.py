@@ -23,7 +23,7 @@ printf '%s\\n' "$*" >>"$CALLS"
 case "$*" in
     *"--show"*) echo "TABLE" ;;
     *"import xdist"*) exit 0 ;;
-    *"bench/attn.py"* | *"bench/tune.py"*)
+    *"bench/attn.py"* | *"bench/kv.py"* | *"bench/tune.py"*)
         out=$(printf '%s\\n' "$@" | grep -A1 -x -- --out | tail -1)
         echo '{}' >"$out"
         touch "$out.part"
@@ -46,7 +46,7 @@ esac
 """
 
 PLAN = re.compile(r'^    "(\w+) (\d+) (\d+)"$', re.M)
-STEPS = ["environment", "build", "parity", "sanitizer", "forward", "backward", "tune", "ncu"]
+STEPS = ["environment", "build", "parity", "sanitizer", "forward", "backward", "kv", "tune", "ncu"]
 
 
 @pytest.fixture
@@ -98,18 +98,21 @@ def test_all_steps_in_order(script):
     assert len(benches) == 2 and all("--device cuda" in call for call in benches)
     assert "--direction forward " in benches[0] and "--direction forward+backward" in benches[1]
     assert not any("--rival" in call or "--quick" in call for call in benches)
+    (loads,) = [call for call in calls if call.startswith("bench/kv.py")]
+    assert "--device cuda --budget " in loads and "--quick" not in loads
     names = sorted(path.name for path in out.iterdir())
     assert names == [
         "attn-backward.json",
         "attn-forward.json",
         "environment.json",
         "gpu.log",
+        "kv.json",
         "summary.txt",
         "tune.json",
     ]
     assert len(names) < 8  # and ncu.csv, where there is ncu: few enough to copy by hand
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
-    assert answer.stdout.count("TABLE") == 2
+    assert answer.stdout.count("TABLE") == 3
     assert re.search(r"parity +rc 0 +\d+ s", (out / "summary.txt").read_text())
 
 
@@ -119,6 +122,8 @@ def test_a_dry_run_is_small_and_on_the_cpu(script):
     for call in calls:
         if call.startswith("bench/attn.py"):
             assert "--device cpu --size tiny --quick" in call
+        if call.startswith("bench/kv.py"):
+            assert "--device cpu --size tiny --quick --tokens 1 --tokens 8" in call
         if call.startswith("-m pytest"):
             assert "-m not gpu and not slow" in call
         if call.startswith("bench/tune.py"):
@@ -128,7 +133,12 @@ def test_a_dry_run_is_small_and_on_the_cpu(script):
     assert "pip install --no-build-isolation --no-deps -e ." in answer.stdout
     assert not any("pip" in call for call in calls)
     played = {call.split()[0] for call in calls if call.startswith("bench/")}
-    assert {"bench/sanitize.py", "bench/tune.py", "bench/profile_kernels.py"} <= played
+    assert {
+        "bench/kv.py",
+        "bench/sanitize.py",
+        "bench/tune.py",
+        "bench/profile_kernels.py",
+    } <= played
 
 
 def test_the_tools_of_a_gpu_machine_are_used_where_they_are(script, tools):

@@ -14,8 +14,8 @@ CPU = torch.device("cpu")
 
 
 def test_quantiles_are_interpolated():
-    assert timing._quantiles([5.0, 1.0, 2.0, 3.0, 4.0]) == pytest.approx((1.8, 3.0, 4.2))
-    assert timing._quantiles([7.0]) == (7.0, 7.0, 7.0)
+    assert timing.quantiles([5.0, 1.0, 2.0, 3.0, 4.0]) == pytest.approx((1.8, 3.0, 4.2))
+    assert timing.quantiles([7.0]) == (7.0, 7.0, 7.0)
 
 
 def test_tflops():
