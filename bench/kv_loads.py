@@ -267,12 +267,14 @@ def _layer(entry: CompactKV, index: int) -> CompactKV:
 
 def _load_from(scene: Scene, store, cache, before: Callable[[], object]) -> Job:
     """``Store.load_into``: the entry of one key."""
-    key, holds = scene.entry.key, _loaded(scene)
+    key = scene.entry.key
 
-    def check(missing: list[str]) -> str:
-        return f"missing: {missing}" if missing else holds(missing)
+    def run() -> None:
+        missing = store.load_into(cache, [key])
+        if missing:  # a miss is fast, and no load
+            raise LookupError(f"{store} does not serve the entry any more")
 
-    return Job(lambda: store.load_into(cache, [key]), check, before=before)
+    return Job(run, _loaded(scene), before=before)
 
 
 def _disk_load_into(scene: Scene, *, cold: bool, keep_views: bool = False) -> Job:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -199,12 +200,13 @@ class Scene:
         return self.entry.kv[index]
 
     def close(self) -> None:
-        """Let go of files and of what servers keep."""
-        for name in ("store", "redis_store"):
-            store = vars(self).get(name)
-            if store is not None:
-                store.delete(self.entry.key)
-                store.close()
+        """Let go of files and of what the server keeps."""
+        if "redis_store" in vars(self):
+            with suppress(OSError):  # a server that is gone keeps nothing
+                self.redis_store.delete(self.entry.key)
+            self.redis_store.close()
+        if "store" in vars(self):
+            self.store.close()
         shutil.rmtree(self.folder)
 
 

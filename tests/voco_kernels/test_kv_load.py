@@ -402,7 +402,10 @@ def test_refuses_caches_that_it_can_not_serve():
         load_into(sliding, ENTRY, slots=0)
     apart = dynamic_cache()
     for layer in apart.layers[2:]:  # as on another device, with fewer slots
-        layer.keys, layer.values = layer.keys[:, :, :4].to("meta"), layer.values[:, :, :4].to("meta")
+        layer.keys, layer.values = (
+            layer.keys[:, :, :4].to("meta"),
+            layer.values[:, :, :4].to("meta"),
+        )
     with pytest.raises(ValueError, match=r"got \(1, 12, 2, 16\) from layer 0 .* from layer 2 on"):
         load_into(apart, ENTRY, slots=8)
     uneven = dynamic_cache()
