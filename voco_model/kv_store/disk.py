@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import heapq
 import os
 import re
 import secrets
@@ -48,7 +49,7 @@ _INDEX_ROOM = 1 << 16  # bytes
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # A miss doesn't wait long for the index, which is only told that a bad entry is gone.
 _DISCARD_PATIENCE = 0.05  # seconds
-_NEVER = -1
+_NEVER = -(2**63)  # before any time
 _VERIFY_BATCH = 1000  # rows that one transaction compares with their files
 
 
@@ -546,36 +547,47 @@ class KVStore(Store):
             How many entries were removed, and how many bytes are left.
         """
         _, left = transaction.totals()
-        evicted, touched = 0, set()
         if left <= limit:
             return 0, left
-        for row in transaction.oldest():
-            if row.key == keep:
-                continue
-            used = self._evict_file(row)
+        gone: list[str] = []
+        evicted = 0
+        touched: dict[str, int] = {}  # newer uses than the rows knew
+        later: list[tuple[int, str, int]] = []  # a heap of these, to be met again in their turn
+        rows = transaction.oldest()
+        row = next(rows, None)
+        while left > limit and (later or row is not None):
+            if row is None or (later and later[0][0] < row.last_used):
+                last_used, key, size = heapq.heappop(later)
+            else:
+                (key, size, last_used), row = row, next(rows, None)
+            used = None if key == keep else self._evict_file(key, last_used)
             if used is None:
                 continue
-            if used != _NEVER and used > row.last_used:
-                # Each row is met twice at most, whoever keeps touching its file.
-                if row.key not in touched:
-                    touched.add(row.key)
-                    transaction.touch(row.key, used)
+            if used > last_used:
+                # Met twice at most, whoever keeps touching its file.
+                if key not in touched:
+                    touched[key] = used
+                    heapq.heappush(later, (used, key, size))
                 continue
-            transaction.delete(row.key)
+            touched.pop(key, None)
+            gone.append(key)
             evicted += used != _NEVER
-            left -= row.size
-            if left <= limit:
-                break
+            left -= size
+        # The rows change when the files have made room on the disk for that.
+        for key in gone:
+            transaction.delete(key)
+        for key, used in touched.items():
+            transaction.touch(key, used)
         return evicted, left
 
-    def _evict_file(self, row: Row) -> int | None:
-        """Unlinks a file, if nobody uses it and nobody did since its row was written.
+    def _evict_file(self, key: str, last_used: int) -> int | None:
+        """Unlinks a file, if nobody uses it and nobody did after ``last_used``.
 
         Returns:
-            None: it is in use. A time after ``row.last_used``: its last use. An earlier one: it was
+            None: it is in use. A time after ``last_used``: its last use. An earlier one: it was
             unlinked; ``_NEVER``: it wasn't there.
         """
-        path = self._path(row.key)
+        path = self._path(key)
         try:
             fd = os.open(path, OPEN_FLAGS)
         except FileNotFoundError:
@@ -585,7 +597,7 @@ class KVStore(Store):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             status = os.fstat(fd)
-            if status.st_mtime_ns <= row.last_used:
+            if status.st_mtime_ns <= last_used:
                 with alone(self._files_lock):
                     if not _is_still(path, status):
                         return None  # just put again

@@ -87,7 +87,7 @@ class Transaction:
         return self._connection.execute("SELECT entries, bytes FROM totals").fetchone()
 
     def oldest(self) -> Iterator[Row]:
-        """Rows by last use. One that is touched on the way comes again, at its new place."""
+        """Rows by last use, as they are before anything is changed."""
         after = (-(2**63), "")
         while rows := self._connection.execute(
             "SELECT key, size, last_used FROM entries WHERE (last_used, key) > (?, ?) "
