@@ -178,7 +178,10 @@ class Store(ABC):
         """Says that these will be asked for soon. Returns at once."""
 
     def hold(self, key: str) -> AbstractContextManager[bool]:
-        """Keeps an entry from being evicted while the context lasts; gives whether it is there."""
+        """Keeps an entry from being evicted while the context lasts; gives whether it is there.
+
+        It is the entry that is there now: one put in its place meanwhile is not held.
+        """
         return nullcontext(key in self)
 
     def clear(self) -> None:

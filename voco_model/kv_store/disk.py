@@ -471,15 +471,19 @@ class KVStore(Store):
             if self._fsync:
                 _sync_folder(os.path.dirname(path))
             # Others may have removed the row since: an eviction that met it before its file was there, a
-            # delete of the entry that was there before, a new index. Waiting for our turn to look
-            # makes sure that they are done.
-            self._change(
-                lambda transaction: (
-                    None
-                    if transaction.size(key) == size
-                    else self._enter(transaction, key, size, now)
-                )
-            )
+            # delete of the entry that was there before, a new index. Or written theirs, if they put
+            # the same key. Waiting for our turn to look makes sure that they are done.
+            self._change(lambda transaction: self._settle(transaction, key, path))
+
+    def _settle(self, transaction: Transaction, key: str, path: str) -> tuple[int, int] | None:
+        """Makes the row of a key say what its file is now, if it still has one."""
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            return None  # replaced by another's put, and evicted or deleted after that
+        if transaction.size(key) == status.st_size:
+            return None
+        return self._enter(transaction, key, status.st_size, status.st_mtime_ns)
 
     def _enter(self, transaction: Transaction, key: str, size: int, now: int) -> tuple[int, int]:
         transaction.put(key, size, now)
