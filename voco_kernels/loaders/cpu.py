@@ -77,6 +77,7 @@ class CacheRows:
         self._head_nbytes = self._count * self._row.itemsize
         self.nbytes = bases.size * num_kv_heads * self._head_nbytes
         grid = _grid(bases.tobytes())
+        self._regular = grid is not None
         # Tokens at equal distances, and for them the tensors: [layers, 2, heads, tokens] of rows, or one
         # [heads, tokens] after another. Tokens without a gap between them are one row: a long memcpy.
         self._runs = []
@@ -114,13 +115,19 @@ class CacheRows:
 
     def _copy(self, first: int, rows: np.ndarray, to_cache: bool) -> None:
         """``rows`` ``[heads, tokens]``, counted through all layers, from head ``first`` on."""
+        if not self._regular and rows.nbytes == self.nbytes:
+            for start, stop, row, _, tensors in self._runs:
+                pieces = rows.reshape(-1, self._heads, self._count)[..., start:stop].view(row)
+                for cache, entry in zip(tensors, pieces, strict=True):
+                    np.copyto(*((cache, entry) if to_cache else (entry, cache)))
+            return
         heads, layer_heads, done = self._heads, 2 * self._heads, 0
         while done < len(rows):
             tensor, head = divmod(first + done, heads)
             layer, c = divmod(tensor, 2)
             layers = (len(rows) - done) // layer_heads if not head and not c else 0
             # Whole layers at once if that can be, else what is left of the keys or values of this one.
-            whole = layers > 0 and all(regular for *_, regular, _ in self._runs)
+            whole = layers > 0 and self._regular
             count = layers * layer_heads if whole else min(heads - head, len(rows) - done)
             piece = rows[done : done + count]
             if whole:

@@ -314,8 +314,8 @@ class RedisStore(Store):
         """Puts what is under ``names`` into ``values``: bytes, None for nothing, or WRONGTYPE."""
         for at in range(0, len(names), _BATCH_KEYS):
             some = names[at : at + _BATCH_KEYS]
-            # The sizes come first: they say how long it may take, and how much to ask for at a time. They
-            # are asked for alone, since Redis sends no answer before it has copied a large value.
+            # The sizes come first: they say how long it may take, and how much to ask for at a time.
+            # They are asked for alone, since Redis sends no answer before it has copied a large value.
             self._send(connection, [("STRLEN", name) for name in some])
             sizes = [self._receive(connection) for _ in some]
             for batch, size in _batches(some, sizes):
