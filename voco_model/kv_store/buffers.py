@@ -65,7 +65,7 @@ class BufferPool:
         """``size`` bytes, at least 1, of any content.
 
         Raises:
-            MemoryError: the system has none.
+            OSError, MemoryError: the system has none.
         """
         block = self._block(_rounded(size))
         if block is None:

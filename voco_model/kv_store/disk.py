@@ -13,8 +13,9 @@ written in ``tmp/`` and renamed when it's whole and on the disk. Its row is in t
 rename: so no file is ever without a row for eviction to find, whenever a process dies. A row without
 a file does no harm, and goes with the next eviction, ``verify`` or put that meets it.
 
-A reader asks the path and not the index, locks the file (shared, which keeps eviction away), and marks
-the use by its mtime, which costs a microsecond. Eviction takes rows in the order of the index, and where
+A reader asks the path and not the index, and marks the use by the file's mtime, which costs a
+microsecond. An unlink doesn't harm who has a file open; ``hold``, and who reads piece by piece, lock it
+(shared), which keeps eviction away. Eviction takes rows in the order of the index, and where
 a file's mtime is newer than its row, it corrects the row and goes on: least recently used, among all
 processes, without a write to the index in ``get``.
 """

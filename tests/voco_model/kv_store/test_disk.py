@@ -744,6 +744,28 @@ def test_a_fork_goes_on_with_the_handle(tmp_path):
         check_consistent(store)
 
 
+def test_two_puts_of_one_key_leave_the_row_of_the_file_that_is_there(tmp_path, monkeypatch):
+    """Another put, and an eviction of what it left, between a rename and the look at the row."""
+    with (
+        KVStore(tmp_path, max_bytes=2 * SIZE, fsync=False) as one,
+        KVStore(tmp_path, max_bytes=ROOMY, fsync=False) as other,
+    ):
+        for evicted in (False, True):
+
+            def meanwhile(path, evicted=evicted):
+                monkeypatch.undo()
+                other.put(make_entry(2, tokens=9), key=make_key(1))
+                if evicted:
+                    other.delete(make_key(1))
+
+            monkeypatch.setattr("voco_model.kv_store.disk._sync_folder", meanwhile)
+            monkeypatch.setattr(one, "_fsync", True)
+            one.put(make_entry(1))
+            assert held(one) == (set() if evicted else {1})
+            check_consistent(one)
+            assert one.verify().ok
+
+
 @pytest.mark.slow
 def test_a_hundred_thousand_entries(tmp_path):
     """Opened in less than a second, and got from as fast as from a store of ten."""
