@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
-
-_known: WeakKeyDictionary[Any, list[CacheView]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +98,9 @@ class CacheView:
 def views(cache: Any) -> list[CacheView]:
     """One view a device, in the order of the layers. Reads no element of the cache but a block table.
 
-    Making them takes a look at every layer, tens of microseconds. Those of a StaticCache are remembered
-    with it; of a PagedKV that is loaded into often, keep them and pass them in the cache's place.
+    Making them takes a look at every layer, tens of microseconds. For a cache that is loaded into often
+    and whose tensors stay where they are (StaticCache, PagedKV), keep the views and pass them in the
+    cache's place. A block table is copied: views know it as it was.
 
     Raises:
         TypeError: something that has no layers with keys and values.
@@ -114,13 +112,6 @@ def views(cache: Any) -> list[CacheView]:
         pairs = [tuple(pair) for pair in cache.layers]
         return _by_device(pairs, (), cache.block_table)
     layers = _layers(cache)
-    known = _known.get(cache, ())
-    held = [pair for view in known for pair in view.tensors]
-    if len(held) == len(layers) > 0 and all(
-        keys is layer.keys and values is layer.values
-        for (keys, values), layer in zip(held, layers, strict=True)
-    ):
-        return list(known)
     if not layers or any(_tensors(layer) is None for layer in layers):
         raise ValueError(
             f"expected a {type(cache).__name__} whose layers have their tensors, got one that is not "
@@ -135,12 +126,7 @@ def views(cache: Any) -> list[CacheView]:
             )
     counters = [getattr(layer, "cumulative_length", None) for layer in layers]
     counters = counters if all(isinstance(counter, Tensor) for counter in counters) else ()
-    found = _by_device([_tensors(layer) for layer in layers], counters, None)
-    if not grows(
-        cache
-    ):  # one that grows changes its tensors, and must not be kept from freeing them
-        _known[cache] = found
-    return found
+    return _by_device([_tensors(layer) for layer in layers], counters, None)
 
 
 def is_empty(cache: Any) -> bool:
@@ -159,7 +145,11 @@ def grows(cache: Any) -> bool:
 
 
 def _are_views(cache: Any) -> bool:
-    return isinstance(cache, list | tuple) and all(isinstance(view, CacheView) for view in cache)
+    return (
+        isinstance(cache, list | tuple)
+        and len(cache) > 0
+        and all(isinstance(view, CacheView) for view in cache)
+    )
 
 
 def allocate(
@@ -168,24 +158,41 @@ def allocate(
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,
     device_of: Callable[[int], torch.device],
-) -> None:
+) -> Callable[[], None]:
     """Give an empty cache that grows zeros of ``shape`` ``[B, Hkv, S, D]`` in every layer.
 
     One allocation a device holds all its layers, keys and values: what is then moved lies regularly.
+
+    Returns:
+        what makes the cache empty again.
     """
+    before = [(layer, dict(vars(layer))) for layer in _layers(cache)]
+
+    def undo() -> None:
+        del cache.layers[len(before) :]
+        for layer, attributes in before:
+            vars(layer).clear()
+            vars(layer).update(attributes)
+
     devices = [torch.device(device_of(index)) for index in range(num_layers)]
-    for device in dict.fromkeys(devices):
-        mine = [index for index in range(num_layers) if devices[index] == device]
-        memory = torch.zeros(len(mine), 2, *shape, dtype=dtype, device=device)
-        for index, (keys, values) in zip(mine, memory, strict=True):
-            # With nothing in it, update makes the layer what it has to be and copies nothing.
-            cache.update(keys[:, :, :0], values[:, :, :0], index)
-            layer = cache.layers[index]
-            if getattr(layer, "is_sliding", False):
-                raise ValueError(
-                    f"expected layers that keep every token, got a sliding window in layer {index}"
-                )
-            layer.keys, layer.values = keys, values
+    try:
+        for device in dict.fromkeys(devices):
+            mine = [index for index in range(num_layers) if devices[index] == device]
+            memory = torch.zeros(len(mine), 2, *shape, dtype=dtype, device=device)
+            for index, (keys, values) in zip(mine, memory, strict=True):
+                # With nothing in it, update makes the layer what it has to be and copies nothing.
+                cache.update(keys[:, :, :0], values[:, :, :0], index)
+                layer = cache.layers[index]
+                if getattr(layer, "is_sliding", False):
+                    raise ValueError(
+                        "expected layers that keep every token, got a sliding window in layer "
+                        f"{index}: a compact entry's tokens would slide out of it"
+                    )
+                layer.keys, layer.values = keys, values
+    except BaseException:
+        undo()
+        raise
+    return undo
 
 
 def _layers(cache: Any) -> list:
@@ -249,8 +256,23 @@ def _view(
                     f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())} on "
                     f"{tensor.device} as the {name} of layer {index}"
                 )
-    if strides[3] != 1:
-        raise ValueError(f"expected a contiguous last dimension, got strides {list(strides)}")
+    overlap = any(step == 0 for step, size in zip(strides, shape, strict=True) if size > 1)
+    if strides[3] != 1 or overlap:
+        raise ValueError(
+            "expected a contiguous last dimension and slots that don't overlap (as expand makes them), "
+            f"got strides {list(strides)}; make the cache's tensors contiguous"
+        )
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(
+            f"expected a cache in a floating dtype of 16 bits or more, got {dtype}; a quantized cache "
+            "has scales of its own, which nobody would set"
+        )
+    for counter in counters:
+        if counter.dtype != torch.int64 or counter.numel() != 1 or counter.device != device:
+            raise ValueError(
+                f"expected cumulative_length as one int64 on {device}, got {counter.dtype} "
+                f"{list(counter.shape)} on {counter.device}"
+            )
     common = {
         "layers": layers,
         "tensors": tuple(pairs),
@@ -271,7 +293,7 @@ def _view(
             head_stride=strides[1],
             **common,
         )
-    table = block_table.to("cpu", torch.int64)
+    table = block_table.to("cpu", torch.int64, copy=True)
     return CacheView(
         num_rows=table.shape[0],
         num_slots=table.shape[1] * shape[1],

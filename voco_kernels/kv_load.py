@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import index as as_index
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -156,11 +156,17 @@ def prepare_load(
     views = () if fresh else cache_view.views(cache)
     pad_left = fresh or views[0].block_table is None
     placements, width = place(rows_of_entries, positions, slots, rows, pad_left)
-    if fresh:
-        views = _give_tensors(cache, flat[0], len(rows_of_entries), width, dtype, device)
-    _check_fit(views, flat[0])
     length = width if slots is None else None
-    return Transfer(views, flat, placements, length=length, loader=loader)
+    if not fresh:
+        _check_fit(views, flat[0])
+        return Transfer(views, flat, placements, length=length, loader=loader)
+    undo = _give_tensors(cache, flat[0], len(rows_of_entries), width, dtype, device)
+    try:
+        views = cache_view.views(cache)
+        return Transfer(views, flat, placements, length=length, loader=loader, undo=undo)
+    except BaseException:
+        undo()
+        raise
 
 
 def prepare_extract(
@@ -177,7 +183,7 @@ def prepare_extract(
     """``extract`` up to the launch, with the entries to be filled in ``Transfer.entries``."""
     views = cache_view.views(cache)
     slots, positions = _lists(slots, "slots"), _lists(positions, "positions")
-    rows = list(range(len(slots))) if rows is None else [int(row) for row in rows]
+    rows = list(range(len(slots))) if rows is None else [as_index(row) for row in rows]
     following = [row[-1] + 1 if row else 0 for row in positions]
     following = following if next_positions is None else [int(after) for after in next_positions]
     if not slots or not len(slots) == len(positions) == len(rows) == len(following):
@@ -204,7 +210,7 @@ def prepare_extract(
                 fingerprint=fingerprint,
             )
         )
-        placements.append(Placement(row, np.asarray(its_slots, dtype=np.int64)))
+        placements.append(Placement(row, [as_index(slot) for slot in its_slots]))
     return Transfer(views, entries, placements, to_cache=False, loader=loader)
 
 
@@ -215,13 +221,14 @@ def _give_tensors(
     width: int,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
-) -> list[CacheView]:
+) -> Callable[[], None]:
     if dtype is None:
         dtype = torch.bfloat16 if entry.dtype in QUANTIZED_MAX else entry.dtype
-    device = torch.device(entry.device if device is None else device)
+    if device is None:  # of an entry that is still to come, nobody has said where
+        device = "cpu" if entry.device.type == "meta" else entry.device
+    device = torch.device(device)
     shape = (rows, entry.num_kv_heads, width, entry.head_dim)
-    cache_view.allocate(cache, entry.num_layers, shape, dtype, lambda _: device)
-    return cache_view.views(cache)
+    return cache_view.allocate(cache, entry.num_layers, shape, dtype, lambda _: device)
 
 
 def _rows_of(entries: Any) -> list[list[CompactKV]]:

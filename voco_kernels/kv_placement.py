@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from operator import index as as_index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +41,7 @@ def place(
     longest one takes, unless ``slots`` says something else.
     """
     count = len(rows_of_entries)
-    rows = list(range(count)) if rows is None else [int(row) for row in rows]
+    rows = list(range(count)) if rows is None else [as_index(row) for row in rows]
     if len(rows) != count or len(set(rows)) != count:
         raise ValueError(f"expected {count} different rows, one for each of entries, got {rows}")
     lengths = [sum(entry.num_tokens for entry in row) for row in rows_of_entries]
@@ -81,6 +82,12 @@ def check(view: CacheView, placements: Sequence[Placement]) -> None:
                 f"expected every slot to be taken once, got {slots[0]} to {slots[-1]} of row {row} "
                 "twice, or on top of others"
             )
+    if view.block_table is not None:
+        places = np.concatenate([view.offsets(row, slots) for row, slots, _ in placements])
+        if len(np.unique(places)) != len(places):
+            raise ValueError(
+                "expected every slot to be taken once, got blocks that the block table names twice"
+            )
 
 
 def _for_rows(values: Any, count: int, name: str) -> list:
@@ -97,8 +104,10 @@ def _starts(entries: Sequence[CompactKV], where: Any, row: int) -> list[int]:
     if not entries:
         return []
     if isinstance(where, int | np.integer):
-        return list(accumulate([entry.num_tokens for entry in entries[:-1]], initial=int(where)))
-    starts = [int(start) for start in where]
+        return list(
+            accumulate([entry.num_tokens for entry in entries[:-1]], initial=as_index(where))
+        )
+    starts = [as_index(start) for start in where]
     if len(starts) != len(entries):
         raise ValueError(
             f"expected a first slot for each of the {len(entries)} entries in row {row}, got "

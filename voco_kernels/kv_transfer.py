@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -51,10 +51,13 @@ class Transfer:
         to_cache: bool = True,
         length: int | None = None,
         loader: str | None = None,
+        undo: Callable[[], None] = lambda: None,
     ) -> None:
         kv_placement.check(views[0], placements)
         self.entries = list(entries)
         self._views = list(views)
+        self._placements = list(placements)
+        self._undo = undo
         self._length = length
         rope = _common_rope(entries, placements)
         # A launch takes entries of one dtype.
@@ -80,6 +83,8 @@ class Transfer:
 
     def launch(self) -> None:
         """Make the move, on the current stream of each of the cache's devices."""
+        if any(entry.device.type == "meta" for entry in self.entries):
+            raise ValueError("expected entries with memory, got some on the meta device; feed them")
         for part in self._parts:
             part.launch()
 
@@ -89,11 +94,21 @@ class Transfer:
         Launches that are under way still read the tables: synchronize with them first.
 
         Args:
-            entries: like those before in number, shape, dtype, device and pinning.
+            entries: like those before in number, shape, dtype, device and pinning; contiguous; and
+                rotated for the same positions where these are rotated on.
         """
         kinds = [[_kind(entry) for entry in each] for each in (self.entries, entries)]
         if kinds[0] != kinds[1]:
             raise ValueError(f"expected entries like those before, {kinds[0]}, got {kinds[1]}")
+        for index, (old, new) in enumerate(zip(self.entries, entries, strict=True)):
+            turns = self._placements[index].shift is not None
+            if turns and not (
+                torch.equal(old.positions, new.positions) and old.rope.same(new.rope)
+            ):
+                raise ValueError(
+                    "expected the positions and the rope of the entry before, since its rotation is "
+                    f"kept, got others in entry {index}; prepare another transfer"
+                )
         self.entries = list(entries)
         for part in self._parts:
             part.name(self.entries)
@@ -107,8 +122,30 @@ class Transfer:
             kv: ``[layers, 2, Hkv, n, D]``, contiguous.
             scales: ``[layers, 2, Hkv, n]``, of a quantized entry.
         """
+        entry = self._entry(index)
+        sizes = (*entry.kv.shape[1:],)
+        if (
+            kv.shape[1:] != sizes
+            or not 0 <= first_layer <= first_layer + len(kv) <= entry.num_layers
+            or kv.dtype != entry.dtype
+        ):
+            raise ValueError(
+                f"expected {entry.dtype} {['layers', *sizes]} within {entry.num_layers} layers, got "
+                f"{kv.dtype} {list(kv.shape)} from layer {first_layer} on"
+            )
+        wanted = None if entry.scales is None else kv.shape[:4]
+        if (None if scales is None else scales.shape) != wanted:
+            raise ValueError(
+                f"expected scales of shape {wanted and list(wanted)}, got "
+                f"{None if scales is None else list(scales.shape)}"
+            )
         for part in self._parts:
             part.feed(index, first_layer, kv, scales)
+
+    def _entry(self, index: int) -> CompactKV:
+        if not 0 <= index < len(self.entries):
+            raise ValueError(f"expected an entry from 0 to {len(self.entries) - 1}, got {index}")
+        return self.entries[index]
 
     def takes_bytes(self, index: int) -> bool:
         """Whether an entry's bytes go into the cache as they are, and may be written with ``write``."""
@@ -123,12 +160,23 @@ class Transfer:
             at: where ``memory`` lies in the bytes of the entry's ``kv``.
             memory: its length and ``at`` are multiples of a head's bytes, ``n * D`` elements.
         """
+        entry = self._entry(index)
+        head = entry.num_tokens * entry.head_dim * entry.dtype.itemsize
+        if at % head or len(memory) % head or not 0 <= at <= at + len(memory) <= entry.kv.nbytes:
+            raise ValueError(
+                f"expected whole heads of {head} bytes within {entry.kv.nbytes}, got {len(memory)} "
+                f"bytes at {at}"
+            )
         next(part for part in self._parts if part.owns(index)).rows[index].write(at, memory)
 
     def destinations(self, index: int) -> list[memoryview] | None:
         """Of an entry that ``takes_bytes``: each head's memory in the cache, in the entry's order, to be
         written by whoever brings the bytes; None where a head's tokens are not side by side."""
         return next(part for part in self._parts if part.owns(index)).rows[index].heads()
+
+    def cancel(self) -> None:
+        """What was fed is not to be used: an empty cache that was given tensors is empty again."""
+        self._undo()
 
     def commit(self) -> None:
         """After the last ``feed``: the cache's length, where it is the transfer's to set."""
@@ -284,6 +332,12 @@ class _Part:
         self._run(move, [memory])
 
     def _run(self, move: Move, memories: list[_Memory]) -> None:
+        capturing = move.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing and any(memory.originals for memory in memories):
+            raise ValueError(
+                "expected entries that kernels read where they lie, to be recorded in a graph, got "
+                f"pageable ones or more than {STAGED_ABOVE} bytes on the host; move them to the device"
+            )
         self._loader.run(move)
         if move.device.type == "cuda":
             _keep_until_done(move, memories)
@@ -383,7 +437,8 @@ def _common_rope(entries: Sequence[CompactKV], placements: Sequence[Placement]) 
 
 
 def _kind(entry: CompactKV) -> tuple:
-    return tuple(entry.kv.shape), entry.dtype, entry.device, _is_pinned(entry)
+    pinned, contiguous = _is_pinned(entry), entry.kv.is_contiguous()
+    return tuple(entry.kv.shape), entry.dtype, entry.device, pinned, contiguous
 
 
 def _is_pinned(entry: CompactKV) -> bool:
@@ -396,7 +451,8 @@ def _on_host(table: Tensor, device: torch.device) -> Tensor:
 
 
 # Launches that may be under way, and what they read: pinned memory is not to be used again before.
-_under_way: deque[tuple[torch.cuda.Event, object]] = deque()
+_under_way: list[tuple[torch.cuda.Event, object]] = []
+_under_way_lock = threading.Lock()
 
 
 def _keep_until_done(move: Move, memories: list[_Memory]) -> None:
@@ -404,6 +460,6 @@ def _keep_until_done(move: Move, memories: list[_Memory]) -> None:
         return  # the transfer is kept as long as the graph
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(move.device))
-    _under_way.append((event, (move, memories)))
-    while _under_way and _under_way[0][0].query():
-        _under_way.popleft()
+    with _under_way_lock:
+        _under_way.append((event, (move, memories)))
+        _under_way[:] = [launch for launch in _under_way if not launch[0].query()]

@@ -11,9 +11,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from voco_model.kv_store.disk import KVStore
-from voco_model.kv_store.format import EntryError
+from voco_model.kv_store.format import EntryError, check_key
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 store_app = typer.Typer(no_args_is_help=True, help="Look into a store of compact entries.")
@@ -33,7 +34,10 @@ def main() -> None:
 def _opened(path: Path) -> KVStore:
     if not (path / "v1").is_dir():
         _fail(f"expected the folder of a store, with v1 in it, got {path}")
-    return KVStore(path, max_bytes=_NO_BOUND)
+    try:
+        return KVStore(path, max_bytes=_NO_BOUND)
+    except OSError as error:
+        _fail(f"expected a store that can be opened, got {error}")
 
 
 def _fail(message: str) -> None:
@@ -58,7 +62,7 @@ def ls(path: FOLDER) -> None:
         )
     for used, *cells in sorted(rows, reverse=True):
         when = datetime.fromtimestamp(used / 1e9, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
-        table.add_row(*cells, when)
+        table.add_row(*map(Text, cells), when)
     # Piped into another program, lines must not be cut.
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
 
@@ -113,10 +117,13 @@ def rm(
             store.clear()
             print(f"removed {count} entries")
             return
+        keys = list(dict.fromkeys(keys))
         try:
-            gone = [store.delete(key) for key in keys]
+            for key in keys:  # all of them before the first is removed
+                check_key(key)
         except ValueError as error:
             _fail(str(error))
+        gone = [store.delete(key) for key in keys]
     for key, was_there in zip(keys, gone, strict=True):
         print(f"{'removed' if was_there else 'not there'}: {key}")
     raise typer.Exit(0 if all(gone) else 1)

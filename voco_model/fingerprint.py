@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -19,17 +19,20 @@ _NOT_IN_CONFIG = (
 )
 # Bytes hashed at a time: of a model on a GPU, this much comes to the CPU at once.
 _AT_ONCE = 64 << 20
+_SAMPLED = 64
 
-_known: WeakKeyDictionary[Any, tuple[tuple, str]] = WeakKeyDictionary()
+# By model: its tensors, what was seen of them, and the fingerprint.
+_known: WeakKeyDictionary[Any, tuple[list[ref], tuple, str]] = WeakKeyDictionary()
 
 
 def fingerprint(model, *, refresh: bool = False) -> str:
     """BLAKE3 over a model's config, parameters and buffers: 64 hexadecimal digits.
 
     It takes as long as reading the weights (for 7B in bf16 13.5 GB), once: the result is kept with the
-    model and made anew when a tensor was replaced or written in place, as far as PyTorch counts that.
-    It doesn't count what is written through ``.data``, in inference mode or by other libraries: after
-    such a change, say ``refresh=True``.
+    model and made anew when a tensor was replaced, or written in place as far as PyTorch counts that, or
+    when one of 64 numbers of it has changed. So an optimizer's step is noticed, fused or not; a few
+    numbers written through ``.data``, in inference mode or by other libraries may not be: after such a
+    change, say ``refresh=True``.
 
     Two copies of a checkpoint under different names have one fingerprint; another dtype, another number
     of VoCo tokens or a single changed weight gives another one.
@@ -43,10 +46,16 @@ def fingerprint(model, *, refresh: bool = False) -> str:
     from blake3 import blake3  # here: everything but keys works without it
 
     config = _config(model)
-    state = (config, _versions(model))
+    tensors = [*model.parameters(), *model.buffers()]
+    state = (config, [_version(tensor) for tensor in tensors], _sample(tensors))
     known = _known.get(model)
-    if known is not None and known[0] == state and not refresh:
-        return known[1]
+    if known is not None and not refresh:
+        references, before, found = known
+        same = len(references) == len(tensors) and all(
+            reference() is tensor for reference, tensor in zip(references, tensors, strict=True)
+        )
+        if same and before == state:
+            return found
     digest = blake3(max_threads=blake3.AUTO)
     _update(digest, config.encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -65,7 +74,7 @@ def fingerprint(model, *, refresh: bool = False) -> str:
             part = flat[start : start + step].cpu().contiguous()
             digest.update(part.view(torch.uint8).numpy())
     found = digest.hexdigest()
-    _known[model] = (state, found)
+    _known[model] = ([ref(tensor) for tensor in tensors], state, found)
     return found
 
 
@@ -84,10 +93,17 @@ def _config(model) -> str:
     return json.dumps(without_origin(model.config.to_dict()), sort_keys=True, default=str)
 
 
-def _versions(model) -> tuple:
-    """Changes whenever PyTorch notes a write to a tensor of the model, or another one in its place."""
-    tensors = (*model.parameters(), *model.buffers())
-    return tuple(
-        (tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
-        for tensor in tensors
-    )
+def _version(tensor: Tensor) -> tuple[int, int | None]:
+    """Changes whenever PyTorch notes a write to the tensor."""
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+
+
+def _sample(tensors: list[Tensor]) -> list[bytes]:
+    """Some numbers of each tensor, from all over it: on each device one copy to the CPU."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.is_contiguous() and tensor.numel() and tensor.device.type != "meta":
+            flat = tensor.detach().view(-1)
+            step = max(1, flat.numel() // _SAMPLED)
+            by_device.setdefault(tensor.device, []).append(flat[::step][:_SAMPLED].double())
+    return [torch.cat(samples).cpu().numpy().tobytes() for samples in by_device.values()]

@@ -36,6 +36,9 @@ def compress_stored(
         found[key] = replace(entry, key=key, fingerprint=fingerprint)
         try:
             store.put(found[key])
-        except OSError as error:
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # ValueError: too large, or for another model's store
             logger.warning("the entry of image %s could not be stored: %s", key, error)
     return [found[key] for key in keys]

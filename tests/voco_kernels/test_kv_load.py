@@ -353,6 +353,81 @@ def test_refuses_what_does_not_fit_and_changes_nothing(make_cache, what, message
     assert contents(cache).isnan().all()
 
 
+def test_an_error_leaves_an_empty_dynamic_cache_empty():
+    ropes = [make_entry(rope=llama_rope(interleaved=each)) for each in (False, True)]
+    for entries, options in (
+        (ropes, {"positions": [9, 9]}),
+        (ENTRY, {"loader": "cuda"}),
+        (ENTRY, {"loader": "no such"}),
+    ):
+        cache = DynamicCache()
+        with pytest.raises((ValueError, NotImplementedError)):
+            load_into(cache, entries, **options)
+        assert cache.get_seq_length() == 0 and not cache.layers
+        load_into(cache, ENTRY)
+        assert cache.get_seq_length() == 2
+
+
+def test_tensors_that_were_replaced_are_found():
+    cache = static_cache()
+    load_into(cache, ENTRY, slots=0)
+    for layer in cache.layers:
+        layer.keys.data = torch.full_like(layer.keys, torch.nan)
+        layer.cumulative_length = torch.zeros_like(layer.cumulative_length)
+    load_into(cache, ENTRY)
+    assert torch.equal(cache.layers[1].keys[0, :, :2], ENTRY.kv[1, 0])
+    assert int(cache.get_seq_length()) == 2
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (lambda t: t.feed(1, 0, ENTRY.kv), "expected an entry from 0 to 0, got 1"),
+        (lambda t: t.feed(0, 0, torch.ones(1, 1, 1, 1, 1)), r"got torch.float32 \[1, 1, 1, 1, 1\]"),
+        (lambda t: t.feed(0, 0, ENTRY.kv.double()), "expected torch.float32"),
+        (lambda t: t.feed(0, LAYERS - 1, ENTRY.kv), "within 4 layers, .* from layer 3 on"),
+        (lambda t: t.feed(0, 0, ENTRY.kv, ENTRY.kv[..., 0]), "expected scales of shape None"),
+        (lambda t: t.write(0, 3, memoryview(bytes(128))), "expected whole heads of 128 bytes"),
+        (lambda t: t.write(0, ENTRY.nbytes, memoryview(bytes(128))), "within 2048"),
+    ],
+)
+def test_what_is_fed_must_fit(what, message):
+    cache = static_cache()
+    with pytest.raises(ValueError, match=message):
+        what(prepare_load(cache, ENTRY))
+    assert contents(cache).isnan().all()
+
+
+def test_memory_that_is_not_one_slot_each_is_refused():
+    cache = static_cache()
+    cache.layers[0].cumulative_length = torch.zeros(2, dtype=torch.int32)[0]
+    with pytest.raises(
+        ValueError, match="expected cumulative_length as one int64 on cpu, got torch.int32"
+    ):
+        load_into(cache, ENTRY)
+    paged = paged_cache(rows=2)
+    paged.block_table[1] = paged.block_table[0]
+    with pytest.raises(ValueError, match="blocks that the block table names twice"):
+        load_into(paged, [ENTRY, ENTRY])
+    eight_bits = PagedKV(
+        [(torch.zeros(3, 4, 2, 16, dtype=torch.int8),) * 2] * LAYERS, paged.block_table
+    )
+    with pytest.raises(ValueError, match="expected a cache in a floating dtype"):
+        load_into(eight_bits, ENTRY.quantize())
+    expanded = dynamic_cache()
+    for layer in expanded.layers:
+        layer.keys = layer.values = layer.keys[:, :, :1].expand(-1, -1, 12, -1)
+    with pytest.raises(ValueError, match="slots that don't overlap"):
+        load_into(expanded, ENTRY, slots=0)
+    with pytest.raises(TypeError, match="integer"):
+        load_into(static_cache(), ENTRY, slots=[0.9])
+    with pytest.raises(TypeError, match="expected a cache with layers"):
+        load_into([], ENTRY)
+    shell = CompactKV(ENTRY.kv.to("meta"), ENTRY.positions, ENTRY.next_position)
+    with pytest.raises(ValueError, match="expected entries with memory"):
+        load_into(static_cache(), shell)
+
+
 def test_positions_must_rise():
     entry = make_entry(2, rope=llama_rope())
     with pytest.raises(ValueError, match=r"expected positions >= 0 that rise, got \[5, 5\]"):

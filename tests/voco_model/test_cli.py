@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -85,6 +86,20 @@ def test_rm(store):
         assert code == 2 and "expected keys, or --all" in text
     assert run("rm", store.path, "--all") == (0, "removed 3 entries\n")
     assert run("stats", store.path)[1].split()[:2] == ["entries", "0"]
+
+
+def test_rm_of_a_bad_key_removes_nothing(store):
+    code, text = run("rm", store.path, key(0), "zz")
+    assert code == 2 and "got 'zz'" in text
+    assert key(0) in store
+    assert run("rm", store.path, key(0), key(0)) == (0, f"removed: {key(0)}\n")
+
+
+def test_ls_prints_any_fingerprint(tmp_path):
+    with KVStore(tmp_path, max_bytes=1 << 20, fsync=False) as store:
+        store.put(replace(make_entry(1), fingerprint="[/bold]x"), key(0))
+        code, text = run("ls", store.path)
+    assert code == 0 and "[/bold]x" in text
 
 
 def test_a_folder_that_is_no_store_is_left_alone(tmp_path):

@@ -123,11 +123,31 @@ def test_a_fingerprint_follows_the_weights(change):
     assert fingerprint(model) != before
 
 
+def test_a_tensor_at_the_address_of_the_one_before_is_another_one():
+    model = tiny.tiny_llava("llava")
+    seen = {fingerprint(model)}
+    for number in range(10):
+        shape = model.lm_head.weight.shape
+        model.lm_head.weight = None  # its memory is free for the next
+        model.lm_head.weight = torch.nn.Parameter(torch.full(shape, float(number)))
+        seen.add(fingerprint(model))
+    assert len(seen) == 11
+
+
+def test_a_fused_step_that_torch_does_not_count_is_seen_in_the_numbers():
+    model = tiny.tiny_llava("llava")
+    before = fingerprint(model)
+    weight = model.lm_head.weight
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=0.1, fused=True).step()
+    assert fingerprint(model) != before
+
+
 def test_what_torch_does_not_count_is_told_by_the_caller():
     model = tiny.tiny_llava("llava")
     before = fingerprint(model)
-    model.lm_head.weight.data[0, 0] += 1
-    assert fingerprint(model) == before  # as its docstring says
+    model.lm_head.weight.data[0, 1] += 1
+    assert fingerprint(model) == before  # one number in many, as its docstring says
     assert fingerprint(model, refresh=True) != before
 
 

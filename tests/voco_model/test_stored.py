@@ -89,6 +89,15 @@ def test_a_store_that_can_not_keep_an_entry_costs_no_answer(setting, caplog):
     assert "could not be stored: [Errno 28] No space left on device" in caplog.text
 
 
+def test_an_entry_that_is_too_large_for_the_store_is_returned(setting, caplog):
+    model, processor = setting
+    with caplog.at_level(logging.WARNING):
+        (entry,) = voco_model.compress(
+            model, tiny.picture(0), processor=processor, store=MemoryStore(10)
+        )
+    assert entry.num_tokens == 2 and "could not be stored: expected an entry" in caplog.text
+
+
 def test_says_what_a_store_needs(setting):
     model, processor = setting
     store = MemoryStore(1 << 20)

@@ -42,7 +42,7 @@ def load_from_files(
             if reader is None:
                 missing.append(key)
         if missing:
-            return missing
+            return list(dict.fromkeys(missing))
         outlines = [reader.outline() for _, _, reader in opened]
         shells = iter(shell for shell, _ in outlines)
         transfer = prepare_load(cache, [[next(shells) for _ in row] for row in keys], **placement)
@@ -56,9 +56,11 @@ def load_from_files(
                     reader.check()
             except (EntryError, OSError):  # counted and logged by the store
                 missing.append(key)
-        if not missing:
+        if missing:
+            transfer.cancel()
+        else:
             transfer.commit()
-    return missing
+    return list(dict.fromkeys(missing))
 
 
 def _write(transfer: Transfer, index: int, reader: EntryReader, store: KVStore) -> None:

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from tests.voco_kernels.test_kv import llama_rope, make_entry
 from tests.voco_kernels.test_kv_load import (
@@ -72,6 +73,24 @@ def test_sets_the_length_as_load_into_does(store, way):
     assert store.load_into(cache, key(0)) == []
     assert_only(cache, {(0, 0): make_entry(3)})
     assert [int(layer.get_seq_length()) for layer in cache.layers] == [3] * LAYERS
+
+
+def test_an_empty_dynamic_cache_is_given_tensors_or_stays_empty(tmp_path, way):
+    store = KVStore(tmp_path, max_bytes=1 << 24, fsync=False)
+    for number in range(2):
+        store.put(make_entry(3, seed=number), key(number))
+    cache = DynamicCache()
+    assert store.load_into(cache, [key(0), key(1)]) == []
+    assert torch.equal(contents(cache)[:, :, 1], make_entry(3, seed=1).kv)
+    with open(path_of(store, 1), "r+b") as file:
+        file.seek(5000)
+        file.write(b"damage")
+    cache = DynamicCache()
+    assert store.load_into(cache, [key(0), key(1), key(1)]) == [key(1)]
+    assert cache.get_seq_length() == 0
+    store.put(make_entry(3, seed=1), key(1))
+    assert store.load_into(cache, [key(0), key(1)]) == []
+    assert cache.get_seq_length() == 3
 
 
 def test_a_missing_entry_leaves_the_cache_alone(store, way):
