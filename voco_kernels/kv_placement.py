@@ -103,7 +103,7 @@ def _for_rows(values: Any, count: int, name: str) -> list:
 def _starts(entries: Sequence[CompactKV], where: Any, row: int) -> list[int]:
     if not entries:
         return []
-    if isinstance(where, int | np.integer):
+    if not isinstance(where, Sequence | Tensor | np.ndarray):
         return list(
             accumulate([entry.num_tokens for entry in entries[:-1]], initial=as_index(where))
         )

@@ -401,9 +401,7 @@ def test_what_is_fed_must_fit(what, message):
 def test_memory_that_is_not_one_slot_each_is_refused():
     cache = static_cache()
     cache.layers[0].cumulative_length = torch.zeros(2, dtype=torch.int32)[0]
-    with pytest.raises(
-        ValueError, match="expected cumulative_length as one int64 on cpu, got torch.int32"
-    ):
+    with pytest.raises(ValueError, match="expected cumulative_length as one int64 .* torch.int32"):
         load_into(cache, ENTRY)
     paged = paged_cache(rows=2)
     paged.block_table[1] = paged.block_table[0]
