@@ -120,6 +120,8 @@ class CompactKV:
                 f"expected one position for each of the {self.num_tokens} tokens in kv, got "
                 f"positions of shape {list(self.positions.shape)}"
             )
+        if not isinstance(self.next_position, int):
+            raise TypeError(f"expected next_position as an int, got {self.next_position!r}")
         rising = [-1, *self.positions.tolist(), self.next_position]
         if rising != sorted(set(rising)):
             raise ValueError(

@@ -154,6 +154,11 @@ def prepare_load(
             f"{cache.get_seq_length()} tokens, and no slots"
         )
     views = () if fresh else cache_view.views(cache)
+    if slots is None and rows is not None and views[0].lengths is not None:
+        raise ValueError(
+            "expected slots with rows of a cache that counts its tokens for all rows together, got rows "
+            f"{list(rows)} alone, which would set the length of every row; say slots=0"
+        )
     pad_left = fresh or views[0].block_table is None
     placements, width = place(rows_of_entries, positions, slots, rows, pad_left)
     length = width if slots is None else None
@@ -234,6 +239,8 @@ def _give_tensors(
 def _rows_of(entries: Any) -> list[list[CompactKV]]:
     if isinstance(entries, CompactKV):
         return [[entries]]
+    if not isinstance(entries, Sequence):
+        raise TypeError(f"expected CompactKV entries in a list, got {type(entries).__name__}")
     rows = [[row] if isinstance(row, CompactKV) else list(row) for row in entries]
     for index, row in enumerate(rows):
         for entry in row:

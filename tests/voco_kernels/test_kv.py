@@ -53,6 +53,7 @@ def test_a_value_with_its_sizes():
         (torch.zeros(3, 2, 4, 5, 16), torch.arange(5).int(), 5, TypeError, "torch.int32"),
         (torch.zeros(3, 2, 4, 5, 16), torch.arange(4), 5, ValueError, r"5 tokens .* \[4\]"),
         (torch.zeros(3, 2, 4, 5, 16), torch.arange(5), 4, ValueError, "next_position 4"),
+        (torch.zeros(3, 2, 4, 5, 16), torch.arange(5), 5.5, TypeError, "as an int, got 5.5"),
         (torch.zeros(3, 2, 4, 5, 16), torch.arange(5).flip(0), 9, ValueError, "that rise"),
     ],
 )

@@ -421,6 +421,12 @@ def test_memory_that_is_not_one_slot_each_is_refused():
         load_into(static_cache(), ENTRY, slots=[0.9])
     with pytest.raises(TypeError, match="expected a cache with layers"):
         load_into([], ENTRY)
+    with pytest.raises(TypeError, match="expected CompactKV entries in a list, got int"):
+        load_into(static_cache(), 5)
+    running = static_cache(rows=2)
+    with pytest.raises(ValueError, match="expected slots with rows"):
+        load_into(running, ENTRY, rows=[1])
+    assert contents(running).isnan().all()
     shell = CompactKV(ENTRY.kv.to("meta"), ENTRY.positions, ENTRY.next_position)
     with pytest.raises(ValueError, match="expected entries with memory"):
         load_into(static_cache(), shell)
