@@ -3,6 +3,7 @@
 from voco_kernels.kv import CompactKV
 from voco_kernels.kv_load import extract, load_into
 from voco_model.attach import Enabled, enable
+from voco_model.engine import Answer, Request, RequestError, Sampling, TwoPassEngine
 from voco_model.fingerprint import fingerprint
 from voco_model.image_key import image_key
 from voco_model.kv_store import KVStore
@@ -10,9 +11,14 @@ from voco_model.prompt import chat_template, prompt
 from voco_model.two_pass import compress, generate
 
 __all__ = [
+    "Answer",
     "CompactKV",
     "Enabled",
     "KVStore",
+    "Request",
+    "RequestError",
+    "Sampling",
+    "TwoPassEngine",
     "chat_template",
     "compress",
     "enable",

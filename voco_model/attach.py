@@ -57,12 +57,14 @@ def enable(
     num_voco: int | None = None,
     *,
     voco_token_id: int | None = None,
+    isolated: bool | None = None,
 ) -> Enabled:
     """Switch a LLaVA's language model to VoCo attention; see ``docs/llava.md``.
 
     From now on every forward pass derives its mask from ``input_ids``: in training, in evaluation
-    and in ``model.generate``. Prompts without VoCo tokens run as before. The number of VoCo tokens
-    and the token's id are kept in ``model.config``, so that ``save_pretrained`` carries them.
+    and in ``model.generate``. Prompts without VoCo tokens run as before. The number of VoCo tokens,
+    the token's id and ``isolated`` are kept in ``model.config``, so that ``save_pretrained`` carries
+    them.
 
     Args:
         model: LLaVA-1.5 or LLaVA-NeXT, with any text model that has plain full attention.
@@ -71,6 +73,10 @@ def enable(
         num_voco: VoCo tokens an image; by default what the model's config says, else 1.
         voco_token_id: the token's id, where there is no processor to ask. By default what the
             model's config says.
+        isolated: whether, in a prompt with several images, each is compressed as if it stood alone: its
+            tokens don't see what stands before its first image token. So an image has one entry,
+            whatever images it is shown with. A model must be trained as it is used. By default what the
+            model's config says, else False. With one image it makes no difference.
 
     Returns:
         a handle whose ``undo()`` restores everything.
@@ -85,6 +91,7 @@ def enable(
     num_voco = _first_given(num_voco, getattr(model.config, "num_voco", None), 1)
     if isinstance(num_voco, bool) or not isinstance(num_voco, int) or num_voco < 1:
         raise ValueError(f"expected num_voco >= 1, got {num_voco!r}")
+    isolated = _first_given(isolated, getattr(model.config, "voco_isolated", None), False)
     with ExitStack() as steps:  # on an error, what was done is undone
         if tokenizer is not None:
             _name_token(steps, tokenizer)
@@ -92,7 +99,8 @@ def enable(
             processor.chat_template = chat_template(num_voco)
         token_id = _agreed_token_id(model, tokenizer, voco_token_id)
         _make_room(steps, model, tokenizer, token_id)
-        for name, value in (("voco_token_id", token_id), ("num_voco", num_voco)):
+        facts = {"voco_token_id": token_id, "num_voco": num_voco, "voco_isolated": bool(isolated)}
+        for name, value in facts.items():
             _remember(steps, model.config, name)
             setattr(model.config, name, value)
         _switch_attention(steps, model)

@@ -36,6 +36,7 @@ def voco_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     voco_layout: MaskLayout | None = None,
+    voco_causal: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """An ``AttentionInterface`` function.
@@ -45,10 +46,15 @@ def voco_attention(
         key, value: ``[B, Hkv, S, D]``; longer where they are a static cache, whose slots from S on
             are empty.
         attention_mask: unused where there is a layout, which knows the padding.
+        voco_causal: set by the engine, which brings its own mask: True for plain causal attention, False
+            for ``attention_mask``, bool ``[B, 1, S, K]``.
 
     Returns:
         out ``[B, S, Hq, D]``, and None for the attention weights, which never exist.
     """
+    if voco_causal is not None:
+        mask = None if voco_causal else attention_mask
+        return _step_attention(query, key, value, mask, scaling), None
     if voco_layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -71,6 +77,26 @@ def voco_attention(
         query, key[:, :, :length], value[:, :, :length], voco_layout, scale=scaling
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _step_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    """``[B, S, Hq, D]``; causal without a mask."""
+    batch, heads, length, head_dim = query.shape
+    groups = heads // key.shape[1]
+    if mask is None:
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1
+        )
+        return out.transpose(1, 2)
+    # SDPA would repeat grouped keys where there is a mask. Here the queries that share a head's keys
+    # stand in a row instead: [B, Hkv, groups * S, D].
+    query = query.reshape(batch, key.shape[1], groups * length, head_dim)
+    if length > 1 and groups > 1:
+        mask = mask.repeat(1, 1, groups, 1)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(batch, heads, length, head_dim).transpose(1, 2)
 
 
 AttentionInterface.register(ATTENTION_NAME, voco_attention)
@@ -130,6 +156,7 @@ def _mask_whole_prompt(
         image_token_id=config.image_token_id,
         attention_mask=real,
         position_ids=position_ids,
+        isolated=getattr(config, "voco_isolated", False),
     )
     # A 4D mask goes through transformers untouched; from a 2D one it would build [B, 1, S, S]. No
     # layer looks at it: the layout knows the padding.

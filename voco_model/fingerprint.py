@@ -16,6 +16,7 @@ _NOT_IN_CONFIG = (
     "architectures",
     "dtype",
     "transformers_version",
+    "voco_isolated",
 )
 # Bytes hashed at a time: of a model on a GPU, this much comes to the CPU at once.
 _AT_ONCE = 64 << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -76,6 +77,18 @@ def image_key(
     text = json.dumps(facts, sort_keys=True, default=str).encode()
     digest.update(len(text).to_bytes(8, "little"))
     digest.update(text)
+    digest.update(pixels)
+    return digest.hexdigest()
+
+
+def pixel_digest(image: Any) -> str:
+    """64 hexadecimal digits that tell an image's pixels, whatever model reads them.
+
+    Raises:
+        TypeError, ValueError, OSError: something that is no image.
+    """
+    pixels, described = _decoded(image)
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     digest.update(pixels)
     return digest.hexdigest()
 

@@ -1,0 +1,187 @@
+"""An image on its way to its entry: looked up, read once for all who ask, written behind."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from voco_kernels.kv import CompactKV
+from voco_model.engine.first_pass import Pixels
+from voco_model.engine.plan import ImageSlot
+from voco_model.engine.request import RequestError
+from voco_model.image_key import pixel_digest
+from voco_model.kv_store.base import Store
+
+logger = logging.getLogger("voco_model.engine")
+
+# Entries that wait to be written, at most; then pass 1 waits for the store.
+_MAX_UNWRITTEN = 16
+
+
+@dataclass(eq=False)
+class ImageJob:
+    """One image in one kind of place; shared by all requests that have it there.
+
+    Attributes:
+        key: of its entry; an empty one is not stored.
+        slot: the ids around it.
+        pixels: what the first pass reads, once it is known that it must.
+        entry: once it is there. Of a plain LLaVA: ``features``, its embeddings ``[tokens, H]``.
+        error: why it will never be there.
+        prepared: whether its creator has found the entry, the pixels or an error.
+        from_store: whether the entry was there before.
+    """
+
+    key: str
+    slot: ImageSlot
+    pixels: Pixels | None = None
+    entry: CompactKV | None = None
+    features: Tensor | None = None
+    error: RequestError | None = None
+    prepared: bool = False
+    from_store: bool = False
+
+    @property
+    def ready(self) -> bool:
+        return self.entry is not None or self.features is not None
+
+    @property
+    def missing(self) -> bool:
+        """Whether the first pass has to read it."""
+        return self.prepared and not self.ready and self.error is None
+
+
+class Images:
+    """The images that some request is waiting for.
+
+    Args:
+        store: looked up first, and written behind; None without.
+        key_of: an image's key where the request brings none.
+        prepare: an image's pixels for the first pass.
+        variant: told into the keys of entries that ``compress`` wouldn't make.
+        fingerprint: of the model, written into entries.
+    """
+
+    def __init__(
+        self,
+        store: Store | None,
+        key_of: Callable[[Any], str],
+        prepare: Callable[[Any], Pixels],
+        variant: str,
+        fingerprint: str,
+    ) -> None:
+        self._store = store
+        self._key_of = key_of if store is not None else pixel_digest
+        self._prepare = prepare
+        self._variant = variant
+        self._fingerprint = fingerprint
+        self._jobs: weakref.WeakValueDictionary[str, ImageJob] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+        self._writer: ThreadPoolExecutor | None = None
+        self._unwritten: deque[Future] = deque()
+        self.put_failures = 0
+
+    def job(self, image: Any, slot: ImageSlot, *, first: bool, key: str | None) -> ImageJob:
+        """The job of an image, perhaps one that others wait for already.
+
+        Raises:
+            RequestError: an image that can't be read, or a store that raised.
+        """
+        if key is None:
+            try:
+                key = self._key_of(image)
+            except Exception as error:  # a decoder may raise anything
+                raise _unreadable(image, error) from error
+        key = self._placed(key, first)
+        with self._lock:
+            job = self._jobs.get(key)
+            if job is not None:
+                return job
+            job = self._jobs[key] = ImageJob(key, slot)
+        try:
+            job.entry = self._look_up(key)
+            job.from_store = job.entry is not None
+            if job.entry is None:
+                job.pixels = self._read(image)
+        except RequestError as error:
+            self.fail(job, error)
+            raise
+        finally:
+            job.prepared = True
+        return job
+
+    def keep(self, job: ImageJob, entry: CompactKV) -> None:
+        """Gives a job its entry, and writes it to the store behind the answer."""
+        job.pixels = None
+        job.entry = replace(entry, key=job.key, fingerprint=self._fingerprint)
+        if self._store is None or not job.key:
+            return
+        if self._writer is None:
+            self._writer = ThreadPoolExecutor(1, thread_name_prefix="voco-store-writer")
+        while len(self._unwritten) >= _MAX_UNWRITTEN:
+            self._unwritten.popleft().result()
+        # The job goes along: until its entry is written, it must be found here.
+        self._unwritten.append(self._writer.submit(self._write, job))
+
+    def fail(self, job: ImageJob, error: RequestError) -> None:
+        job.error = error
+        with self._lock:  # who asks next tries again
+            if self._jobs.get(job.key) is job:
+                del self._jobs[job.key]
+
+    def flush(self) -> None:
+        """Waits until every entry is written, or couldn't be."""
+        while self._unwritten:
+            self._unwritten.popleft().result()
+
+    def close(self) -> None:
+        self.flush()
+        if self._writer is not None:
+            self._writer.shutdown()
+
+    def _placed(self, key: str, first: bool) -> str:
+        # What stands first has BOS before it: what stands later has another entry.
+        told = self._variant + ("" if first else " later")
+        return hashlib.sha256(f"{key}{told}".encode()).hexdigest() if told else key
+
+    def _look_up(self, key: str) -> CompactKV | None:
+        if self._store is None:
+            return None
+        try:
+            return self._store.get(key)
+        except Exception as error:
+            raise RequestError(
+                "store",
+                f"expected a store that serves or misses, got {type(error).__name__}: {error} from "
+                f"{type(self._store).__name__}.get({key!r})",
+            ) from error
+
+    def _read(self, image: Any) -> Pixels:
+        try:
+            return self._prepare(image)
+        except Exception as error:
+            raise _unreadable(image, error) from error
+
+    def _write(self, job: ImageJob) -> None:
+        try:
+            self._store.put(job.entry)
+        except Exception as error:  # the answer stands; the next request compresses again
+            self.put_failures += 1
+            logger.warning("the entry of image %s could not be stored: %s", job.key, error)
+
+
+def _unreadable(image: Any, error: Exception) -> RequestError:
+    what = repr(image) if isinstance(image, str) else f"a {type(image).__name__}"
+    return RequestError(
+        "image",
+        f"expected an image that can be read, got {what}: {type(error).__name__}: {error}",
+    )

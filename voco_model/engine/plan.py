@@ -1,0 +1,118 @@
+"""A prompt cut into what the first pass reads, image by image, and what the second pass reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from voco_model.prompt import IMAGE_TOKEN, VOCO_TOKEN, Turns, image_part, text_part
+
+
+@dataclass(frozen=True)
+class ImageSlot:
+    """Where an image stands in a prompt.
+
+    Attributes:
+        before: ids that belong to its segment, before its image tokens (BOS, in front of the first).
+        behind: ids that belong to its segment, behind them (newline and VoCo tokens).
+        joint: ids of text between the segment before and this one.
+    """
+
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+    joint: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A prompt: segments of images in front, text behind.
+
+    Attributes:
+        images: one a segment, in order.
+        text: ids behind the last segment.
+    """
+
+    images: tuple[ImageSlot, ...]
+    text: tuple[int, ...]
+
+    @property
+    def num_text(self) -> int:
+        """Text tokens, joints included: what the second pass has to read."""
+        return len(self.text) + sum(len(image.joint) for image in self.images)
+
+
+def plan_prompt(
+    text: Turns | Sequence[int], images: int, *, processor, model, num_voco: int | None
+) -> Plan:
+    """Cut the prompt of Listing 1.
+
+    Args:
+        text: a question, messages, or the ids of what follows the last image's segment.
+        images: in front of the text.
+        processor, model: what ``enable`` was called with.
+        num_voco: VoCo tokens behind each image; None for a plain LLaVA's prompt, without any.
+
+    Raises:
+        ValueError: messages with another number of images, or ids that stand for images.
+    """
+    tokenizer, config = processor.tokenizer, model.config
+    as_ids = not isinstance(text, str) and len(text) > 0 and not isinstance(text[0], Mapping)
+    if as_ids:
+        written = ""
+        for name in ("image_token_id", "voco_token_id"):
+            if getattr(config, name) in text:
+                raise ValueError(
+                    f"expected ids of the text behind the images only, got {name} "
+                    f"{getattr(config, name)} at {list(text).index(getattr(config, name))}; give the "
+                    "images as images"
+                )
+        rows = model.get_input_embeddings().num_embeddings
+        strange = [token for token in text if not isinstance(token, int) or not 0 <= token < rows]
+        if strange:
+            raise ValueError(f"expected token ids from 0 to {rows - 1}, got {strange[0]!r}")
+    else:
+        named = 0 if isinstance(text, str) else _images_named(text)
+        if named not in (0, images):
+            raise ValueError(
+                f"expected as many images as image parts in the messages, got {images} images and "
+                f"{named} parts"
+            )
+        written = text_part(text, with_image=images > 0, eos_token=tokenizer.eos_token or "")
+    front = "\n".join([IMAGE_TOKEN] * images) if num_voco is None else image_part(num_voco, images)
+    ids = list(tokenizer(front + written)["input_ids"])
+    if as_ids:
+        ids += [int(token) for token in text]
+    return _cut(ids, images, config, voco=num_voco is not None)
+
+
+def _cut(ids: list[int], images: int, config, *, voco: bool) -> Plan:
+    if images == 0:
+        return Plan((), tuple(ids))
+    places = [index for index, token in enumerate(ids) if token == config.image_token_id]
+    if len(places) != images:
+        raise ValueError(
+            f"expected a tokenizer that knows {IMAGE_TOKEN} as {config.image_token_id}, got "
+            f"{len(places)} of it for {images} images; pass the processor that was given to enable"
+        )
+    # A segment ends behind its VoCo tokens; a plain image's, behind the image.
+    stops = []
+    for start, stop in zip(places, [*places[1:], len(ids)], strict=True):
+        inside = [index for index in range(start, stop) if ids[index] == config.voco_token_id]
+        if voco and not inside:
+            raise ValueError(
+                f"expected a tokenizer that knows {VOCO_TOKEN} as {config.voco_token_id}, got none of "
+                "it; pass the processor that was given to enable"
+            )
+        stops.append(inside[-1] + 1 if voco else start + 1)
+    cut, reached = [], 0
+    for index, (place, stop) in enumerate(zip(places, stops, strict=True)):
+        between = tuple(ids[reached:place])
+        before, joint = (between, ()) if index == 0 else ((), between)
+        cut.append(ImageSlot(before, tuple(ids[place + 1 : stop]), joint))
+        reached = stop
+    return Plan(tuple(cut), tuple(ids[reached:]))
+
+
+def _images_named(messages: Sequence[Mapping]) -> int:
+    parts = [p for m in messages if not isinstance(m.get("content"), str) for p in m["content"]]
+    return sum(part.get("type") == "image" for part in parts)

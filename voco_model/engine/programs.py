@@ -1,0 +1,68 @@
+"""Running a fixed-shape piece of work: as a CUDA graph where there is CUDA, by calling it elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WARM_UPS = 2
+
+
+class Programs:
+    """CUDA graphs by key, recorded when a key is first asked for; they share one memory pool.
+
+    Args:
+        device: of the model.
+        graphs: whether to record; without, each run calls the function.
+        guarded: tensors that the functions change beside their outputs. Recording runs a function more
+            than once; these are put back before the run that counts.
+    """
+
+    def __init__(self, device: torch.device, graphs: bool, guarded: tuple[Tensor, ...]) -> None:
+        self._device = device
+        self._graphs = graphs
+        self._guarded = guarded
+        self._pool = torch.cuda.graph_pool_handle() if graphs else None
+        self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._recorded)
+
+    def run(self, key: Hashable, function: Callable[[], Any]) -> Any:
+        """What ``function()`` returns. Its inputs and outputs are tensors that stay where they are:
+        outputs are good until the next run of any program."""
+        if not self._graphs:
+            return function()
+        if key not in self._recorded:
+            self._recorded[key] = self._record(function)
+        graph, outputs = self._recorded[key]
+        graph.replay()
+        return outputs
+
+    def _record(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        before = [tensor.clone() for tensor in self._guarded]
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):  # compiles, chooses kernels, makes workspaces
+            for _ in range(_WARM_UPS):
+                function()
+                for tensor, value in zip(self._guarded, before, strict=True):
+                    tensor.copy_(value)
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = function()
+        return graph, outputs
+
+
+def bucket(count: int, at_least: int = 1) -> int:
+    """The next power of two."""
+    return max(at_least, 1 << max(count - 1, 0).bit_length())
+
+
+def length_bucket(count: int) -> int:
+    """Lengths of prompts: powers of two from 16 to 128, then multiples of 64."""
+    return bucket(count, 16) if count <= 128 else -(-count // 64) * 64

@@ -1,0 +1,357 @@
+"""Pass 2: rows of one static cache that are filled, decoded together, and freed.
+
+The state of a row (its token, its slot, how much it may still write) lives on the device. The host never
+waits for the step that it has just launched: tokens come back ``lag`` steps later, and a row that has
+ended in between stands still.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from voco_kernels.kv import CompactKV
+from voco_kernels.kv_load import load_into
+from voco_model.engine.clock import StageClock
+from voco_model.engine.language import Language
+from voco_model.engine.programs import Programs, bucket, length_bucket
+from voco_model.engine.row_cache import Step
+from voco_model.engine.sampling import choose, uniform
+
+# A row's state, by column.
+TOKEN, SLOT, POSITION, LEFT, SEED, DRAWN, ENDS = range(7)
+# What a row that has ended writes in place of a token.
+NOTHING = -1
+# Decoding looks at powers of two of slots, from this many on: each is a graph of its own.
+_LEAST_SPAN = 128
+
+
+@dataclass(eq=False)
+class Prompt:
+    """A prompt that is ready to be read into a row.
+
+    Attributes:
+        ids, slots, positions: of the tokens that the second pass reads; those of ``features`` are any.
+        features: None, or embeddings ``[T, H]`` of all tokens in place of ids.
+        entries, entry_slots, entry_positions: what is loaded first, and where it goes; positions None
+            leaves keys as they were rotated.
+        next_slot, next_position: of the first new token.
+        max_new_tokens, temperature, top_p, seed, ignore_eos: see ``Sampling``.
+        owner: whatever the caller knows it by.
+    """
+
+    ids: Sequence[int]
+    slots: Sequence[int]
+    positions: Sequence[int]
+    next_slot: int
+    next_position: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    ignore_eos: bool
+    owner: Any
+    features: Tensor | None = None
+    entries: Sequence[CompactKV] = ()
+    entry_slots: Sequence[int] = ()
+    entry_positions: Sequence[int] | None = None
+
+    @property
+    def causal(self) -> bool:
+        """Whether its tokens see only each other."""
+        return not self.entries
+
+
+@dataclass(eq=False)
+class _Row:
+    owner: Any
+    slots_used: int  # an upper bound: the device may have stopped earlier
+    greedy: bool
+
+
+@dataclass
+class _Flight:
+    """Tokens on their way to the host, and whose they are."""
+
+    tokens: Tensor
+    event: torch.cuda.Event | None
+    owners: list[Any] = field(default_factory=list)
+
+
+class SecondPass:
+    """The cache of the second pass and the programs that run on it.
+
+    Args:
+        language: of the model.
+        rows: requests that decode together, at most.
+        slots: of a row, prompt and new tokens.
+        stop_ids: that end an answer.
+        suppressed: token ids that are never written.
+        lag: how many steps the host is behind, at most.
+        programs, clock: of the engine.
+    """
+
+    def __init__(
+        self,
+        language: Language,
+        *,
+        rows: int,
+        slots: int,
+        stop_ids: Sequence[int],
+        suppressed: Sequence[int],
+        lag: int,
+        graphs: bool,
+        clock: StageClock,
+    ) -> None:
+        self._language = language
+        self._device = device = language.device
+        self._lag = lag
+        self._clock = clock
+        self._max_rows = rows
+        # The last row and the last slot are scrap: padding is written there.
+        self.cache = language.new_cache(rows + 1, slots + 1)
+        self._scrap_row, self._scrap_slot = rows, slots
+        self._state = torch.zeros(rows + 1, 7, dtype=torch.int64, device=device)
+        self._floats = torch.zeros(rows + 1, 2, dtype=torch.float32, device=device)
+        self._stop_ids = torch.tensor(list(stop_ids) or [NOTHING], device=device)
+        self._bias = None
+        if suppressed:
+            vocabulary = language.model.get_output_embeddings().weight.shape[0]
+            self._bias = torch.zeros(vocabulary, device=device)
+            self._bias[torch.tensor(list(suppressed), device=device)] = -torch.inf
+        self.programs = Programs(device, graphs, (self._state, self._floats))
+        self._buffers: dict[Any, Tensor] = {}
+        self._rows: list[_Row | None] = [None] * rows
+        self._flights: deque[_Flight] = deque()
+
+    @property
+    def free_rows(self) -> int:
+        return self._rows.count(None)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._flights) or self.free_rows < self._max_rows
+
+    def owners(self) -> list[Any]:
+        """Of the rows that are taken."""
+        return [row.owner for row in self._rows if row is not None]
+
+    # ---- prompts in
+
+    def enter(self, prompts: Sequence[Prompt]) -> None:
+        """Load and read prompts, all alike in ``causal`` and ``features``, and choose their first
+        tokens.
+
+        Raises:
+            torch.OutOfMemoryError: the rows are free again.
+        """
+        taken = [index for index, row in enumerate(self._rows) if row is None][: len(prompts)]
+        for row, prompt in zip(taken, prompts, strict=True):
+            self._rows[row] = _Row(prompt.owner, prompt.next_slot, prompt.temperature == 0)
+        try:
+            self._load(prompts, taken)
+            with self._clock("prefill"):
+                tokens = self._read(prompts, taken)
+        except BaseException:
+            for row in taken:
+                self._rows[row] = None
+            self._state[taken, LEFT] = 0
+            raise
+        self._send(tokens[: len(prompts)], [prompt.owner for prompt in prompts])
+
+    def _load(self, prompts: Sequence[Prompt], rows: Sequence[int]) -> None:
+        loaded = [
+            (row, prompt) for row, prompt in zip(rows, prompts, strict=True) if prompt.entries
+        ]
+        if not loaded:
+            return
+        with self._clock("load"):
+            moved = any(prompt.entry_positions is not None for _, prompt in loaded)
+            load_into(
+                self.cache.views,
+                [list(prompt.entries) for _, prompt in loaded],
+                rows=[row for row, _ in loaded],
+                slots=[list(prompt.entry_slots) for _, prompt in loaded],
+                positions=[
+                    list(prompt.entry_positions)
+                    if prompt.entry_positions is not None
+                    else [int(entry.positions[0]) for entry in prompt.entries]
+                    for _, prompt in loaded
+                ]
+                if moved
+                else None,
+            )
+
+    def _read(self, prompts: Sequence[Prompt], rows: Sequence[int]) -> Tensor:
+        count, causal = bucket(len(prompts)), prompts[0].causal
+        width = length_bucket(max(len(prompt.slots) for prompt in prompts))
+        span = None if causal else length_bucket(max(prompt.next_slot for prompt in prompts))
+        if span is not None:
+            span = min(span, self._scrap_slot)
+        embedded = prompts[0].features is not None
+        greedy = all(prompt.temperature == 0 for prompt in prompts)
+        packed = self._buffer(("prefill", count, width), (count, 3 * width + 9), torch.int64)
+        packed.copy_(self._pack(prompts, rows, count, width), non_blocking=True)
+        embeds = None
+        if embedded:
+            shape = (count, width, self._language.hidden_size)
+            embeds = self._buffer(("embeds", count, width), shape, self._language.dtype)
+            for row, prompt in enumerate(prompts):
+                embeds[row, : prompt.features.shape[0]] = prompt.features
+        return self.programs.run(
+            ("prefill", count, width, span, embedded, greedy),
+            lambda: self._prefill(packed, embeds, span, greedy),
+        )
+
+    def _pack(
+        self, prompts: Sequence[Prompt], rows: Sequence[int], count: int, width: int
+    ) -> Tensor:
+        """Everything that a prefill needs to know, int64 ``[count, 3 * width + 9]``: ids, slots and
+        positions, then row, last token, and the state that the row begins with."""
+        packed = torch.zeros(count, 3 * width + 9, dtype=torch.int64)
+        tokens, rest = packed[:, : 3 * width].view(count, 3, width), packed[:, 3 * width :]
+        tokens[:, 1] = self._scrap_slot
+        rest[:, 0] = self._scrap_row
+        for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            length = len(prompt.slots)
+            for line, values in enumerate((prompt.ids, prompt.slots, prompt.positions)):
+                tokens[index, line, :length] = torch.tensor(values)
+            state = (
+                prompt.next_slot - 1,  # the first new token moves on by one
+                prompt.next_position - 1,
+                prompt.max_new_tokens,
+                prompt.seed,
+                not prompt.ignore_eos,
+            )
+            rest[index, :7] = torch.tensor([row, length - 1, *state])
+            floats = torch.tensor([prompt.temperature, prompt.top_p], dtype=torch.float64)
+            rest[index, 7:] = floats.view(torch.int64)
+        return packed.pin_memory() if self._device.type == "cuda" else packed
+
+    def _prefill(self, packed: Tensor, embeds: Tensor | None, span: int | None, greedy: bool):
+        count, width = packed.shape[0], (packed.shape[1] - 9) // 3
+        ids, slots, positions = packed[:, : 3 * width].view(count, 3, width).unbind(1)
+        rest = packed[:, 3 * width :]
+        rows, last = rest[:, 0], rest[:, 1]
+        if embeds is None:
+            embeds = self._language.embedding(ids)
+        hidden = self._language.forward(self.cache, Step(rows, slots, span), embeds, positions)
+        ends = hidden[torch.arange(count, device=self._device), last]
+        none = torch.zeros_like(last)
+        slot, position, left, seed, heeds = rest[:, 2:7].unbind(1)
+        self._state[rows] = torch.stack([none, slot, position, left, seed, none, heeds], dim=1)
+        self._floats[rows] = rest[:, 7:].contiguous().view(torch.float64).float()
+        return self._choose(ends, rows, greedy)
+
+    # ---- tokens out
+
+    def step(self) -> None:
+        """Launch one more token for every row that is taken."""
+        self._close_ranks()
+        taken = [index for index, row in enumerate(self._rows) if row is not None]
+        if not taken:
+            return
+        count = min(bucket(taken[-1] + 1), self._max_rows)
+        used = max(self._rows[index].slots_used for index in taken)
+        span = min(bucket(used + 1, _LEAST_SPAN), self._scrap_slot)
+        greedy = all(self._rows[index].greedy for index in taken)
+        for index in taken:
+            row = self._rows[index]
+            row.slots_used = min(row.slots_used + 1, self._scrap_slot)
+        with self._clock("decode"):
+            tokens = self.programs.run(
+                ("decode", count, span, greedy), lambda: self._decode(count, span, greedy)
+            )
+        owners = [None if row is None else row.owner for row in self._rows[:count]]
+        self._send(tokens, owners)
+
+    def _decode(self, count: int, span: int, greedy: bool) -> Tensor:
+        rows = torch.arange(count, device=self._device)
+        state = self._state[:count]
+        step = Step(rows, state[:, SLOT, None].clone(), span, consecutive=True)
+        embeds = self._language.embedding(state[:, TOKEN, None])
+        positions = state[:, POSITION, None].clone()
+        hidden = self._language.forward(self.cache, step, embeds, positions)
+        return self._choose(hidden[:, -1], rows, greedy)
+
+    def _choose(self, hidden: Tensor, rows: Tensor, greedy: bool) -> Tensor:
+        """The next token of each row, int64 ``[b]``, NOTHING of those that have ended; they move on."""
+        logits = self._language.logits(hidden)
+        if self._bias is not None:
+            logits = logits + self._bias
+        state = self._state[rows]
+        if greedy:
+            token = logits.argmax(-1)
+        else:
+            temperature, top_p = self._floats[rows].unbind(1)
+            token = choose(logits, temperature, top_p, uniform(state[:, SEED], state[:, DRAWN]))
+        writes = state[:, LEFT] > 0
+        ended = (token[:, None] == self._stop_ids).any(1) & (state[:, ENDS] != 0)
+        moved = writes.long()
+        left = torch.where(ended, 0, state[:, LEFT] - moved)
+        columns = [torch.where(writes, token, state[:, TOKEN])]
+        columns += [state[:, SLOT] + moved, state[:, POSITION] + moved, left]
+        columns += [state[:, SEED], state[:, DRAWN] + moved, state[:, ENDS]]
+        self._state[rows] = torch.stack(columns, dim=1)
+        return torch.where(writes, token, NOTHING)
+
+    def _send(self, tokens: Tensor, owners: list[Any]) -> None:
+        if self._device.type != "cuda":
+            self._flights.append(_Flight(tokens.clone(), None, owners))
+            return
+        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        host.copy_(tokens, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._flights.append(_Flight(host, event, owners))
+
+    def arrived(self) -> list[tuple[Any, int]]:
+        """(owner, token) of what has come back, oldest first. Waits only where the host is ``lag`` steps
+        ahead, or has nothing else to do."""
+        come = []
+        idle = self.free_rows == self._max_rows
+        while self._flights and (idle or len(self._flights) > self._lag or self._ready()):
+            flight = self._flights.popleft()
+            if flight.event is not None:
+                flight.event.synchronize()
+            pairs = zip(flight.owners, flight.tokens.tolist(), strict=True)
+            come += [(owner, token) for owner, token in pairs if owner is not None]
+        return [(owner, token) for owner, token in come if token != NOTHING]
+
+    def _ready(self) -> bool:
+        event = self._flights[0].event
+        return event is not None and event.query()
+
+    # ---- rows out
+
+    def leave(self, owner: Any) -> None:
+        """Free the row of an owner that has one."""
+        for index, row in enumerate(self._rows):
+            if row is not None and row.owner is owner:
+                self._rows[index] = None
+                self._state[index, LEFT] = 0
+
+    def _close_ranks(self) -> None:
+        """Move rows to the front where a smaller batch then holds them all."""
+        taken = [index for index, row in enumerate(self._rows) if row is not None]
+        if not taken or bucket(len(taken)) >= bucket(taken[-1] + 1):
+            return
+        for target in range(len(taken)):
+            if self._rows[target] is None:
+                source = max(index for index, row in enumerate(self._rows) if row is not None)
+                row = self._rows[source]
+                self.cache.copy_row(source, target, row.slots_used)
+                self._state[target] = self._state[source]
+                self._floats[target] = self._floats[source]
+                self._state[source, LEFT] = 0
+                self._rows[target], self._rows[source] = row, None
+
+    def _buffer(self, key: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if key not in self._buffers:
+            self._buffers[key] = torch.zeros(shape, dtype=dtype, device=self._device)
+        return self._buffers[key]
