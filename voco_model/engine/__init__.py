@@ -1,7 +1,8 @@
 """``TwoPassEngine``: images read once, questions answered at the speed of reading the weights."""
 
-from voco_model.engine.engine import EngineStats, TwoPassEngine
+from voco_model.engine.engine import TwoPassEngine
 from voco_model.engine.request import Answer, Request, RequestError, Sampling
+from voco_model.engine.scheduler import EngineStats
 from voco_model.engine.ticket import Ticket
 
 __all__ = [

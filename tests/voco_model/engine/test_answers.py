@@ -1,0 +1,265 @@
+"""The engine's tokens are those of ``generate`` in one masked pass, whatever else it is doing."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import voco_model
+from tests.voco_model.engine.conftest import (
+    NEW_TOKENS,
+    NUM_VOCO,
+    generated,
+    images_of,
+    inputs_of,
+)
+from voco_model import Request, Sampling
+from voco_model.kv_store.memory_store import MemoryStore
+
+
+def tokens_of(answers) -> list:
+    return [answer.error or answer.tokens for answer in answers]
+
+
+@pytest.mark.parametrize("max_batch", [1, 3, 8])
+def test_answers_are_those_of_one_masked_pass(world, engine_of, max_batch):
+    answers = engine_of(max_batch=max_batch).answer_many([case.request for case in world.cases])
+    assert tokens_of(answers) == [case.tokens for case in world.cases]
+    tokenizer = world.processor.tokenizer
+    for answer, case in zip(answers, world.cases, strict=True):
+        assert answer.text == tokenizer.decode(case.tokens, skip_special_tokens=True)
+        stopped = case.tokens[-1] in world.model.generation_config.eos_token_id
+        assert answer.finish_reason == ("stop" if stopped else "length")
+        assert 0 < answer.seconds_to_first <= answer.seconds
+
+
+def test_answers_are_those_of_a_padded_batch(world, engine_of):
+    requests = [case.request for case in world.cases if case.request.sampling is None]
+    inputs = inputs_of(world.processor, requests)
+    assert not inputs["attention_mask"].all(), "the batch is ragged"
+    rows = world.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    answers = engine_of(max_batch=8).answer_many(requests)
+    for row, answer in zip(rows[:, inputs["input_ids"].shape[1] :].tolist(), answers, strict=True):
+        assert row[: len(answer.tokens)] == list(answer.tokens)
+        assert len(answer.tokens) == NEW_TOKENS or answer.finish_reason == "stop"
+
+
+arrivals = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6)), min_size=1, max_size=9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    arrivals=arrivals,
+    max_batch=st.integers(1, 5),
+    max_images=st.integers(1, 3),
+    lag=st.integers(0, 3),
+    given_up=st.sets(st.integers(0, 8), max_size=2),
+)
+def test_answers_do_not_depend_on_who_comes_when(
+    world, arrivals, max_batch, max_images, lag, given_up
+):
+    """Requests join while others decode, and some are given up half-way."""
+    engine = voco_model.TwoPassEngine(
+        world.model,
+        world.processor,
+        max_batch=max_batch,
+        max_images=max_images,
+        lag=lag,
+        max_new_tokens=NEW_TOKENS,
+        max_prompt_tokens=400,
+    )
+    tickets = []
+    for place, (index, steps) in enumerate(arrivals):
+        tickets.append(
+            (engine.submit(world.cases[index].request), world.cases[index].tokens, place)
+        )
+        for _ in range(steps):
+            engine.step()
+        for ticket, _, earlier in tickets:
+            if earlier in given_up and not ticket.done:
+                ticket.cancel()
+    for ticket, tokens, place in tickets:
+        answer = ticket.wait()
+        if answer.error is None:
+            assert answer.tokens == tokens
+        else:
+            assert place in given_up and answer.error.reason == "cancelled"
+            assert answer.tokens == tokens[: len(answer.tokens)]
+    for _ in range(lag):  # tokens of rows that ended are still on their way
+        engine.step()
+    assert not engine.step(), "nothing is left to do"
+    assert engine.stats().answered + engine.stats().failed == len(tickets)
+
+
+def test_callers_in_several_threads_share_the_batch(world, engine_of):
+    engine = engine_of(max_batch=4)
+    answers: dict[int, tuple[int, ...]] = {}
+
+    def ask(index: int) -> None:
+        request = world.cases[index].request
+        answers[index] = engine.submit(request).result().tokens
+
+    threads = [threading.Thread(target=ask, args=[index]) for index in range(len(world.cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert answers == {index: case.tokens for index, case in enumerate(world.cases)}
+    written = sum(len(case.tokens) for case in world.cases)
+    assert engine.stats().decode_steps < written - len(world.cases), "they decoded together"
+
+
+@pytest.mark.parametrize("mode", ["uncached", "full_cache"])
+def test_baselines_answer_as_the_plain_model(world, engine_of, mode):
+    requests = [case.request for case in world.cases]
+    if mode == "full_cache":
+        requests = [request for request in requests if len(images_of(request)) < 2]
+    expected = [generated(world.model, world.processor, each, mode) for each in requests]
+    store = MemoryStore(1 << 26)
+    engine = engine_of(store, mode=mode, max_batch=3)
+    for _ in range(2):  # the second time from the store
+        assert tokens_of(engine.answer_many(requests)) == expected
+    engine.flush()
+    found = engine.stats().images_from_store
+    assert (found == 0) == (mode == "uncached")
+    for key in store:
+        assert store.get(key).num_tokens > NUM_VOCO, "all tokens of the image are kept"
+
+
+def test_entries_come_from_the_store_the_second_time(world, engine_of):
+    requests = [case.request for case in world.cases]
+    expected = [case.tokens for case in world.cases]
+    store = MemoryStore(1 << 26)
+    with engine_of(store) as engine:
+        assert tokens_of(engine.answer_many(requests)) == expected
+    with engine_of(store) as engine:
+        again = engine.answer_many(requests)
+    assert tokens_of(again) == expected
+    assert engine.stats().images_read == 0
+    assert [answer.from_store for answer in again] == [len(images_of(each)) for each in requests]
+    # An image that stands first is under the key that compress gives it.
+    voco_model.compress(
+        world.model, world.cases[0].request.images, processor=world.processor, store=store
+    )
+    assert store.stats().puts == len(store)
+
+
+def test_an_image_that_many_ask_about_is_read_once(world, engine_of):
+    picture = world.cases[0].request.images
+    engine = engine_of(max_batch=4)
+    tickets = [engine.submit(Request(picture, f"question {index}")) for index in range(6)]
+    for ticket in tickets:
+        ticket.result()
+    assert engine.stats().images_read == 1
+
+
+def test_compress_gives_the_entries_of_compress(world, engine_of):
+    pictures = [case.request.images for case in world.cases[:6:2]]
+    expected = voco_model.compress(world.model, pictures, processor=world.processor)
+    for entry, other in zip(engine_of(max_images=2).compress(pictures), expected, strict=True):
+        torch.testing.assert_close(entry.kv, other.kv, atol=2e-5, rtol=1e-4)
+        assert torch.equal(entry.positions, other.positions)
+        assert entry.next_position == other.next_position
+
+
+def test_streams_the_answer_in_pieces(world, engine_of):
+    case = next(case for case in world.cases if len(case.tokens) == NEW_TOKENS)
+    engine = engine_of()
+    pieces = list(engine.stream(case.request.images, case.request.text))
+    assert "".join(pieces) == engine.answer(case.request.images, case.request.text).text
+    assert len(pieces) > 1 and all(pieces)
+
+
+def test_a_stream_left_early_frees_its_row(world, engine_of):
+    engine = engine_of(max_batch=1)
+    stream = engine.stream(world.cases[0].request.images, [70, 90], ignore_eos=True)
+    next(stream)
+    stream.close()
+    assert engine.submit(world.cases[1].request).result().tokens == world.cases[1].tokens
+
+
+def test_stop_strings_end_an_answer_and_are_not_part_of_it(world, engine_of):
+    case = next(case for case in world.cases if len(case.tokens) == NEW_TOKENS)
+    engine = engine_of()
+    whole = engine.answer(case.request.images, case.request.text).text
+    stop = whole[3:5]
+    at = whole.index(stop)
+    answer = engine.answer(case.request.images, case.request.text, stop=[stop, "never"])
+    assert answer.text == whole[:at] and answer.finish_reason == "stop"
+    assert len(answer.tokens) < NEW_TOKENS
+    streamed = "".join(engine.stream(case.request.images, case.request.text, stop=stop))
+    assert streamed == whole[:at], "no piece of a stop string is sent"
+
+
+def test_goes_on_behind_the_end_of_sequence_where_asked(world, engine_of):
+    case = next(case for case in world.cases[:6] if len(case.tokens) < NEW_TOKENS)
+    answer = engine_of().answer(case.request.images, case.request.text, ignore_eos=True)
+    assert len(answer.tokens) == NEW_TOKENS and answer.finish_reason == "length"
+    assert answer.tokens[: len(case.tokens)] == case.tokens
+
+
+def test_text_may_be_a_conversation(world, engine_of):
+    picture = world.cases[0].request.images
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "Where?"},
+    ]
+    expected = generated(world.model, world.processor, Request(picture, turns))
+    assert engine_of().answer(picture, turns).tokens == expected
+
+
+def test_names_in_place_of_pixels(world, engine_of):
+    """With a key, an image that the store has is not even looked at."""
+    request, tokens = world.cases[0].request, world.cases[0].tokens
+    store = MemoryStore(1 << 26)
+    engine = engine_of(store)
+    key = "a" * 64
+    assert engine.answer(request.images, request.text, keys=[key]).tokens == tokens
+    engine.flush()
+    assert key in store
+    assert engine.answer("no-such-file.jpg", request.text, keys=[key]).tokens == tokens
+
+
+def test_runs_of_the_decoder_never_break_a_compiled_graph(world, engine_of):
+    """On a GPU the layers go through torch.compile; here with a backend that runs them as they are."""
+    cases = world.cases[:1]
+    real = torch.compile
+    try:
+        torch.compile = lambda *args, **kwargs: real(*args, **{**kwargs, "backend": "eager"})
+        engine = engine_of(max_batch=2, max_new_tokens=4, compiled=True)
+    finally:
+        torch.compile = real
+    answers = engine.answer_many([case.request for case in cases])
+    assert tokens_of(answers) == [case.tokens[:4] for case in cases]
+
+
+def test_warming_up_leaves_no_trace(world, engine_of):
+    store = MemoryStore(1 << 26)
+    engine = engine_of(store, max_batch=4)
+    engine.warmup(text_tokens=[16, 40])
+    engine.warmup(batch_sizes=[2], sampled=True)
+    assert not len(store)
+    request = replace(world.cases[1].request, sampling=Sampling())
+    assert engine.submit(request).result().tokens == world.cases[1].tokens
+
+
+def test_rows_close_ranks_when_most_have_left(world, engine_of):
+    """Four requests decode in a batch of four; when one is left in the last row, it goes on alone."""
+    engine = engine_of(max_batch=4)
+    short = [
+        replace(world.cases[i].request, sampling=Sampling(max_new_tokens=2)) for i in (0, 2, 4)
+    ]
+    tickets = [engine.submit(request) for request in short]
+    last = engine.submit(world.cases[1].request)
+    counts = []
+    real = engine._second._decode
+    engine._second._decode = lambda count, *rest: counts.append(count) or real(count, *rest)
+    assert last.result().tokens == world.cases[1].tokens
+    assert all(len(ticket.result().tokens) == 2 for ticket in tickets)
+    assert counts[0] == 4 and counts[-1] == 1

@@ -1,0 +1,68 @@
+"""What an engine asks of a model, a processor and a store before it takes them."""
+
+from __future__ import annotations
+
+from voco_model.attach import is_enabled
+from voco_model.kv_store.base import Store
+
+MODES = ("voco", "full_cache", "uncached")
+# Options of a model's generation_config that the engine would ignore, and what they are when they do
+# nothing.
+_UNHEEDED = {
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "bad_words_ids": (None,),
+    "sequence_bias": (None,),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "begin_suppress_tokens": (None,),
+    "guidance_scale": (None, 1.0),
+    "num_beams": (None, 1),
+}
+
+
+def check_parts(model, processor, store, mode: str) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for parts that an engine can't be made of."""
+    if not is_enabled(model):
+        raise ValueError(
+            f"expected an enabled model, got a {type(model).__name__} that isn't; call "
+            "voco_model.enable(model, processor) first"
+        )
+    if model.training:
+        raise ValueError("expected a model in eval mode, got one in training; call model.eval()")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"expected a model on one device, got one on {sorted(map(str, devices))}; an engine drives "
+            "one device: for several, run one engine on each, with one store"
+        )
+    if getattr(processor, "tokenizer", None) is None:
+        raise TypeError(
+            f"expected the processor that was given to enable, got {type(processor).__name__}"
+        )
+    if store is not None and not isinstance(store, Store):
+        raise TypeError(
+            f"expected a store or None, got {type(store).__name__}; open one with KVStore.open(url)"
+        )
+    if mode not in MODES:
+        raise ValueError(f"expected mode to be one of {', '.join(MODES)}, got {mode!r}")
+    for name, harmless in _UNHEEDED.items():
+        value = getattr(model.generation_config, name, None)
+        if value not in harmless:
+            raise ValueError(
+                f"expected no {name} in model.generation_config, got {value!r}, which the engine would "
+                "not heed; set it to None, or use voco_model.generate"
+            )
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise ``ValueError`` for a number that is given and isn't an int of 1 or more."""
+    for name, value in counts.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"expected {name} >= 1, got {value!r}")

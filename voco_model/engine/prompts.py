@@ -1,0 +1,141 @@
+"""From a request whose images are there to a prompt: which token goes into which slot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from voco_model.engine.images import ImageJob
+from voco_model.engine.plan import Plan
+from voco_model.engine.programs import length_bucket
+from voco_model.engine.request import RequestError, Sampling
+from voco_model.engine.second_pass import Prompt
+from voco_model.engine.ticket import Ticket
+
+
+@dataclass(eq=False)
+class Work:
+    """A request that waits or is being answered.
+
+    Attributes:
+        sampling: with its number of tokens and its seed decided.
+        prompt_tokens: once it is known.
+        from_store: images whose entries were there when it came.
+    """
+
+    ticket: Ticket
+    plan: Plan
+    jobs: list[ImageJob]
+    sampling: Sampling
+    prompt_tokens: int = 0
+    from_store: int = 0
+
+    @property
+    def ready(self) -> bool:
+        return all(job.ready for job in self.jobs)
+
+
+def prompt_of(
+    work: Work, max_prompt_tokens: int, join: Callable[[Sequence[Sequence[int] | Tensor]], Tensor]
+) -> Prompt:
+    """The prompt of a request whose images are there.
+
+    An entry takes a slot a token; position ids go on behind it as if its whole image stood there.
+
+    Args:
+        join: makes embeddings ``[T, H]`` of ids and of what is embedded already.
+
+    Raises:
+        RequestError: it takes more than ``max_prompt_tokens`` slots.
+    """
+    ids: list[int] = []
+    slots: list[int] = []
+    positions: list[int] = []
+    entry_slots: list[int] = []
+    entry_positions: list[int] = []
+    pieces: list[Sequence[int] | Tensor] = []
+    slot = position = 0
+    moved = False
+
+    def add_text(tokens: Sequence[int]) -> None:
+        nonlocal slot, position
+        ids.extend(tokens)
+        slots.extend(range(slot, slot + len(tokens)))
+        positions.extend(range(position, position + len(tokens)))
+        slot, position = slot + len(tokens), position + len(tokens)
+        pieces.append(tokens)
+
+    for job, place in zip(work.jobs, work.plan.images, strict=True):
+        add_text(place.joint)
+        if job.features is not None:  # a plain LLaVA reads the image itself
+            add_text(place.before)
+            pieces.append(job.features)
+            count = job.features.shape[0]
+            ids.extend([0] * count)  # read from the embeddings
+            slots.extend(range(slot, slot + count))
+            positions.extend(range(position, position + count))
+            slot, position = slot + count, position + count
+            add_text(place.behind)
+            continue
+        entry_slots.append(slot)
+        entry_positions.append(position + int(job.entry.positions[0]))
+        moved |= position > 0
+        slot, position = slot + job.entry.num_tokens, position + job.entry.next_position
+    add_text(work.plan.text)
+    check_length(slot, max_prompt_tokens)
+    work.prompt_tokens = slot
+    embedded = any(isinstance(piece, Tensor) for piece in pieces)
+    return Prompt(
+        ids,
+        slots,
+        positions,
+        next_slot=slot,
+        next_position=position,
+        max_new_tokens=work.sampling.max_new_tokens,
+        temperature=work.sampling.temperature,
+        top_p=work.sampling.top_p,
+        seed=work.sampling.seed,
+        ignore_eos=work.sampling.ignore_eos,
+        owner=work,
+        features=join(pieces) if embedded else None,
+        entries=[job.entry for job in work.jobs] if entry_slots else (),
+        entry_slots=entry_slots,
+        entry_positions=entry_positions if moved else None,
+    )
+
+
+def check_length(slots: int, at_most: int) -> None:
+    """Raise ``RequestError`` for a prompt that takes too many slots."""
+    if slots > at_most:
+        raise RequestError(
+            "prompt",
+            f"expected a prompt of at most {at_most} tokens, got {slots}; shorten it, or make the "
+            "engine with more max_prompt_tokens",
+        )
+
+
+def kind_of(prompt: Prompt) -> tuple:
+    """Prompts of one kind are read together."""
+    moved = prompt.entry_positions is not None
+    return (prompt.causal, prompt.features is not None, moved, length_bucket(len(prompt.slots)))
+
+
+def failure_of(error: Exception, doing: str) -> RequestError:
+    """What a request is told of an error that it met."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        failure = RequestError(
+            "memory",
+            f"expected memory for {doing}, got {error}; make the engine with a smaller max_batch, "
+            "max_images or max_prompt_tokens",
+        )
+    else:
+        failure = RequestError(
+            "internal", f"expected no error in {doing}, got {type(error).__name__}: {error}"
+        )
+    failure.__cause__ = error
+    return failure
