@@ -83,7 +83,7 @@ def tiny_llava(kind: str, vocab_size: int = VOCO + 1, text_class=LlamaConfig, **
 def tiny_processor(kind: str):
     """Bytes as tokens, BOS put in front by the tokenizer, no <VoCo> yet (its id will be VOCO)."""
     vocab = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, "<unk>": UNK, IMAGE_TOKEN: IMAGE}
-    for byte in pre_tokenizers.ByteLevel.alphabet():
+    for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):  # it comes in any order
         vocab[byte] = len(vocab)
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

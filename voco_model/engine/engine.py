@@ -332,6 +332,7 @@ class TwoPassEngine:
                 self._scheduler.add(works)
                 for work in works:
                     work.ticket.result()
+            self._scheduler.warm_decode(size, greedy=not sampled)
         return len(self._second.programs)
 
     def stage_seconds(self) -> dict[str, list[float]]:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from voco_model.caches import CACHE_ARGUMENT
-from voco_model.engine.row_cache import RowCache, Step
+from voco_model.engine.row_cache import RowCache, RowLayer, Step
+
+# Every shape is compiled once. Layers differ in their index only, which mustn't make each another
+# program.
+_DYNAMO = {
+    "allow_unspec_int_on_nn_module": True,
+    "recompile_limit": 4096,
+    "accumulated_recompile_limit": 4096,
+}
 
 
 class Language:
@@ -14,8 +22,11 @@ class Language:
 
     Args:
         model: enabled, in eval mode, on one device.
-        compiled: whether layers go through ``torch.compile``: inside a CUDA graph a decoding step of
-            unfused layers spends more time between its kernels than in reading the weights.
+        compiled: whether layers go through ``torch.compile``, one program for all of them: even inside a
+            CUDA graph, a decoding step of unfused layers spends much of its time on elementwise kernels.
+
+    Raises:
+        ValueError: a language model that isn't made of layers as Llama's is.
     """
 
     def __init__(self, model, compiled: bool) -> None:
@@ -30,14 +41,22 @@ class Language:
         self.embedding = model.get_input_embeddings()
         self.device: torch.device = self.embedding.weight.device
         self.dtype: torch.dtype = self.embedding.weight.dtype
-        self._run = _forward
+        decoder = model.model.language_model
+        missing = [name for name in ("layers", "norm", "rotary_emb") if not hasattr(decoder, name)]
+        if missing:
+            raise ValueError(
+                f"expected a language model with layers, norm and rotary_emb, got a "
+                f"{type(decoder).__name__} without {', '.join(missing)}; use voco_model.generate"
+            )
+        self._layers = list(decoder.layers)
+        self._norm, self._rotary = decoder.norm, decoder.rotary_emb
+        self._run_layer = _run_layer
         if compiled:
-            # Every shape is a program of its own, recorded once.
-            limits = {"recompile_limit": 4096, "accumulated_recompile_limit": 4096}
-            compiled_forward = torch.compile(_forward, fullgraph=True, dynamic=False)
-            self._run = torch._dynamo.config.patch(limits)(compiled_forward)
+            program = torch.compile(_run_layer, fullgraph=True, dynamic=False)
+            self._run_layer = torch._dynamo.config.patch(_DYNAMO)(program)
 
     def new_cache(self, rows: int, slots: int) -> RowCache:
+        """Zeros for this many rows and slots of all layers."""
         return RowCache(
             self.num_layers, rows, self.kv_heads, slots, self.head_dim, self.dtype, self.device
         )
@@ -49,27 +68,32 @@ class Language:
         if step.span is not None:
             seen = torch.arange(step.span, device=self.device)
             mask = seen <= step.slots[:, None, :, None]  # bool [b, 1, T, span]
-        return self._run(self.model.model.language_model, cache, embeds, positions, mask)
+        rotary = self._rotary(embeds, position_ids=positions)
+        hidden = embeds
+        for layer, kept in zip(self._layers, cache.layers, strict=True):
+            hidden = self._run_layer(layer, kept, hidden, mask, rotary, positions)
+        return self._norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 ``[b, V]`` of hidden states ``[b, H]``."""
         return self.model.lm_head(hidden).float()
 
 
-def _forward(
-    language_model, cache: RowCache, embeds: Tensor, positions: Tensor, mask: Tensor | None
+def _run_layer(
+    layer: nn.Module,
+    kept: RowLayer,
+    hidden: Tensor,
+    mask: Tensor | None,
+    rotary: tuple[Tensor, Tensor],
+    positions: Tensor,
 ) -> Tensor:
-    # A mask of four dimensions goes through Transformers untouched; without one, attention is causal
-    # and nobody looks at it.
-    causal = mask is None
-    if causal:
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
-    output = language_model(
-        inputs_embeds=embeds,
-        position_ids=positions,
+    # A layer asks its cache for nothing but update(), which a RowLayer has.
+    return layer(
+        hidden,
         attention_mask=mask,
+        position_embeddings=rotary,
+        position_ids=positions,
         use_cache=True,
-        voco_causal=causal,
-        **{CACHE_ARGUMENT: cache},
+        voco_causal=mask is None,
+        **{CACHE_ARGUMENT: kept},
     )
-    return output.last_hidden_state

@@ -56,6 +56,11 @@ def plan_prompt(
         ValueError: messages with another number of images, or ids that stand for images.
     """
     tokenizer, config = processor.tokenizer, model.config
+    if not isinstance(text, Sequence):
+        raise TypeError(
+            "expected a question, messages or a list of token ids, got "
+            f"{type(text).__name__}; write token ids of a tensor as ids.tolist()"
+        )
     as_ids = not isinstance(text, str) and len(text) > 0 and not isinstance(text[0], Mapping)
     if as_ids:
         written = ""

@@ -105,6 +105,12 @@ class Scheduler:
                 self._write()
             return progressed
 
+    def warm_decode(self, rows: int, greedy: bool) -> None:
+        """Record decoding of this many rows, if nobody is being answered."""
+        with self._lock, torch.no_grad():
+            if not self._second.busy:
+                self._second.warm_decode(rows, greedy)
+
     def cancel_all(self) -> None:
         with self._lock:
             for work in [*self._waiting, *self._second.owners()]:

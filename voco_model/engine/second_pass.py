@@ -113,6 +113,8 @@ class SecondPass:
         self._lag = lag
         self._clock = clock
         self._max_rows = rows
+        # Masks whose rows begin at multiples of 16 elements suit every attention kernel.
+        slots = -(-slots // 16) * 16
         # The last row and the last slot are scrap: padding is written there.
         self.cache = language.new_cache(rows + 1, slots + 1)
         self._scrap_row, self._scrap_slot = rows, slots
@@ -264,11 +266,24 @@ class SecondPass:
             row = self._rows[index]
             row.slots_used = min(row.slots_used + 1, self._scrap_slot)
         with self._clock("decode"):
-            tokens = self.programs.run(
-                ("decode", count, span, greedy), lambda: self._decode(count, span, greedy)
-            )
+            tokens = self._run_decode(count, span, greedy)
         owners = [None if row is None else row.owner for row in self._rows[:count]]
         self._send(tokens, owners)
+
+    def warm_decode(self, rows: int, greedy: bool) -> None:
+        """Record decoding of this many rows for every span, while nobody is in."""
+        count, span = min(bucket(rows), self._max_rows), _LEAST_SPAN
+        while True:
+            span = min(span, self._scrap_slot)
+            self._run_decode(count, span, greedy)
+            if span == self._scrap_slot:
+                return
+            span *= 2
+
+    def _run_decode(self, count: int, span: int, greedy: bool) -> Tensor:
+        return self.programs.run(
+            ("decode", count, span, greedy), lambda: self._decode(count, span, greedy)
+        )
 
     def _decode(self, count: int, span: int, greedy: bool) -> Tensor:
         rows = torch.arange(count, device=self._device)

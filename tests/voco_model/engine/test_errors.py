@@ -1,0 +1,314 @@
+"""One request that goes wrong gets a clear error; the others are answered."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+import voco_model
+from tests.voco_model import tiny
+from tests.voco_model.engine.conftest import SHORT, out_of_memory
+from voco_model import Request, RequestError, Sampling
+from voco_model.kv_store.memory_store import MemoryStore
+
+
+class BrokenStore(MemoryStore):
+    """Raises where it is told to."""
+
+    def __init__(self, *, get: Exception | None = None, put: Exception | None = None) -> None:
+        super().__init__(1 << 26)
+        self.errors = {"get": get, "put": put}
+
+    def get(self, key):
+        if self.errors["get"]:
+            raise self.errors["get"]
+        return super().get(key)
+
+    def put(self, entry, key=None):
+        if self.errors["put"]:
+            raise self.errors["put"]
+        return super().put(entry, key)
+
+
+def others_are_answered(world, engine, bad: Request, reason: str, message: str) -> None:
+    """The bad request in the middle of good ones."""
+    good = world.cases[:3]
+    requests = [good[0].request, bad, good[1].request, good[2].request]
+    answers = engine.answer_many(requests)
+    error = answers.pop(1).error
+    assert isinstance(error, RequestError) and error.reason == reason
+    assert message in str(error)
+    assert [answer.tokens for answer in answers] == [case.tokens for case in good]
+    assert engine.stats().failed == 1 and engine.stats().answered == 3
+    with pytest.raises(RequestError) as raised:
+        engine.submit(bad).result()
+    assert raised.value.reason == reason
+
+
+@pytest.fixture
+def broken_file(tmp_path):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(b"\xff\xd8\xff\xe0 no more of it")
+    return str(path)
+
+
+def test_an_image_that_cannot_be_decoded(world, engine_of, broken_file):
+    bad = Request(broken_file, SHORT)
+    others_are_answered(world, engine_of(), bad, "image", "expected an image that can be read")
+
+
+def test_a_missing_image(world, engine_of):
+    bad = Request("no-such-file.jpg", SHORT)
+    others_are_answered(world, engine_of(MemoryStore(1 << 26)), bad, "image", "no-such-file.jpg")
+
+
+def test_an_image_that_the_model_cannot_read(world, engine_of, monkeypatch):
+    """Found only in the middle of a batch: the others of the batch are read again, each by itself."""
+    engine = engine_of(max_images=4)
+    first = engine._scheduler._first
+    real = first.features
+
+    def features(images):
+        if any(image.tiles.abs().max() == 0 for image in images):
+            raise ValueError("black")
+        return real(images)
+
+    monkeypatch.setattr(first, "features", features)
+    prepare, marker = engine._images._prepare, tiny.picture(99)
+
+    def prepared(image):
+        pixels = prepare(image)
+        return replace(pixels, tiles=pixels.tiles * 0) if image is marker else pixels
+
+    monkeypatch.setattr(engine._images, "_prepare", prepared)
+    others_are_answered(world, engine, Request(marker, SHORT), "internal", "ValueError: black")
+
+
+@pytest.mark.parametrize(
+    "text, sampling, message",
+    [
+        ([70] * 500, None, "at most 400 tokens, got 502"),
+        (SHORT, Sampling(max_new_tokens=11), "max_new_tokens <= 10, got 11"),
+        ([70, tiny.IMAGE], None, "got image_token_id 4 at 1"),
+        ([70, 1000], None, "expected token ids from 0 to 261, got 1000"),
+        ([], None, "at least one"),
+        ("What is <image>?", None, "expected text without <image>"),
+        ([{"role": "robot", "content": "What?"}], None, "got 'robot'"),
+        (
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}] * 2 + [{"type": "text", "text": "?"}],
+                }
+            ],
+            None,
+            "got 1 images and 2 parts",
+        ),
+        (None, None, "a question, messages or a list of token ids, got NoneType"),
+    ],
+)
+def test_a_prompt_that_cannot_be(world, engine_of, text, sampling, message):
+    bad = Request(world.cases[0].request.images, text, sampling)
+    others_are_answered(world, engine_of(), bad, "prompt", message)
+
+
+def test_keys_that_do_not_fit(world, engine_of):
+    picture = world.cases[0].request.images
+    for keys, message in ((["a" * 64] * 2, "got 2 keys for 1 images"), (["cat"], "64 lower-case")):
+        with pytest.raises(RequestError, match=message):
+            engine_of().answer(picture, SHORT, keys=keys)
+
+
+def test_several_images_that_would_see_one_another(world, engine_of):
+    pictures = world.cases[7].request.images
+    world.model.config.voco_isolated = False
+    try:
+        with pytest.raises(RequestError, match="isolated=True"):
+            engine_of().answer(pictures, SHORT)
+    finally:
+        world.model.config.voco_isolated = True
+    with pytest.raises(RequestError, match="expected one image in mode 'full_cache', got 2"):
+        engine_of(mode="full_cache").answer(pictures, SHORT)
+
+
+def test_no_memory_for_a_batch_of_images_but_for_each(world, engine_of, monkeypatch):
+    engine = engine_of(max_batch=4)
+    first = engine._scheduler._first
+    real, sizes = first.entries, []
+
+    def entries(features, slots):
+        sizes.append(len(features))
+        return out_of_memory() if len(features) > 1 else real(features, slots)
+
+    monkeypatch.setattr(first, "entries", entries)
+    tickets = [engine.submit(case.request) for case in world.cases[:6:2]]
+    assert [ticket.result().tokens for ticket in tickets] == [
+        case.tokens for case in world.cases[:6:2]
+    ]
+    assert sizes == [3, 1, 1, 1]
+
+
+def test_no_memory_for_an_image(world, engine_of, monkeypatch):
+    engine = engine_of()
+    monkeypatch.setattr(engine._scheduler._first, "entries", out_of_memory)
+    with pytest.raises(RequestError, match="smaller max_batch") as raised:
+        engine.answer(world.cases[0].request.images, SHORT)
+    assert raised.value.reason == "memory"
+    monkeypatch.undo()
+    request = world.cases[0].request
+    assert engine.submit(request).result().tokens == world.cases[0].tokens, (
+        "the next one tries again"
+    )
+
+
+def test_no_memory_for_one_prompt(world, engine_of, monkeypatch):
+    """Out of memory only where this prompt is among those that are read."""
+    bad = Request(world.cases[0].request.images, [71] * 40)
+    engine = engine_of(max_batch=4)
+    real = engine._second._prefill
+
+    def prefill(packed, *rest):
+        return out_of_memory() if (packed[:, :40] == 71).all(1).any() else real(packed, *rest)
+
+    monkeypatch.setattr(engine._second, "_prefill", prefill)
+    others_are_answered(world, engine, bad, "memory", "expected memory for reading the prompt")
+    assert engine._second.free_rows == 4
+
+
+def test_an_error_in_decoding_ends_those_who_decode_and_no_others(world, engine_of, monkeypatch):
+    engine = engine_of(max_batch=2)
+    running = [engine.submit(case.request) for case in world.cases[:2]]
+    waiting = engine.submit(world.cases[2].request)
+    engine.step()
+    monkeypatch.setattr(engine._second, "_decode", out_of_memory)
+    engine.step()
+    monkeypatch.undo()
+    for ticket in running:
+        error = ticket.wait().error
+        assert error.reason == "memory" and isinstance(error.__cause__, torch.OutOfMemoryError)
+    assert waiting.result().tokens == world.cases[2].tokens
+
+
+def test_a_store_that_raises_when_asked(world, engine_of):
+    store = BrokenStore(get=RuntimeError("no such shelf"))
+    engine = engine_of(store)
+    with pytest.raises(RequestError, match="BrokenStore.get.*") as raised:
+        engine.answer(world.cases[0].request.images, SHORT)
+    assert raised.value.reason == "store" and "no such shelf" in str(raised.value)
+    store.errors["get"] = None
+    assert engine.submit(world.cases[0].request).result().tokens == world.cases[0].tokens
+
+
+def test_a_store_that_keeps_nothing_does_not_cost_the_answer(world, engine_of, caplog):
+    engine = engine_of(BrokenStore(put=OSError(28, "No space left on device")))
+    with caplog.at_level(logging.WARNING, "voco_model.engine"):
+        answer = engine.submit(world.cases[0].request).result()
+        engine.flush()
+    assert answer.tokens == world.cases[0].tokens
+    assert engine.stats().put_failures == 1
+    assert "No space left on device" in caplog.text
+
+
+def test_an_entry_with_other_voco_tokens(world, engine_of):
+    store, picture = MemoryStore(1 << 26), world.cases[0].request.images
+    key = "b" * 64
+    (entry,) = voco_model.compress(world.model, picture, processor=world.processor, num_voco=3)
+    store.put(entry, key)
+    with pytest.raises(RequestError, match="expected an entry with 2 VoCo tokens, got one with 3"):
+        engine_of(store).answer(picture, SHORT, keys=[key])
+
+
+def test_an_entry_of_another_model(world, engine_of):
+    store, picture = MemoryStore(1 << 26), world.cases[0].request.images
+    key = "c" * 64
+    (entry,) = voco_model.compress(world.model, picture, processor=world.processor)
+    store.put(replace(entry, kv=entry.kv[:2].clone()), key)
+    engine = engine_of(store)
+    with pytest.raises(RequestError, match="layers"):
+        engine.answer(picture, SHORT, keys=[key])
+    assert engine.submit(world.cases[0].request).result().tokens == world.cases[0].tokens
+
+
+def test_a_request_that_is_given_up(world, engine_of):
+    engine = engine_of(max_batch=1)
+    running, waiting = (engine.submit(case.request) for case in world.cases[:2])
+    engine.step()
+    running.cancel()
+    with pytest.raises(RequestError) as raised:
+        running.result()
+    assert raised.value.reason == "cancelled"
+    assert waiting.result().tokens == world.cases[1].tokens
+    waiting.cancel()
+    assert waiting.result().tokens == world.cases[1].tokens, "a finished one stays"
+
+
+def test_closing_gives_up_what_waits(world, engine_of):
+    engine = engine_of()
+    ticket = engine.submit(world.cases[0].request)
+    engine.close()
+    assert ticket.wait().error.reason == "cancelled"
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit(world.cases[0].request)
+
+
+def test_what_is_no_request_stops_answer_many(world, engine_of):
+    engine = engine_of()
+    with pytest.raises(TypeError, match=r"expected a Request\(images, text\), got str"):
+        engine.answer_many([world.cases[0].request, "What?"])
+    assert engine.submit(world.cases[1].request).result().tokens == world.cases[1].tokens
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_batch": 0}, "expected max_batch >= 1, got 0"),
+        ({"max_new_tokens": 2.5}, "expected max_new_tokens >= 1, got 2.5"),
+        ({"mode": "fast"}, "expected mode to be one of voco, full_cache, uncached, got 'fast'"),
+        ({"graphs": True}, "expected a model on CUDA for graphs, got one on cpu"),
+        ({"lag": -1}, "expected lag >= 0, got -1"),
+        ({"store": {}}, "expected a store or None, got dict"),
+        ({"processor": None}, "expected the processor that was given to enable"),
+    ],
+)
+def test_an_engine_that_cannot_be(world, options, message):
+    parts = {"processor": world.processor, **options}
+    with pytest.raises((ValueError, TypeError), match=message):
+        voco_model.TwoPassEngine(world.model, **parts)
+
+
+def test_a_generation_option_that_would_be_ignored(world):
+    world.model.generation_config.repetition_penalty = 1.2
+    try:
+        with pytest.raises(ValueError, match="no repetition_penalty .* got 1.2"):
+            voco_model.TwoPassEngine(world.model, world.processor)
+    finally:
+        world.model.generation_config.repetition_penalty = None
+
+
+def test_a_model_that_is_not_ready(kind):
+    model, processor = tiny.tiny_llava(kind), tiny.tiny_processor(kind)
+    with pytest.raises(ValueError, match="expected an enabled model"):
+        voco_model.TwoPassEngine(model, processor)
+    with voco_model.enable(model, processor):
+        model.train()
+        with pytest.raises(ValueError, match=r"call model.eval\(\)"):
+            voco_model.TwoPassEngine(model, processor)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"temperature": -1.0}, "temperature >= 0"),
+        ({"temperature": float("nan")}, "temperature >= 0"),
+        ({"top_p": 0.0}, r"top_p in \(0, 1\]"),
+        ({"seed": -1}, "seed from 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens >= 1"),
+        ({"stop": ""}, "at least one character"),
+    ],
+)
+def test_sampling_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
