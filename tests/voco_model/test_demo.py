@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,14 +23,40 @@ def test_cache_sizes_of_llava_7b_are_those_of_the_paper():
     assert [demo.readable(size) for size in sizes] == ["12.3 kB", "0.52 MB", "7 MB", "302 MB"]
 
 
-def test_both_routes_agree_on_a_real_photograph(tmp_path, capsys):
-    status = demo.main(["--new-tokens", "3", "--question", "Who?", "--out", str(tmp_path)])
+def row_of(printed: str, name: str) -> list[str]:
+    """The cells behind a row's name in a printed table."""
+    (line,) = (line for line in printed.splitlines() if name in line)
+    return [cell.strip() for cell in line.split("\u2502")[2:-1]]
+
+
+def test_the_second_question_is_answered_from_the_store_as_in_one_pass(tmp_path, capsys):
+    questions = ["--question", "Who?", "--question", "Where?"]
+    status = demo.main(["--new-tokens", "3", *questions, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert status == 0
-    assert "identical, token by token: yes (1 x 3 tokens)" in printed
+    assert "identical, token by token: yes (2 x 3 tokens)" in printed
+    assert "the picture does come through" in printed
+    assert row_of(printed, "photograph from the store") == ["no", "yes"]
+    for stage in ("vision tower", "prefix", "entry taken out"):
+        first, second = row_of(printed, f"pass 1: {stage}")
+        assert float(first) > 0 and second == "-"
+    for name in ("entry loaded", "prefill", "decode", "engine, in all", "plain LLaVA"):
+        assert all(float(cell) > 0 for cell in row_of(printed, name))
     assert "302 MB" in printed and "0.52 MB" in printed
     with Image.open(tmp_path / "mask.png") as drawing:
         assert drawing.format == "PNG" and min(drawing.size) > 200
+
+
+def test_an_answer_that_differs_is_shown_and_fails(tmp_path, capsys, monkeypatch):
+    def another(*arguments):
+        one = answer_in_one_pass(*arguments)
+        return replace(one, tokens=(*one.tokens[:-1], one.tokens[-1] + 1))
+
+    answer_in_one_pass = demo.answer_in_one_pass
+    monkeypatch.setattr(demo, "answer_in_one_pass", another)
+    status = demo.main(["--new-tokens", "2", "--question", "Who?", "--out", str(tmp_path)])
+    assert status == 1
+    assert "token by token: NO (1 x 2 tokens)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -36,6 +64,7 @@ def test_both_routes_agree_on_a_real_photograph(tmp_path, capsys):
     [
         (["--image", "no-such-file.jpg"], "no-such-file.jpg"),
         (["--num-voco", "0"], "got 0 and 16"),
+        (["--question", "What is <image>?"], "expected text without <image>"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, capsys):

@@ -22,10 +22,11 @@ _UNHEEDED = {
     "begin_suppress_tokens": (None,),
     "guidance_scale": (None, 1.0),
     "num_beams": (None, 1),
+    "stop_strings": (None,),
 }
 
 
-def check_parts(model, processor, store, mode: str) -> None:
+def check_parts(model, processor, mode: str) -> None:
     """Raise ``TypeError`` or ``ValueError`` for parts that an engine can't be made of."""
     if not is_enabled(model):
         raise ValueError(
@@ -44,10 +45,6 @@ def check_parts(model, processor, store, mode: str) -> None:
         raise TypeError(
             f"expected the processor that was given to enable, got {type(processor).__name__}"
         )
-    if store is not None and not isinstance(store, Store):
-        raise TypeError(
-            f"expected a store or None, got {type(store).__name__}; open one with KVStore.open(url)"
-        )
     if mode not in MODES:
         raise ValueError(f"expected mode to be one of {', '.join(MODES)}, got {mode!r}")
     for name, harmless in _UNHEEDED.items():
@@ -57,6 +54,34 @@ def check_parts(model, processor, store, mode: str) -> None:
                 f"expected no {name} in model.generation_config, got {value!r}, which the engine would "
                 "not heed; set it to None, or use voco_model.generate"
             )
+
+
+def check_store(store: Store | None, fingerprint: str) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for a store that wouldn't take this model's entries."""
+    if store is None:
+        return
+    if not isinstance(store, Store):
+        raise TypeError(
+            f"expected a store or None, got {type(store).__name__}; open one with KVStore.open(url)"
+        )
+    if store.fingerprint not in (None, fingerprint):
+        raise ValueError(
+            f"expected a store for the model with fingerprint {fingerprint!r}, got one for "
+            f"{store.fingerprint!r}; open it with fingerprint=voco_model.fingerprint(model)"
+        )
+
+
+def suppressed_ids(model) -> list[int]:
+    """The token ids that the model's generation_config forbids, checked."""
+    ids = list(model.generation_config.suppress_tokens or ())
+    rows = model.get_output_embeddings().weight.shape[0]
+    strange = [token for token in ids if not isinstance(token, int) or not 0 <= token < rows]
+    if strange:
+        raise ValueError(
+            f"expected suppress_tokens from 0 to {rows - 1} in model.generation_config, got "
+            f"{strange[0]!r}"
+        )
+    return ids
 
 
 def check_counts(**counts: int | None) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from voco_kernels.kv import CompactKV
-from voco_model.engine.checks import check_counts, check_parts
+from voco_model.engine.checks import check_counts, check_parts, check_store, suppressed_ids
 from voco_model.engine.clock import StageClock
 from voco_model.engine.first_pass import FirstPass, max_image_tokens, prepare_pixels
 from voco_model.engine.images import ImageJob, Images
@@ -43,7 +44,8 @@ class TwoPassEngine:
 
     ::
 
-        engine = TwoPassEngine(model, processor, store=KVStore(path, fingerprint=fingerprint(model)))
+        store = KVStore("entries", max_bytes=10**10, fingerprint=fingerprint(model))
+        engine = TwoPassEngine(model, processor, store)
         engine.warmup()
         engine.answer(photograph, "What is in it?").text
         for piece in engine.stream(photograph, "And behind it?"):
@@ -59,6 +61,10 @@ class TwoPassEngine:
     There is no thread behind it. Whoever waits for an answer drives the engine for all, under a lock:
     call it from as many threads as you like.
 
+    The model's weights must stay as they are: entries are known by them, and CUDA graphs know their
+    addresses. Of its ``generation_config`` only ``eos_token_id`` and ``suppress_tokens`` count;
+    sampling is what each request says.
+
     Args:
         model: enabled, in eval mode, on one device.
         processor: the one given to ``enable``.
@@ -73,7 +79,7 @@ class TwoPassEngine:
         max_prompt_tokens: slots of a prompt in the cache, at most: VoCo tokens (in the other modes all
             tokens of the image) and text. By default 512 beside the image's.
         max_images: images in one forward pass of pass 1.
-        salt: of a tenant, for ``image_key``.
+        salt: of a tenant, for ``image_key``. It has no effect on keys that requests bring.
         fingerprint: of the model, where it is known already; by default told from its weights, if there
             is a store.
         graphs: record CUDA graphs; None where there is CUDA.
@@ -107,7 +113,7 @@ class TwoPassEngine:
         lag: int | None = None,
         profile: bool = False,
     ) -> None:
-        check_parts(model, processor, store, mode)
+        check_parts(model, processor, mode)
         check_counts(
             max_batch=max_batch,
             max_new_tokens=max_new_tokens,
@@ -115,16 +121,20 @@ class TwoPassEngine:
             num_voco=num_voco,
             max_prompt_tokens=max_prompt_tokens,
         )
-        if lag is not None and lag < 0:
-            raise ValueError(f"expected lag >= 0, got {lag}")
+        if lag is not None and (not isinstance(lag, int) or lag < 0):
+            raise ValueError(f"expected lag >= 0, got {lag!r}")
         on_gpu = model.device.type == "cuda"
         graphs = on_gpu if graphs is None else graphs
         if graphs and not on_gpu:
             raise ValueError(f"expected a model on CUDA for graphs, got one on {model.device}")
         if dtype is not None:
+            if not isinstance(dtype, torch.dtype):
+                raise TypeError(f"expected dtype as a torch.dtype, got {dtype!r}")
             model.to(dtype)
         if fingerprint is None:
             fingerprint = "" if store is None else fingerprint_of(model)
+        check_store(store, fingerprint)
+        suppressed = suppressed_ids(model)
         self.model, self.processor, self.store, self.mode = model, processor, store, mode
         self.num_voco: int = model.config.num_voco if num_voco is None else num_voco
         self.max_batch, self.max_new_tokens = max_batch, max_new_tokens
@@ -143,7 +153,7 @@ class TwoPassEngine:
             rows=max_batch,
             slots=self.max_prompt_tokens + max_new_tokens,
             stop_ids=stop_ids,
-            suppressed=model.generation_config.suppress_tokens or (),
+            suppressed=suppressed,
             lag=(2 if on_gpu else 0) if lag is None else lag,
             graphs=graphs,
             clock=self._clock,
@@ -205,11 +215,14 @@ class TwoPassEngine:
         **sampling,
     ) -> Iterator[str]:
         """As ``answer``, the text in pieces as it comes. Leave off early and the request is given up."""
-        ticket = self.submit(Request(images, text, Sampling(**sampling), keys))
-        return _pieces(ticket)
+        return self._pieces(Request(images, text, Sampling(**sampling), keys))
 
     def answer_many(self, requests: Iterable[Request]) -> list[Answer]:
         """An answer a request, in their order. One that fails has an ``error``; the others go on."""
+        if isinstance(requests, Request) or not isinstance(requests, Iterable):
+            raise TypeError(
+                f"expected Requests in a list or an iterator, got {type(requests).__name__}"
+            )
         remaining = iter(requests)
         tickets: list[Ticket] = []
         coming: deque[Future[Ticket]] = deque()
@@ -243,10 +256,10 @@ class TwoPassEngine:
 
         Raises:
             RuntimeError: a closed engine.
+            ValueError: a model that has been put into training mode.
             TypeError: something that is no ``Request``.
         """
-        if self._closed:
-            raise RuntimeError("expected an open engine, got one that was closed; make another")
+        self._check_open()
         if not isinstance(request, Request):
             raise TypeError(
                 f"expected a Request(images, text), got {type(request).__name__}; or call answer()"
@@ -270,6 +283,7 @@ class TwoPassEngine:
             raise ValueError(
                 "expected mode 'voco' or 'full_cache', got 'uncached', without entries"
             )
+        self._check_open()
         slot = self._plan("", 1).images[0]
         jobs = [
             self._images.job(image, slot, first=True, key=key)
@@ -302,13 +316,19 @@ class TwoPassEngine:
 
         Args:
             batch_sizes: by default the powers of two up to ``max_batch``.
-            text_tokens: lengths of questions.
+            text_tokens: lengths of what stands behind the image, system prompt included.
             sampled: for requests with a temperature, instead of greedy ones.
 
         Returns:
             graphs recorded by now. Shapes that weren't met are recorded when they are.
         """
+        self._check_open()
         sizes = batch_sizes or [1 << i for i in range(self.max_batch.bit_length())]
+        for name, values in (("batch_sizes", sizes), ("text_tokens", text_tokens)):
+            if not isinstance(values, Sequence):
+                raise TypeError(f"expected {name} in a list, got {values!r}")
+            for value in values:
+                check_counts(**{name: value})
         sampling = Sampling(
             max_new_tokens=min(2, self.max_new_tokens),
             temperature=float(sampled),
@@ -362,6 +382,21 @@ class TwoPassEngine:
 
     # ---- a request comes
 
+    def _pieces(self, request: Request) -> Iterator[str]:
+        ticket = self.submit(request)
+        try:
+            yield from ticket
+        finally:
+            ticket.cancel()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("expected an open engine, got one that was closed; make another")
+        if self.model.training:
+            raise ValueError(
+                "expected a model in eval mode, got one in training; call model.eval()"
+            )
+
     def _work_of(self, request: Request, ticket: Ticket) -> Work:
         sampling = request.sampling or Sampling()
         new = sampling.max_new_tokens or self.max_new_tokens
@@ -376,7 +411,7 @@ class TwoPassEngine:
         try:
             images = _with_keys(_as_list(request.images), request.keys)
             plan = self._plan(request.text, len(images))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError) as error:
             raise RequestError("prompt", str(error)) from error
         if not plan.text:
             raise RequestError("prompt", "expected at least one token of text, got none")
@@ -431,24 +466,28 @@ class TwoPassEngine:
         return self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def _pieces(ticket: Ticket) -> Iterator[str]:
-    try:
-        yield from ticket
-    finally:
-        ticket.cancel()
-
-
 def _as_list(images: Any) -> list[Any]:
     """Images in a list: none, one, or each."""
     if images is None:
         return []
-    single = isinstance(images, str) or hasattr(images, "shape") or not isinstance(images, Iterable)
-    return [images] if single else list(images)
+    if isinstance(images, str | os.PathLike):
+        return [os.fspath(images)]
+    if hasattr(images, "shape"):  # an array or a tensor: an image has two or three dimensions
+        return list(images) if len(images.shape) > 3 else [images]
+    if isinstance(images, bytes | Mapping):
+        raise TypeError(
+            f"expected an image or a list of images, got {type(images).__name__}; open encoded bytes "
+            "with PIL.Image.open(io.BytesIO(...))"
+        )
+    each = list(images) if isinstance(images, Iterable) else [images]
+    return [os.fspath(image) if isinstance(image, os.PathLike) else image for image in each]
 
 
 def _with_keys(images: list[Any], keys: Sequence[str] | None) -> list[tuple[Any, str | None]]:
     if keys is None:
         return list(zip(images, repeat(None), strict=False))
+    if not isinstance(keys, Sequence):
+        raise TypeError(f"expected keys in a list, one an image, got {keys!r}")
     keys = [check_key(key) for key in ([keys] if isinstance(keys, str) else keys)]
     if len(keys) != len(images):
         raise ValueError(f"expected a key an image, got {len(keys)} keys for {len(images)} images")

@@ -86,6 +86,11 @@ class FirstPass:
         self._cache: RowCache | None = None
         self._buffers: dict[Any, Tensor] = {}
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of the cache that the first image makes."""
+        return 0 if self._cache is None else self._cache.nbytes
+
     def features(self, images: Sequence[Pixels]) -> list[Tensor]:
         """Of each image its embeddings ``[tokens, H]``: vision tower, projector, tiles put together."""
         with self._clock("vision"):
@@ -116,7 +121,7 @@ class FirstPass:
                 len(slot.before) + feature.shape[0] + len(slot.behind)
                 for feature, slot in zip(features, slots, strict=True)
             ]
-            rows, width = bucket(len(lengths)), max(lengths)
+            rows, width = min(bucket(len(lengths)), self.max_images), max(lengths)
             if self._tiled:
                 width = min(-(-width // _GRAIN) * _GRAIN, self._slots)
             embeds = self._buffer(

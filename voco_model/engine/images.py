@@ -134,7 +134,11 @@ class Images:
 
     def fail(self, job: ImageJob, error: RequestError) -> None:
         job.error = error
-        with self._lock:  # who asks next tries again
+        self.forget(job)
+
+    def forget(self, job: ImageJob) -> None:
+        """Who asks for this image next looks it up again."""
+        with self._lock:
             if self._jobs.get(job.key) is job:
                 del self._jobs[job.key]
 
@@ -157,13 +161,21 @@ class Images:
         if self._store is None:
             return None
         try:
-            return self._store.get(key)
+            entry = self._store.get(key)
         except Exception as error:
             raise RequestError(
                 "store",
                 f"expected a store that serves or misses, got {type(error).__name__}: {error} from "
                 f"{type(self._store).__name__}.get({key!r})",
             ) from error
+        if entry is not None and entry.fingerprint != self._fingerprint:
+            raise RequestError(
+                "store",
+                f"expected an entry of the model with fingerprint {self._fingerprint!r}, got one of "
+                f"{entry.fingerprint!r} under key {key}; use other keys for another model, or a store "
+                "of its own",
+            )
+        return entry
 
     def _read(self, image: Any) -> Pixels:
         try:

@@ -56,7 +56,7 @@ def plan_prompt(
         ValueError: messages with another number of images, or ids that stand for images.
     """
     tokenizer, config = processor.tokenizer, model.config
-    if not isinstance(text, Sequence):
+    if not isinstance(text, Sequence) or isinstance(text, bytes):
         raise TypeError(
             "expected a question, messages or a list of token ids, got "
             f"{type(text).__name__}; write token ids of a tensor as ids.tolist()"
@@ -72,10 +72,12 @@ def plan_prompt(
                     "images as images"
                 )
         rows = model.get_input_embeddings().num_embeddings
-        strange = [token for token in text if not isinstance(token, int) or not 0 <= token < rows]
+        strange = [token for token in text if type(token) is not int or not 0 <= token < rows]
         if strange:
             raise ValueError(f"expected token ids from 0 to {rows - 1}, got {strange[0]!r}")
     else:
+        if not isinstance(text, str):
+            _check_messages(text)
         named = 0 if isinstance(text, str) else _images_named(text)
         if named not in (0, images):
             raise ValueError(
@@ -116,6 +118,20 @@ def _cut(ids: list[int], images: int, config, *, voco: bool) -> Plan:
         cut.append(ImageSlot(before, tuple(ids[place + 1 : stop]), joint))
         reached = stop
     return Plan(tuple(cut), tuple(ids[reached:]))
+
+
+def _check_messages(messages: Sequence[Mapping]) -> None:
+    for index, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        parts = [] if isinstance(content, str) else content
+        if not isinstance(parts, Sequence) or any(
+            not isinstance(part, Mapping) or (part.get("type") == "text" and "text" not in part)
+            for part in parts
+        ):
+            raise ValueError(
+                "expected messages with content that is a string or parts {'type': 'text', 'text': "
+                f"...}} and {{'type': 'image'}}, got {message!r} as message {index}"
+            )
 
 
 def _images_named(messages: Sequence[Mapping]) -> int:

@@ -47,18 +47,33 @@ class Sampling:
 
     def __post_init__(self) -> None:
         new = self.max_new_tokens
-        if new is not None and (isinstance(new, bool) or not isinstance(new, int) or new < 1):
+        if new is not None and not (_is_int(new) and new >= 1):
             raise ValueError(f"expected max_new_tokens >= 1, got {new!r}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if not (_is_finite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"expected temperature >= 0 (0 is greedy), got {self.temperature!r}")
-        if not 0 < self.top_p <= 1:
+        if not (_is_finite(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"expected top_p in (0, 1], got {self.top_p!r}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
+        if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < 2**63):
             raise ValueError(f"expected a seed from 0 to 2**63 - 1, got {self.seed!r}")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(each, str) and each for each in stop):
-            raise ValueError(f"expected stop strings of at least one character, got {self.stop!r}")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"expected ignore_eos as True or False, got {self.ignore_eos!r}")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, list | tuple) or not all(
+            isinstance(each, str) and each for each in stop
+        ):
+            raise ValueError(
+                f"expected stop strings of at least one character in a list, got {self.stop!r}"
+            )
+        stop = tuple(stop)
         object.__setattr__(self, "stop", stop)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -66,19 +81,30 @@ class Request:
     """A question about images.
 
     Attributes:
-        images: one image, several, or the frames of a video; None for a question without any. In any
-            form the processor takes: PIL images, paths or URLs, arrays, tensors.
+        images: one image, several, or the frames of a video (a list, or an array with a dimension more
+            than an image's); None for a question without any. In any form the processor takes: PIL
+            images, paths or URLs, arrays, tensors.
         text: a question, messages as in Transformers (the last one the user's), or the token ids of what
             follows the images.
         sampling: None is greedy.
         keys: one a image, 64 lower-case hex digits, for who knows his images by name: their pixels are
-            then not hashed, and not even read where the store has the entry.
+            then not hashed, and not even read where the store has the entry. A ``salt`` doesn't change
+            them.
+
+    Raises:
+        TypeError: a ``sampling`` that is none.
     """
 
     images: Any
     text: Turns | Sequence[int]
     sampling: Sampling | None = None
     keys: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampling is not None and not isinstance(self.sampling, Sampling):
+            raise TypeError(
+                f"expected sampling as Sampling(...), got {type(self.sampling).__name__}"
+            )
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class EngineStats:
         prefills, decode_steps: forward passes of pass 2.
         new_tokens: written.
         graphs: CUDA graphs recorded.
-        cache_bytes: of the second pass's key/value cache.
+        cache_bytes: of the key/value caches: pass 2's, and pass 1's from the first image on.
     """
 
     answered: int = 0
@@ -73,7 +73,7 @@ class Scheduler:
         self._stop_ids = frozenset(stop_ids)
         self._waiting: deque[Work] = deque()
         self._lock = threading.RLock()
-        self._stats = EngineStats(cache_bytes=second_pass.cache.nbytes)
+        self._stats = EngineStats()
 
     def add(self, works: Iterable[Work]) -> None:
         with self._lock:
@@ -123,6 +123,7 @@ class Scheduler:
                 self._stats,
                 put_failures=self._images.put_failures,
                 graphs=len(self._second.programs),
+                cache_bytes=self._first.cache_bytes + self._second.cache.nbytes,
             )
 
     def _drop_cancelled(self) -> None:
@@ -198,6 +199,8 @@ class Scheduler:
             self._stats.prefills += 1
         except Exception as error:
             if len(group) == 1:
+                for job in group[0][0].jobs:  # their entries may be at fault
+                    self._images.forget(job)
                 self.fail(group[0][0].ticket, failure_of(error, "reading the prompt"))
                 return
             for pair in group:

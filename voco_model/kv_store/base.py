@@ -111,6 +111,7 @@ class Store(ABC):
     """
 
     durable: ClassVar[bool] = True  # whether entries outlive this process
+    fingerprint: str | None = None  # of the model whose entries it takes; None takes any
 
     @abstractmethod
     def put(self, entry: CompactKV, key: str | None = None) -> None:

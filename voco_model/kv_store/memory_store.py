@@ -43,7 +43,7 @@ class MemoryStore(Store):
         if pin and not torch.cuda.is_available():
             raise ValueError("expected CUDA for pin=True, got none; leave pin out")
         self._max_bytes = max_bytes
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._pin = torch.cuda.is_available() if pin is None else pin
         # By key, the one used last at the end: the entry, its size, the versions of its tensors.
         self._entries: OrderedDict[str, tuple[CompactKV, int, list[int]]] = OrderedDict()
@@ -60,7 +60,7 @@ class MemoryStore(Store):
 
     def put(self, entry: CompactKV, key: str | None = None) -> None:
         """As ``Store.put``; an entry larger than ``max_bytes`` is a ValueError too."""
-        key = key_of(entry, key, self._fingerprint)
+        key = key_of(entry, key, self.fingerprint)
         size = sum(tensor.nbytes for tensor in _tensors(entry))
         if size > self._max_bytes:
             self._tally.add(put_failures=1)

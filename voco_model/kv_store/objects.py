@@ -82,7 +82,7 @@ class ObjectStore(Store):
         self._url = url.rstrip("/")
         self._storage_options = dict(storage_options or {})
         self._secrets = _secrets(url, self._storage_options)
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._timeout = timeout
         self._min_bandwidth = min_bandwidth
         self._breaker = Breaker(*back_off, clock=clock)
@@ -109,7 +109,7 @@ class ObjectStore(Store):
         return f"ObjectStore({without_password(self._url)!r})"
 
     def put(self, entry: CompactKV, key: str | None = None) -> None:
-        key = key_of(entry, key, self._fingerprint)
+        key = key_of(entry, key, self.fingerprint)
         data = b"".join(encode(entry, key))
         try:
             self._run(lambda fs, root, _: self._write(fs, root, key, data), len(data))
@@ -260,7 +260,7 @@ class ObjectStore(Store):
     def _decode(self, key: str, data: bytes | EntryError) -> CompactKV:
         if isinstance(data, EntryError):
             raise data
-        return decode(data, key=key, fingerprint=self._fingerprint)
+        return decode(data, key=key, fingerprint=self.fingerprint)
 
     def _quarantine(self, key: str, error: EntryError) -> CompactKV | None:
         """Set a bad object aside; or return the good entry that has replaced it meanwhile."""

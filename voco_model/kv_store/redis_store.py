@@ -102,7 +102,7 @@ class RedisStore(Store):
             socket_read_size=2**18,
         )
         self._ttl = ttl
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._prefix = prefix
         self._timeout = timeout
         self._min_bandwidth = min_bandwidth
@@ -151,7 +151,7 @@ class RedisStore(Store):
 
     def put(self, entry: CompactKV, key: str | None = None) -> None:
         """As ``Store.put``; an entry of more than 512 MiB, Redis' limit, is a ValueError too."""
-        key = key_of(entry, key, self._fingerprint)
+        key = key_of(entry, key, self.fingerprint)
         parts = encode(entry, key)
         size = sum(map(len, parts))
         if size > MAX_VALUE_BYTES:
@@ -343,7 +343,7 @@ class RedisStore(Store):
     def _decode(self, key: str, value: Any) -> CompactKV:
         if isinstance(value, Exception):
             raise EntryError("foreign", f"expected a string, Redis says {value}")
-        return decode(value, key=key, fingerprint=self._fingerprint)
+        return decode(value, key=key, fingerprint=self.fingerprint)
 
     def _open(self, key: str, value: Any) -> CompactKV | None:
         """The entry in a value, if it may be served."""

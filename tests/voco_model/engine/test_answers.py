@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -147,6 +148,31 @@ def test_entries_come_from_the_store_the_second_time(world, engine_of):
         world.model, world.cases[0].request.images, processor=world.processor, store=store
     )
     assert store.stats().puts == len(store)
+
+
+def test_frames_may_be_one_array(world, engine_of):
+    frames = [picture.resize((48, 48)) for picture in world.cases[7].request.images]
+    expected = engine_of().answer(frames, [70, 90]).tokens
+    assert (
+        engine_of().answer(np.stack([np.asarray(f) for f in frames]), [70, 90]).tokens == expected
+    )
+
+
+def test_images_may_be_paths(world, engine_of, tmp_path):
+    path = tmp_path / "picture.png"
+    world.cases[0].request.images.save(path)
+    assert engine_of().answer(path, world.cases[0].request.text).tokens == world.cases[0].tokens
+
+
+@pytest.mark.parametrize("max_images", [3, 5])
+def test_batches_of_images_that_are_no_power_of_two(world, engine_of, max_images):
+    engine = engine_of(max_images=max_images, max_batch=8)
+    first, batches = engine._scheduler._first, []
+    real = first.entries
+    first.entries = lambda features, slots: batches.append(len(features)) or real(features, slots)
+    tickets = [engine.submit(case.request) for case in world.cases]
+    assert [ticket.result().tokens for ticket in tickets] == [case.tokens for case in world.cases]
+    assert batches[0] == max_images and sum(batches) == engine.stats().images_read
 
 
 def test_an_image_that_many_ask_about_is_read_once(world, engine_of):

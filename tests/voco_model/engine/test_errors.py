@@ -107,6 +107,8 @@ def test_an_image_that_the_model_cannot_read(world, engine_of, monkeypatch):
             None,
             "got 1 images and 2 parts",
         ),
+        ([{"role": "user"}], None, "expected messages with content"),
+        ([True], None, "expected token ids from 0 to 261, got True"),
         (None, None, "a question, messages or a list of token ids, got NoneType"),
     ],
 )
@@ -216,7 +218,7 @@ def test_an_entry_with_other_voco_tokens(world, engine_of):
     store, picture = MemoryStore(1 << 26), world.cases[0].request.images
     key = "b" * 64
     (entry,) = voco_model.compress(world.model, picture, processor=world.processor, num_voco=3)
-    store.put(entry, key)
+    store.put(replace(entry, fingerprint=voco_model.fingerprint(world.model)), key)
     with pytest.raises(RequestError, match="expected an entry with 2 VoCo tokens, got one with 3"):
         engine_of(store).answer(picture, SHORT, keys=[key])
 
@@ -225,9 +227,13 @@ def test_an_entry_of_another_model(world, engine_of):
     store, picture = MemoryStore(1 << 26), world.cases[0].request.images
     key = "c" * 64
     (entry,) = voco_model.compress(world.model, picture, processor=world.processor)
-    store.put(replace(entry, kv=entry.kv[:2].clone()), key)
+    name = voco_model.fingerprint(world.model)
+    store.put(replace(entry, kv=entry.kv[:2].clone(), fingerprint=name), key)
     engine = engine_of(store)
     with pytest.raises(RequestError, match="layers"):
+        engine.answer(picture, SHORT, keys=[key])
+    store.put(replace(entry, fingerprint="another"), key)
+    with pytest.raises(RequestError, match="got one of 'another' under key"):
         engine.answer(picture, SHORT, keys=[key])
     assert engine.submit(world.cases[0].request).result().tokens == world.cases[0].tokens
 
@@ -269,6 +275,8 @@ def test_what_is_no_request_stops_answer_many(world, engine_of):
         ({"mode": "fast"}, "expected mode to be one of voco, full_cache, uncached, got 'fast'"),
         ({"graphs": True}, "expected a model on CUDA for graphs, got one on cpu"),
         ({"lag": -1}, "expected lag >= 0, got -1"),
+        ({"lag": "x"}, "expected lag >= 0, got 'x'"),
+        ({"dtype": "bf16"}, "expected dtype as a torch.dtype, got 'bf16'"),
         ({"store": {}}, "expected a store or None, got dict"),
         ({"processor": None}, "expected the processor that was given to enable"),
     ],
@@ -277,6 +285,28 @@ def test_an_engine_that_cannot_be(world, options, message):
     parts = {"processor": world.processor, **options}
     with pytest.raises((ValueError, TypeError), match=message):
         voco_model.TwoPassEngine(world.model, **parts)
+
+
+def test_a_store_for_another_model(world):
+    with pytest.raises(ValueError, match="got one for 'another'"):
+        voco_model.TwoPassEngine(
+            world.model, world.processor, MemoryStore(1 << 20, fingerprint="another")
+        )
+
+
+def test_suppressed_tokens_that_the_model_does_not_have(world):
+    world.model.generation_config.suppress_tokens = [10_000]
+    try:
+        with pytest.raises(ValueError, match="expected suppress_tokens from 0 to 261"):
+            voco_model.TwoPassEngine(world.model, world.processor)
+    finally:
+        world.model.generation_config.suppress_tokens = None
+
+
+@pytest.mark.parametrize("images", [b"abc", {"image": 1}])
+def test_what_is_no_image(world, engine_of, images):
+    bad = Request(images, SHORT)
+    others_are_answered(world, engine_of(), bad, "prompt", "expected an image or a list of images")
 
 
 def test_a_generation_option_that_would_be_ignored(world):
@@ -307,6 +337,10 @@ def test_a_model_that_is_not_ready(kind):
         ({"seed": -1}, "seed from 0"),
         ({"max_new_tokens": 0}, "max_new_tokens >= 1"),
         ({"stop": ""}, "at least one character"),
+        ({"stop": 5}, "in a list, got 5"),
+        ({"temperature": "a"}, "temperature >= 0"),
+        ({"seed": 1.5}, "seed from 0"),
+        ({"ignore_eos": "x"}, "True or False"),
     ],
 )
 def test_sampling_out_of_range(options, message):
