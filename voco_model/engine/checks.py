@@ -56,6 +56,16 @@ def check_parts(model, processor, mode: str) -> None:
             )
 
 
+def check_rotary(model) -> None:
+    """Raise ``ValueError`` for a model whose rotation a CUDA graph can't record."""
+    kind = getattr(model.model.language_model.rotary_emb, "rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise ValueError(
+            f"expected a rotation with fixed frequencies for CUDA graphs, got rope_type {kind!r}, whose "
+            "frequencies are worked out on the host; make the engine with graphs=False, compiled=False"
+        )
+
+
 def check_store(store: Store | None, fingerprint: str) -> None:
     """Raise ``TypeError`` or ``ValueError`` for a store that wouldn't take this model's entries."""
     if store is None:

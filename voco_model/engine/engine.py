@@ -17,7 +17,13 @@ import torch
 from PIL import Image
 
 from voco_kernels.kv import CompactKV
-from voco_model.engine.checks import check_counts, check_parts, check_store, suppressed_ids
+from voco_model.engine.checks import (
+    check_counts,
+    check_parts,
+    check_rotary,
+    check_store,
+    suppressed_ids,
+)
 from voco_model.engine.clock import StageClock
 from voco_model.engine.first_pass import FirstPass, max_image_tokens, prepare_pixels
 from voco_model.engine.images import ImageJob, Images
@@ -37,6 +43,7 @@ from voco_model.prompt import Turns, image_part
 # Threads that prepare requests for answer_many, ahead of those that are being answered.
 _PREPARING_THREADS = 2
 _IDLE_SECONDS = 0.0005
+_NO_MORE = object()
 
 
 class TwoPassEngine:
@@ -127,6 +134,8 @@ class TwoPassEngine:
         graphs = on_gpu if graphs is None else graphs
         if graphs and not on_gpu:
             raise ValueError(f"expected a model on CUDA for graphs, got one on {model.device}")
+        if graphs:
+            check_rotary(model)
         if dtype is not None:
             if not isinstance(dtype, torch.dtype):
                 raise TypeError(f"expected dtype as a torch.dtype, got {dtype!r}")
@@ -225,26 +234,28 @@ class TwoPassEngine:
             )
         remaining = iter(requests)
         tickets: list[Ticket] = []
+        unfinished: list[Ticket] = []
         coming: deque[Future[Ticket]] = deque()
         exhausted = False
         pool = ThreadPoolExecutor(_PREPARING_THREADS, "voco-prepare")
         try:
-            while not exhausted or coming or not all(ticket.done for ticket in tickets):
+            while not exhausted or coming or unfinished:
                 # What is prepared too early holds memory; too late, and the device waits.
-                unfinished = len(coming) + sum(not ticket.done for ticket in tickets)
-                while not exhausted and unfinished < 2 * self.max_batch:
-                    request = next(remaining, None)
-                    exhausted = request is None
+                while not exhausted and len(coming) + len(unfinished) < 2 * self.max_batch:
+                    request = next(remaining, _NO_MORE)
+                    exhausted = request is _NO_MORE
                     if not exhausted:
                         coming.append(pool.submit(self.submit, request))
-                        unfinished += 1
                 while coming and coming[0].done():
                     tickets.append(coming.popleft().result())
-                if not self.step():
+                    unfinished.append(tickets[-1])
+                progressed = self.step()
+                unfinished = [ticket for ticket in unfinished if not ticket.done]
+                if not progressed and (coming or unfinished):
                     time.sleep(_IDLE_SECONDS)
         except BaseException:
             pool.shutdown(cancel_futures=True)
-            for ticket in tickets:
+            for ticket in [*tickets, *(future.result() for future in coming if _succeeded(future))]:
                 ticket.cancel()
             raise
         pool.shutdown()
@@ -464,6 +475,10 @@ class TwoPassEngine:
 
     def _decode(self, tokens: list[int]) -> str:
         return self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _succeeded(future: Future) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 def _as_list(images: Any) -> list[Any]:
