@@ -23,7 +23,7 @@ printf '%s\\n' "$*" >>"$CALLS"
 case "$*" in
     *"--show"*) echo "TABLE" ;;
     *"import xdist"*) exit 0 ;;
-    *"bench/attn.py"* | *"bench/kv.py"* | *"bench/tune.py"*)
+    *"bench/attn.py"* | *"bench/kv.py"* | *"bench/two_pass.py"* | *"bench/tune.py"*)
         out=$(printf '%s\\n' "$@" | grep -A1 -x -- --out | tail -1)
         echo '{}' >"$out"
         touch "$out.part"
@@ -31,7 +31,7 @@ case "$*" in
         exit "${ATTN_RC:-0}" ;;
     *"bench/sanitize.py"*) sleep "${SANITIZE_TAKES:-0}" ;;
     "-m pytest"*) sleep "${TESTS_TAKE:-0}"; echo "9 passed"; exit "${TESTS_RC:-0}" ;;
-    -) cat >/dev/null; echo '{}' >"$OUT/environment.json" ;;
+    -) cat >/dev/null; echo '{}' ;;
 esac
 """
 
@@ -46,7 +46,8 @@ esac
 """
 
 PLAN = re.compile(r'^    "(\w+) (\d+) (\d+)"$', re.M)
-STEPS = ["environment", "build", "parity", "sanitizer", "forward", "backward", "kv", "tune", "ncu"]
+STEPS = ["environment", "build", "parity", "sanitizer", "forward", "backward", "kv", "two_pass"]
+STEPS += ["tune", "ncu"]
 
 
 @pytest.fixture
@@ -100,19 +101,21 @@ def test_all_steps_in_order(script):
     assert not any("--rival" in call or "--quick" in call for call in benches)
     (loads,) = [call for call in calls if call.startswith("bench/kv.py")]
     assert "--device cuda --budget " in loads and "--quick" not in loads
+    (answers,) = [call for call in calls if call.startswith("bench/two_pass.py")]
+    assert "--device cuda --budget 270" in answers and "--quick" not in answers
     names = sorted(path.name for path in out.iterdir())
     assert names == [
         "attn-backward.json",
         "attn-forward.json",
-        "environment.json",
         "gpu.log",
         "kv.json",
         "summary.txt",
         "tune.json",
+        "two-pass.json",
     ]
     assert len(names) < 8  # and ncu.csv, where there is ncu: few enough to copy by hand
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
-    assert answer.stdout.count("TABLE") == 3
+    assert answer.stdout.count("TABLE") == 4
     assert re.search(r"parity +rc 0 +\d+ s", (out / "summary.txt").read_text())
 
 
@@ -124,6 +127,8 @@ def test_a_dry_run_is_small_and_on_the_cpu(script):
             assert "--device cpu --size tiny --quick" in call
         if call.startswith("bench/kv.py"):
             assert "--device cpu --size tiny --quick --tokens 1 --tokens 8" in call
+        if call.startswith("bench/two_pass.py"):
+            assert "--device cpu --model small --quick" in call
         if call.startswith("-m pytest"):
             assert "-m not gpu and not slow" in call
         if call.startswith("bench/tune.py"):
@@ -135,6 +140,7 @@ def test_a_dry_run_is_small_and_on_the_cpu(script):
     played = {call.split()[0] for call in calls if call.startswith("bench/")}
     assert {
         "bench/kv.py",
+        "bench/two_pass.py",
         "bench/sanitize.py",
         "bench/tune.py",
         "bench/profile_kernels.py",
@@ -234,4 +240,4 @@ def test_help(script):
 def test_one_step_with_the_real_interpreter(script):
     answer, out, _ = script("--dry-run", "--only", "environment", PYTHON=sys.executable)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert '"type": "cpu"' in (out / "environment.json").read_text()
+    assert '"type": "cpu"' in (out / "gpu.log").read_text()

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import voco_model
+from tests.voco_model import tiny
 from tests.voco_model.engine.conftest import (
     NEW_TOKENS,
     NUM_VOCO,
@@ -238,6 +239,32 @@ def test_text_may_be_a_conversation(world, engine_of):
     ]
     expected = generated(world.model, world.processor, Request(picture, turns))
     assert engine_of().answer(picture, turns).tokens == expected
+
+
+def test_another_number_of_voco_tokens_than_the_model_was_enabled_with(world, engine_of):
+    pictures = [world.cases[index].request.images for index in (0, 2)]
+    entries = voco_model.compress(world.model, pictures, processor=world.processor, num_voco=5)
+    ids = torch.tensor([[70, 90, 110]])
+    rows = voco_model.generate(
+        world.model, entries, ids, max_new_tokens=NEW_TOKENS, do_sample=False
+    ).tolist()
+    engine = engine_of(num_voco=5)
+    for picture, row in zip(pictures, rows, strict=True):
+        answer = engine.answer(picture, ids[0].tolist())
+        assert list(answer.tokens) == row[: len(answer.tokens)] and answer.prompt_tokens == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_casts_the_model_where_asked(kind, dtype):
+    model, processor = tiny.tiny_llava(kind), tiny.tiny_processor(kind)
+    picture, ids = tiny.picture(0), [70, 90, 110]
+    with voco_model.enable(model, processor, num_voco=NUM_VOCO):
+        engine = voco_model.TwoPassEngine(model, processor, dtype=dtype, max_new_tokens=4)
+        answer = engine.answer(picture, ids, ignore_eos=True)
+        assert model.dtype == dtype and engine.compress(picture)[0].dtype == dtype
+        request = Request(picture, ids, Sampling(max_new_tokens=4))
+        model.generation_config.eos_token_id = None
+        assert answer.tokens == generated(model, processor, request)
 
 
 def test_names_in_place_of_pixels(world, engine_of):
