@@ -144,11 +144,8 @@ class Scheduler:
             return False
         try:
             self._read_batch(batch)
-        except torch.OutOfMemoryError:
-            for job in batch:  # one at a time may fit
-                self._read_alone(job)
-        except Exception:
-            for job in batch:  # one bad image must not take the others along
+        except Exception:  # no memory for all, or one of them is bad: the others may do by themselves
+            for job in batch:
                 self._read_alone(job)
         return True
 
@@ -181,8 +178,8 @@ class Scheduler:
                     chosen.append(
                         (work, prompt_of(work, self._max_prompt_tokens, self._first.join))
                     )
-            except RequestError as raised:
-                error = raised
+            except Exception as raised:
+                error = failure_of(raised, "putting the prompt together")
             if error is not None:
                 self._waiting.remove(work)
                 self.fail(work.ticket, error)
@@ -208,8 +205,7 @@ class Scheduler:
 
     def _write(self) -> None:
         try:
-            self._second.step()
-            self._stats.decode_steps += 1
+            self._stats.decode_steps += self._second.step()
         except Exception as error:
             failure = failure_of(error, "decoding")
             for work in self._second.owners():

@@ -252,12 +252,12 @@ class SecondPass:
 
     # ---- tokens out
 
-    def step(self) -> None:
-        """Launch one more token for every row that is taken."""
+    def step(self) -> bool:
+        """Launch one more token for every row that is taken; whether there is any."""
         self._close_ranks()
         taken = [index for index, row in enumerate(self._rows) if row is not None]
         if not taken:
-            return
+            return False
         count = min(bucket(taken[-1] + 1), self._max_rows)
         used = max(self._rows[index].slots_used for index in taken)
         span = min(bucket(used + 1, _LEAST_SPAN), self._scrap_slot)
@@ -269,6 +269,7 @@ class SecondPass:
             tokens = self._run_decode(count, span, greedy)
         owners = [None if row is None else row.owner for row in self._rows[:count]]
         self._send(tokens, owners)
+        return True
 
     def warm_decode(self, rows: int, greedy: bool) -> None:
         """Record decoding of this many rows for every span, while nobody is in."""
