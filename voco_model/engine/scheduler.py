@@ -144,7 +144,7 @@ class Scheduler:
             return False
         try:
             self._read_batch(batch)
-        except Exception:  # no memory for all, or one of them is bad: the others may do by themselves
+        except Exception:  # no memory for all of them, or one is bad
             for job in batch:
                 self._read_alone(job)
         return True
