@@ -92,6 +92,8 @@ def enable(
     if isinstance(num_voco, bool) or not isinstance(num_voco, int) or num_voco < 1:
         raise ValueError(f"expected num_voco >= 1, got {num_voco!r}")
     isolated = _first_given(isolated, getattr(model.config, "voco_isolated", None), False)
+    if not isinstance(isolated, bool):
+        raise ValueError(f"expected isolated as True or False, got {isolated!r}")
     with ExitStack() as steps:  # on an error, what was done is undone
         if tokenizer is not None:
             _name_token(steps, tokenizer)
@@ -99,7 +101,7 @@ def enable(
             processor.chat_template = chat_template(num_voco)
         token_id = _agreed_token_id(model, tokenizer, voco_token_id)
         _make_room(steps, model, tokenizer, token_id)
-        facts = {"voco_token_id": token_id, "num_voco": num_voco, "voco_isolated": bool(isolated)}
+        facts = {"voco_token_id": token_id, "num_voco": num_voco, "voco_isolated": isolated}
         for name, value in facts.items():
             _remember(steps, model.config, name)
             setattr(model.config, name, value)

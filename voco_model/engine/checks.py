@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from voco_model.attach import is_enabled
 from voco_model.kv_store.base import Store
 
@@ -54,6 +56,16 @@ def check_parts(model, processor, mode: str) -> None:
                 f"expected no {name} in model.generation_config, got {value!r}, which the engine would "
                 "not heed; set it to None, or use voco_model.generate"
             )
+
+
+def cast(model, dtype: torch.dtype) -> None:
+    """``model.to(dtype)``, but for the frequencies of rotations: rounded to 16 bits, they would turn
+    distant tokens by the wrong angle."""
+    kept = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    model.to(dtype)
+    for name, buffer in kept.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, buffer)
 
 
 def check_rotary(model) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from voco_kernels.kv import CompactKV
 from voco_model.engine.checks import (
+    cast,
     check_counts,
     check_parts,
     check_rotary,
@@ -29,6 +30,7 @@ from voco_model.engine.first_pass import FirstPass, max_image_tokens, prepare_pi
 from voco_model.engine.images import ImageJob, Images
 from voco_model.engine.language import Language
 from voco_model.engine.plan import ImageSlot, Plan, plan_prompt
+from voco_model.engine.programs import bucket
 from voco_model.engine.prompts import Work, check_length
 from voco_model.engine.request import Answer, Request, RequestError, Sampling
 from voco_model.engine.scheduler import EngineStats, Scheduler
@@ -139,7 +141,7 @@ class TwoPassEngine:
         if dtype is not None:
             if not isinstance(dtype, torch.dtype):
                 raise TypeError(f"expected dtype as a torch.dtype, got {dtype!r}")
-            model.to(dtype)
+            cast(model, dtype)
         if fingerprint is None:
             fingerprint = "" if store is None else fingerprint_of(model)
         check_store(store, fingerprint)
@@ -326,7 +328,7 @@ class TwoPassEngine:
         """Runs shapes of work once, so that no request waits for their CUDA graphs to be recorded.
 
         Args:
-            batch_sizes: by default the powers of two up to ``max_batch``.
+            batch_sizes: by default the powers of two up to ``max_batch``, and that.
             text_tokens: lengths of what stands behind the image, system prompt included.
             sampled: for requests with a temperature, instead of greedy ones.
 
@@ -334,7 +336,10 @@ class TwoPassEngine:
             graphs recorded by now. Shapes that weren't met are recorded when they are.
         """
         self._check_open()
-        sizes = batch_sizes or [1 << i for i in range(self.max_batch.bit_length())]
+        largest = bucket(self.max_batch)
+        sizes = batch_sizes or [
+            min(1 << power, self.max_batch) for power in range(largest.bit_length())
+        ]
         for name, values in (("batch_sizes", sizes), ("text_tokens", text_tokens)):
             if not isinstance(values, Sequence):
                 raise TypeError(f"expected {name} in a list, got {values!r}")

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from voco_kernels.kv import CompactKV
@@ -86,6 +87,7 @@ class Images:
         self._fingerprint = fingerprint
         self._jobs: weakref.WeakValueDictionary[str, ImageJob] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
+        self._decoding = threading.Lock()
         self._writer: ThreadPoolExecutor | None = None
         self._unwritten: deque[Future] = deque()
         self.put_failures = 0
@@ -97,10 +99,7 @@ class Images:
             RequestError: an image that can't be read, or a store that raised.
         """
         if key is None:
-            try:
-                key = self._key_of(image)
-            except Exception as error:  # a decoder may raise anything
-                raise _unreadable(image, error) from error
+            key = self._of_image(image, self._key_of)
         key = self._placed(key, first)
         with self._lock:
             job = self._jobs.get(key)
@@ -111,7 +110,7 @@ class Images:
             job.entry = self._look_up(key)
             job.from_store = job.entry is not None
             if job.entry is None:
-                job.pixels = self._read(image)
+                job.pixels = self._of_image(image, self._prepare)
         except RequestError as error:
             self.fail(job, error)
             raise
@@ -177,10 +176,15 @@ class Images:
             )
         return entry
 
-    def _read(self, image: Any) -> Pixels:
+    def _of_image(self, image: Any, function: Callable[[Any], Any]) -> Any:
         try:
-            return self._prepare(image)
-        except Exception as error:
+            if isinstance(image, Image.Image):
+                with (
+                    self._decoding
+                ):  # a file that is open but not read can't be read by two at once
+                    image.load()
+            return function(image)
+        except Exception as error:  # a decoder may raise anything
             raise _unreadable(image, error) from error
 
     def _write(self, job: ImageJob) -> None:

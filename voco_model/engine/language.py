@@ -51,9 +51,35 @@ class Language:
         self._layers = list(decoder.layers)
         self._norm, self._rotary = decoder.norm, decoder.rotary_emb
         self._run_layer = _run_layer
+        self._check_forward(decoder)
         if compiled:
             program = torch.compile(_run_layer, fullgraph=True, dynamic=False)
             self._run_layer = torch._dynamo.config.patch(_DYNAMO)(program)
+
+    @torch.no_grad()
+    def _check_forward(self, decoder: nn.Module) -> None:
+        # Some models scale embeddings, or do more, where Llama's only runs its layers.
+        ids = torch.arange(1, 5, device=self.device)[None]
+        embeds, positions = self.embedding(ids), ids - 1
+        ours = self.forward(
+            self.new_cache(1, 4),
+            Step(torch.zeros_like(ids[0, :1]), positions, None),
+            embeds,
+            positions,
+        )
+        theirs = decoder(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
+            use_cache=False,
+            voco_causal=True,
+        ).last_hidden_state
+        apart = (ours - theirs).abs().max() / theirs.abs().max()
+        if not apart < 1e-2:
+            raise ValueError(
+                f"expected a language model that runs its layers and its norm and nothing else, got a "
+                f"{type(decoder).__name__}, which does more; use voco_model.generate"
+            )
 
     def new_cache(self, rows: int, slots: int) -> RowCache:
         """Zeros for this many rows and slots of all layers."""

@@ -112,6 +112,10 @@ class RowCache(Cache):
         """Makes the first slots of one row those of another, in all layers."""
         self.memory[:, :, target, :, :slots] = self.memory[:, :, source, :, :slots]
 
+    def clear_row(self, row: int) -> None:
+        """Zeros. A masked slot counts for nothing, unless what it holds is no number."""
+        self.memory[:, :, row] = 0
+
     @property
     def nbytes(self) -> int:
         return self.memory.nbytes

@@ -37,15 +37,17 @@ def choose(logits: Tensor, temperature: Tensor, top_p: Tensor, draws: Tensor) ->
         int64 ``[b]``.
     """
     greedy = logits.argmax(-1)
-    scaled = logits / temperature.clamp(min=1e-5)[:, None]
+    scaled = logits / temperature.clamp(1e-5, 1e5)[:, None]
     falling, order = scaled.sort(dim=-1, descending=True)
     probabilities = falling.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    kept = probabilities.masked_fill(before >= top_p[:, None], 0.0)
+    # What is too small for float32 still keeps the first.
+    kept = probabilities.masked_fill(before >= top_p.clamp(min=1e-6)[:, None], 0.0)
     mass = kept.cumsum(-1)
-    # Rounding may leave the draw at the whole mass: the last kept token then.
+    # Rounding may leave the draw at the whole mass: the last kept token then. Logits that are no numbers
+    # keep none; whoever asked is told elsewhere, and no index may be out of range.
     behind = (mass <= draws[:, None] * mass[:, -1:]).sum(-1)
-    place = torch.minimum(behind, (kept > 0).sum(-1) - 1)
+    place = torch.minimum(behind, (kept > 0).sum(-1) - 1).clamp(min=0)
     sampled = order.gather(-1, place[:, None])[:, 0]
     return torch.where(temperature > 0, sampled, greedy)
 

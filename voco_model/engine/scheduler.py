@@ -14,7 +14,7 @@ from voco_model.engine.first_pass import FirstPass
 from voco_model.engine.images import ImageJob, Images
 from voco_model.engine.prompts import Work, failure_of, kind_of, prompt_of
 from voco_model.engine.request import RequestError
-from voco_model.engine.second_pass import Prompt, SecondPass
+from voco_model.engine.second_pass import BROKEN, Prompt, SecondPass
 from voco_model.engine.ticket import Ticket
 
 
@@ -218,6 +218,19 @@ class Scheduler:
 
     def _take(self, work: Work, token: int) -> None:
         ticket, sampling = work.ticket, work.sampling
+        if token == BROKEN:
+            self._second.leave(work, broken=True)
+            for job in work.jobs:
+                self._images.forget(job)
+            self.fail(
+                ticket,
+                RequestError(
+                    "internal",
+                    "expected finite logits, got NaN or infinity; look for it in the image's values, "
+                    "in its entry in the store, or for an overflow of the model's dtype",
+                ),
+            )
+            return
         ticket.add(token)
         self._stats.new_tokens += 1
         ended = token in self._stop_ids and not sampling.ignore_eos

@@ -25,8 +25,8 @@ from voco_model.engine.sampling import choose, uniform
 
 # A row's state, by column.
 TOKEN, SLOT, POSITION, LEFT, SEED, DRAWN, ENDS = range(7)
-# What a row that has ended writes in place of a token.
-NOTHING = -1
+# What a row writes in place of a token when it has ended, and when its logits are no numbers.
+NOTHING, BROKEN = -1, -2
 # Decoding looks at powers of two of slots, from this many on: each is a graph of its own.
 _LEAST_SPAN = 128
 
@@ -192,9 +192,10 @@ class SecondPass:
     def _read(self, prompts: Sequence[Prompt], rows: Sequence[int]) -> Tensor:
         count, causal = bucket(len(prompts)), prompts[0].causal
         width = length_bucket(max(len(prompt.slots) for prompt in prompts))
-        span = None if causal else length_bucket(max(prompt.next_slot for prompt in prompts))
-        if span is not None:
-            span = min(span, self._scrap_slot)
+        span = None
+        if not causal:
+            loaded = max(prompt.next_slot - len(prompt.slots) for prompt in prompts)
+            span = min(width + -(-loaded // 16) * 16, self._scrap_slot)
         embedded = prompts[0].features is not None
         greedy = all(prompt.temperature == 0 for prompt in prompts)
         packed = self._buffer(("prefill", count, width), (count, 3 * width + 9), torch.int64)
@@ -296,8 +297,9 @@ class SecondPass:
         return self._choose(hidden[:, -1], rows, greedy)
 
     def _choose(self, hidden: Tensor, rows: Tensor, greedy: bool) -> Tensor:
-        """The next token of each row, int64 ``[b]``, NOTHING of those that have ended; they move on."""
+        """The next token of each row, int64 ``[b]``, or NOTHING or BROKEN; rows move on."""
         logits = self._language.logits(hidden)
+        sound = logits.amax(-1).isfinite()
         if self._bias is not None:
             logits = logits + self._bias
         state = self._state[rows]
@@ -307,14 +309,14 @@ class SecondPass:
             temperature, top_p = self._floats[rows].unbind(1)
             token = choose(logits, temperature, top_p, uniform(state[:, SEED], state[:, DRAWN]))
         writes = state[:, LEFT] > 0
-        ended = (token[:, None] == self._stop_ids).any(1) & (state[:, ENDS] != 0)
+        ended = (token[:, None] == self._stop_ids).any(1) & (state[:, ENDS] != 0) | ~sound
         moved = writes.long()
         left = torch.where(ended, 0, state[:, LEFT] - moved)
-        columns = [torch.where(writes, token, state[:, TOKEN])]
+        columns = [torch.where(writes & sound, token, state[:, TOKEN])]
         columns += [state[:, SLOT] + moved, state[:, POSITION] + moved, left]
         columns += [state[:, SEED], state[:, DRAWN] + moved, state[:, ENDS]]
         self._state[rows] = torch.stack(columns, dim=1)
-        return torch.where(writes, token, NOTHING)
+        return torch.where(writes, torch.where(sound, token, BROKEN), NOTHING)
 
     def _send(self, tokens: Tensor, owners: list[Any]) -> None:
         if self._device.type != "cuda":
@@ -327,8 +329,8 @@ class SecondPass:
         self._flights.append(_Flight(host, event, owners))
 
     def arrived(self) -> list[tuple[Any, int]]:
-        """(owner, token) of what has come back, oldest first. Waits only where the host is ``lag`` steps
-        ahead, or has nothing else to do."""
+        """(owner, token or BROKEN) of what has come back, oldest first. Waits only where the host is
+        ``lag`` steps ahead, or has nothing else to do."""
         come = []
         idle = self.free_rows == self._max_rows
         while self._flights and (idle or len(self._flights) > self._lag or self._ready()):
@@ -345,12 +347,14 @@ class SecondPass:
 
     # ---- rows out
 
-    def leave(self, owner: Any) -> None:
-        """Free the row of an owner that has one."""
+    def leave(self, owner: Any, *, broken: bool = False) -> None:
+        """Free the row of an owner that has one; a broken one leaves nothing behind."""
         for index, row in enumerate(self._rows):
             if row is not None and row.owner is owner:
                 self._rows[index] = None
                 self._state[index, LEFT] = 0
+                if broken:
+                    self.cache.clear_row(index)
 
     def _close_ranks(self) -> None:
         """Move rows to the front where a smaller batch then holds them all."""

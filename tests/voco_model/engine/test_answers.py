@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import voco_model
 from tests.voco_model import tiny
@@ -264,6 +265,8 @@ def test_casts_the_model_where_asked(kind, dtype):
         assert model.dtype == dtype and engine.compress(picture)[0].dtype == dtype
         request = Request(picture, ids, Sampling(max_new_tokens=4))
         model.generation_config.eos_token_id = None
+        rotary = model.model.language_model.rotary_emb
+        assert rotary.inv_freq.dtype == torch.float32, "angles must not be rounded"
         assert answer.tokens == generated(model, processor, request)
 
 
@@ -300,6 +303,72 @@ def test_warming_up_leaves_no_trace(world, engine_of):
     assert not len(store)
     request = replace(world.cases[1].request, sampling=Sampling())
     assert engine.submit(request).result().tokens == world.cases[1].tokens
+
+
+def test_warming_up_meets_the_shapes_that_requests_have(world, engine_of):
+    """Each would be a CUDA graph, recorded in the midst of somebody's answer."""
+    engine = engine_of(max_batch=3, max_new_tokens=200)
+    programs, met = engine._second.programs, set()
+    real = programs.run
+    programs.run = lambda key, function: met.add(key) or real(key, function)
+    engine.warmup(text_tokens=[16, 32])
+    warm = set(met)
+    picture = tiny.picture(0, (32, 32))
+    for length in (3, 16, 17, 31, 32):
+        requests = [Request(picture, [70] * length)] * 3
+        assert [answer.error for answer in engine.answer_many(requests)] == [None] * 3
+    new = {key for key in met - warm if key[0] in ("prefill", "decode", "vision")}
+    assert not new
+
+
+@pytest.mark.parametrize("length", [123, 124, 125, 126, 127])
+def test_answers_that_cross_the_slots_that_are_looked_at(world, engine_of, length):
+    """Decoding looks at 128 slots, then at 256."""
+    picture = world.cases[0].request.images
+    request = Request(picture, [70 + index % 100 for index in range(length)])
+    expected = generated(world.model, world.processor, request)
+    assert engine_of().submit(request).result().tokens == expected
+
+
+def test_stages_are_timed_where_asked(world, engine_of):
+    engine = engine_of(profile=True)
+    answer = engine.submit(world.cases[0].request).result()
+    stages = engine.stage_seconds()
+    assert list(stages) == ["vision", "prefix", "extract", "load", "prefill", "decode"]
+    assert all(seconds > 0 for runs in stages.values() for seconds in runs)
+    assert len(stages["decode"]) == len(answer.tokens) - 1
+    assert sum(map(sum, stages.values())) < answer.seconds
+    assert engine.stage_seconds() == {} == engine_of().stage_seconds()
+
+
+def test_a_salt_makes_other_keys(world, engine_of):
+    store = MemoryStore(1 << 26)
+    picture = world.cases[0].request.images
+    for salt in (None, "a tenant", "another"):
+        with engine_of(store, salt=salt) as engine:
+            engine.compress(picture)
+    assert len(store) == 3
+
+
+def test_a_file_that_is_open_may_come_in_several_requests(world, engine_of, tmp_path):
+    tiny.picture(5, (900, 900)).save(tmp_path / "photo.png")
+    for _ in range(5):
+        photo = Image.open(tmp_path / "photo.png")
+        answers = engine_of(max_batch=4).answer_many([Request(photo, [70, 90])] * 4)
+        assert [answer.error for answer in answers] == [None] * 4
+        assert len({answer.tokens for answer in answers}) == 1
+
+
+def test_a_piece_is_never_half_a_character(world, engine_of):
+    """Of a character's bytes, each a token here, none is sent before the last."""
+    engine = engine_of()
+    written = world.processor.tokenizer("né€", add_special_tokens=False)["input_ids"]
+    ticket = engine.submit(world.cases[0].request)
+    pieces = []
+    for token in written:
+        ticket.tokens.append(token)
+        pieces.append(ticket._safe_text())
+    assert pieces == ["n", "n", "né", "né", "né", "né€"]
 
 
 def test_rows_close_ranks_when_most_have_left(world, engine_of):

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GraniteConfig
 
 import voco_model
 from tests.voco_model import tiny
 from tests.voco_model.engine.conftest import SHORT, out_of_memory
 from voco_model import Request, RequestError, Sampling
+from voco_model.engine.second_pass import LEFT
 from voco_model.kv_store.memory_store import MemoryStore
 
 
@@ -236,6 +238,59 @@ def test_an_entry_of_another_model(world, engine_of):
     with pytest.raises(RequestError, match="got one of 'another' under key"):
         engine.answer(picture, SHORT, keys=[key])
     assert engine.submit(world.cases[0].request).result().tokens == world.cases[0].tokens
+
+
+def test_numbers_that_are_none_stay_with_their_request(world, engine_of):
+    """NaN in an entry: the next request in its row must not find it there."""
+    request, tokens = world.cases[0].request, world.cases[0].tokens
+    (entry,) = voco_model.compress(world.model, request.images, processor=world.processor)
+    name, key = voco_model.fingerprint(world.model), "d" * 64
+    store = MemoryStore(1 << 26)
+    store.put(replace(entry, kv=torch.full_like(entry.kv, float("nan")), fingerprint=name), key)
+    for max_batch in (1, 2):
+        engine = engine_of(store, max_batch=max_batch)
+        bad = engine.submit(Request(request.images, [70] * 30, keys=[key]))
+        beside = engine.submit(request)
+        with pytest.raises(RequestError, match="expected finite logits"):
+            bad.result()
+        assert beside.result().tokens == tokens
+        assert engine.submit(request).result().tokens == tokens
+
+
+def test_a_row_that_is_freed_stands_still(world, engine_of):
+    engine = engine_of(max_batch=2)
+    ticket = engine.submit(world.cases[0].request)
+    engine.step()
+    ticket.cancel()
+    engine.step()
+    state = engine._second._state.clone()
+    other = engine.submit(world.cases[1].request)
+    assert state[:, LEFT].tolist() == [0, 0, 0]
+    assert other.result().tokens == world.cases[1].tokens
+
+
+def test_a_prompt_that_failed_leaves_no_row_running(world, engine_of, monkeypatch):
+    engine = engine_of(max_batch=2)
+    real = engine._second._choose
+
+    def choose(*arguments):
+        real(*arguments)
+        out_of_memory()
+
+    monkeypatch.setattr(engine._second, "_choose", choose)
+    with pytest.raises(RequestError):
+        engine.submit(world.cases[0].request).result()
+    assert engine._second._state[:, LEFT].tolist() == [0, 0, 0]
+
+
+def test_a_language_model_that_does_more_than_run_its_layers():
+    model = tiny.tiny_llava("llava", text_class=GraniteConfig, embedding_multiplier=3.0)
+    processor = tiny.tiny_processor("llava")
+    with (
+        voco_model.enable(model, processor),
+        pytest.raises(ValueError, match="runs its layers and its norm and nothing else"),
+    ):
+        voco_model.TwoPassEngine(model, processor)
 
 
 def test_a_request_that_is_given_up(world, engine_of):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import TopPLogitsWarper
@@ -53,6 +55,24 @@ def test_a_tiny_top_p_is_greedy():
     assert torch.equal(choose(logits, ones, ones * 1e-6, draws), logits.argmax(-1))
 
 
+def test_no_number_gives_an_index_out_of_range():
+    """On a GPU that would take the process down."""
+    strange = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
+    logits = torch.cat([strange[:, None].expand(4, 5), torch.eye(5)])
+    many = torch.full((9,), 0.5)
+    for temperature in (0.0, 1e-30, 0.5, 1e38):
+        for top_p in (1e-46, 1e-6, 1.0):
+            tokens = choose(logits, torch.full((9,), temperature), torch.full((9,), top_p), many)
+            assert ((tokens >= 0) & (tokens < 5)).all()
+    assert choose(torch.eye(5), torch.ones(5), torch.full((5,), 1e-46), many[:5]).tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+
+
 def test_the_largest_draw_stays_within_what_is_kept():
     logits = torch.full((1, 1000), -20.0)
     logits[0, :3] = 1.0
@@ -92,6 +112,14 @@ def test_a_seed_gives_one_answer_in_any_company(world, engine_of):
     assert answers[4].tokens == alone[1]
     for index in (0, 2):  # greedy ones beside them
         assert answers[index].tokens == world.cases[1 + index].tokens
+
+
+def test_a_seed_holds_where_rows_close_ranks(world, engine_of):
+    (alone,) = engine_of(max_batch=1).answer_many([sampled(world, 1)])
+    short = replace(world.cases[2].request, sampling=Sampling(max_new_tokens=2, ignore_eos=True))
+    engine = engine_of(max_batch=4)
+    *_, last = [engine.submit(request) for request in (short, short, short, sampled(world, 1))]
+    assert last.result().tokens == alone.tokens
 
 
 def test_without_a_seed_each_answer_is_another(world, engine_of):
