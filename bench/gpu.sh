@@ -4,7 +4,7 @@
 #   OUT=folder bash bench/gpu.sh          on a machine with a GPU; needs no network and no installation
 #   bash bench/gpu.sh --dry-run           the same steps, small, on a CPU: a rehearsal, as in CI
 #   bash bench/gpu.sh --only parity       one step: environment, build, parity, sanitizer, forward, backward,
-#                                         kv, tune or ncu
+#                                         kv, two_pass, tune or ncu
 #
 # What it finds goes to OUT (by default a temporary folder, named at the end) as it comes: a run that is cut
 # off loses little. The commit is taken from VOCO_COMMIT, or git, or a file COMMIT. PYTHON names the
@@ -21,7 +21,8 @@ plan=(
     "forward 230 90"
     "backward 300 100"
     "kv 110 40"
-    "tune 200 70"
+    "two_pass 300 40"
+    "tune 200 30"
     "ncu 60 30"
 )
 steps=("${plan[@]%% *}")
@@ -54,7 +55,7 @@ environment() {
         nvcc --version
     fi
     "$PYTHON" - <<'PY'
-import json, os, pathlib, torch
+import json, os, torch
 from bench import timing
 
 device = torch.device("cpu" if os.environ.get("VOCO_DRY_RUN") else "cuda")
@@ -62,9 +63,7 @@ on_gpu = device.type == "cuda"
 record = timing.environment(device)
 dtype, effort = (torch.bfloat16, timing.FULL) if on_gpu else (torch.float32, timing.QUICK)
 record["ceilings"] = timing.ceilings(device, dtype, effort[device.type])
-text = json.dumps(record, indent=1)
-pathlib.Path(os.environ["OUT"], "environment.json").write_text(text + "\n")
-print(text)
+print(json.dumps(record, indent=1))
 PY
 }
 
@@ -182,6 +181,16 @@ kv() {
     "$PYTHON" bench/kv.py --out "$OUT/kv.json" "$@"
 }
 
+# Models in the order of their worth, as far as the time goes.
+two_pass() {
+    if [ -n "$dry_run" ]; then
+        set -- --device cpu --model small --quick --num-voco 1 --batch 1 --no-streams
+    else
+        set -- --device cuda --budget $((STEP_SECONDS > 70 ? STEP_SECONDS - 30 : STEP_SECONDS / 2))
+    fi
+    "$PYTHON" bench/two_pass.py --out "$OUT/two-pass.json" "$@"
+}
+
 # Nothing is written into the package here: python bench/tune.py --from tune.json --write does that, on the
 # machine where the package is developed.
 tune() { resuming bench/tune.py "$OUT/tune.json" ${dry_run:+--dry-run}; }
@@ -256,7 +265,7 @@ done
 
 # Few and small files, so that they are easily copied; bench/report.py draws the plots again.
 rm -f "$OUT"/*.part "$OUT"/*.png
-for record in "$OUT"/attn-*.json "$OUT/kv.json"; do
+for record in "$OUT"/attn-*.json "$OUT/kv.json" "$OUT/two-pass.json"; do
     [ -e "$record" ] && "$PYTHON" bench/report.py --show "$record"
 done
 printf '\n%s\n' "results in $OUT:"

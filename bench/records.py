@@ -13,6 +13,10 @@ Records of bench/kv.py ("bench" is "kv") have neither ceilings nor layouts. A ca
 from and a number of tokens; its rows are the loads of ``kv_loads``, floors among them, and carry up to
 three times in ms: ``wall``, on cold caches, from the call until the device is done; ``warm``, the same,
 call upon call; ``device``, on a CUDA device alone, on a cold L2.
+
+Records of bench/two_pass.py ("bench" is "two_pass") have ceilings and no layouts. A case is a model; its
+rows are what ``two_pass.Step`` tells apart, each with ``wall`` in ms: of a batch until all have their
+first token, or of a whole stream. Rows of the engine have ``device`` and ``stages``, without the host.
 """
 
 from __future__ import annotations
@@ -54,6 +58,17 @@ _ROW_KEYS = {"name": str, "ours": bool, "masked": bool, "drop_in": bool, "status
 _KV_CASE_KEYS = {"source": str, "tokens": int, "bytes": int, "rows": list}
 _KV_ROW_KEYS = {"name": str, "kind": str, "checksum": bool, "status": str}
 _KV_KINDS = ("floor", "ours", "rival")
+_TWO_PASS_CASE_KEYS = {"model": str, "title": str, "fits": bool, "rows": list}
+_TWO_PASS_ROW_KEYS = {
+    "name": str,
+    "kind": str,
+    "images": str,
+    "num_voco": int,
+    "batch": int,
+    "compiled": bool,
+    "status": str,
+}
+_TWO_PASS_KINDS = ("answer", "stream")
 _ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -103,6 +118,9 @@ def check(record: dict) -> None:
     if isinstance(record, dict) and record.get("bench") == "kv":
         _check_kv(record)
         return
+    if isinstance(record, dict) and record.get("bench") == "two_pass":
+        _check_two_pass(record)
+        return
     _check_keys(record, _RECORD_KEYS, "record")
     _check_schema(record)
     for case in record["cases"]:
@@ -125,6 +143,19 @@ def _check_kv(record: dict) -> None:
             _check_row(row, where, _KV_ROW_KEYS, ("wall",))
             if row["kind"] not in _KV_KINDS:
                 raise ValueError(f"expected a kind of {_KV_KINDS}, got {row['kind']!r} in {where}")
+
+
+def _check_two_pass(record: dict) -> None:
+    _check_keys(record, {**_COMMON_KEYS, "ceilings": dict}, "record")
+    _check_schema(record)
+    for case in record["cases"]:
+        _check_keys(case, _TWO_PASS_CASE_KEYS, "case")
+        for row in case["rows"]:
+            _check_row(row, case["model"], _TWO_PASS_ROW_KEYS, ("wall",))
+            if row["kind"] not in _TWO_PASS_KINDS:
+                raise ValueError(
+                    f"expected a kind of {_TWO_PASS_KINDS}, got {row['kind']!r} in {case['model']}"
+                )
 
 
 def _check_schema(record: dict) -> None:
@@ -294,4 +325,23 @@ def kv_failures(record: dict) -> list[str]:
         for case in record["cases"]
         for row in case["rows"]
         if row["kind"] != "rival" and row["status"] in ("red", "failed")
+    ]
+
+
+def two_pass_row(case: dict | None, **wanted) -> dict | None:
+    """The first row with these values, if it was timed."""
+    for row in case["rows"] if case else ():
+        if row["status"] == "ok" and all(row[key] == value for key, value in wanted.items()):
+            return row
+    return None
+
+
+def two_pass_failures(record: dict) -> list[str]:
+    """A line for each row that was wrong or raised."""
+    return [
+        f"{case['model']} {row['name']} {row['kind']} batch {row['batch']} VoCo {row['num_voco']}: "
+        f"{row['status']}: {row['reason']}"
+        for case in record["cases"]
+        for row in case["rows"]
+        if row["status"] in ("red", "failed")
     ]

@@ -9,8 +9,8 @@ A text says where a table belongs with two comment lines, ``<!-- bench:NAME:star
 (tables of bench/attn.py on a GPU and on a CPU), ``attn-plot`` (its plots), ``roofline`` (each shape
 under its roof), ``layout`` (making a layout against making a BlockMask), ``shapes`` (what A to G
 are), ``tiles`` (the visible share of what kernels multiply), ``kv`` and ``kv-cpu`` (goals and tables
-of bench/kv.py on a GPU and on a CPU), ``kv-plot`` (its plots). A figure that no record holds is "not
-measured".
+of bench/kv.py on a GPU and on a CPU), ``kv-plot`` (its plots), ``two-pass``, ``two-pass-cpu`` and
+``two-pass-plot`` (likewise of bench/two_pass.py). A figure that no record holds is "not measured".
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ if __name__ == "__main__":
 
 import typer
 
-from bench import kv_report, markdown, plots, records, tiles
+from bench import (
+    kv_report,
+    markdown,
+    plots,
+    records,
+    tiles,
+    two_pass_plots,
+    two_pass_report,
+)
 from bench.markdown import NOT_MEASURED
 from bench.shapes import SIZES
 
@@ -84,6 +92,7 @@ def tables_for(results: Records, text_folder: Path, results_folder: Path) -> dic
     on_gpu = {n: r for n, r in attn.items() if r["environment"]["device"]["type"] == "cuda"}
     on_cpu = {n: r for n, r in attn.items() if n not in on_gpu}
     kv = {name: record for name, record in results.items() if record["bench"] == "kv"}
+    two_pass = {name: record for name, record in results.items() if record["bench"] == "two_pass"}
     return {
         "attn": lambda: attention_tables(on_gpu, "full"),
         "attn-cpu": lambda: attention_tables(on_cpu, "small"),
@@ -95,6 +104,9 @@ def tables_for(results: Records, text_folder: Path, results_folder: Path) -> dic
         "kv": lambda: kv_report.tables(kv, "cuda"),
         "kv-cpu": lambda: kv_report.tables(kv, "cpu"),
         "kv-plot": lambda: kv_plot_links(kv, text_folder, results_folder),
+        "two-pass": lambda: two_pass_report.tables(two_pass, "cuda"),
+        "two-pass-cpu": lambda: two_pass_report.tables(two_pass, "cpu"),
+        "two-pass-plot": lambda: two_pass_plot_links(two_pass, text_folder, results_folder),
     }
 
 
@@ -258,6 +270,21 @@ def kv_plot_links(results: Records, text_folder: Path, results_folder: Path) -> 
     return "\n\n".join(links) or f"Time of a load against its bytes: {NOT_MEASURED}."
 
 
+def two_pass_plot_links(results: Records, text_folder: Path, results_folder: Path) -> str:
+    """The plots of bench/two_pass.py's records, as images."""
+    titles = {
+        "stages": "Time to the first token by stage",
+        "streams": "Answers a second over the share of images that come back",
+    }
+    links = []
+    for name, record in results.items():
+        for what, picture in two_pass_plots.paths(results_folder / name).items():
+            if two_pass_plots.has(record, what):
+                target = Path(os.path.relpath(picture, text_folder)).as_posix()
+                links.append(f"![{titles[what]}, {device_of(record)}]({target})")
+    return "\n\n".join(links) or "\n\n".join(f"{t}: {NOT_MEASURED}." for t in titles.values())
+
+
 def roofline_links(results: Records, text_folder: Path, results_folder: Path) -> str:
     """The roofline plots of all records with ceilings; of the others, what they lack."""
     blocks = []
@@ -327,9 +354,11 @@ def update(root: Path, results_folder: Path, *, check: bool) -> list[Path]:
             if not check:
                 path.write_text(after)
     for name, record in results.items():
+        path = results_folder / name
+        if record["bench"] == "two_pass":
+            stale += _update_two_pass(record, path, check=check)
         if record["bench"] not in ("attn", "kv") or not record["cases"]:
             continue
-        path = results_folder / name
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         is_kv = record["bench"] == "kv"
         pictures = {path.with_suffix(".png"): plots.plot_kv if is_kv else plots.plot_attention}
@@ -340,6 +369,19 @@ def update(root: Path, results_folder: Path, *, check: bool) -> list[Path]:
                 stale.append(picture)
                 if not check:
                     plot(record, picture, metadata={PLOT_SOURCE: digest})
+    return stale
+
+
+def _update_two_pass(record: dict, path: Path, *, check: bool) -> list[Path]:
+    """The plots of a record of bench/two_pass.py that are out of date."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    stale = [
+        picture
+        for what, picture in two_pass_plots.paths(path).items()
+        if two_pass_plots.has(record, what) and plot_source(picture) != digest
+    ]
+    if stale and not check:
+        two_pass_plots.draw(record, path, metadata={PLOT_SOURCE: digest})
     return stale
 
 
@@ -358,6 +400,8 @@ def show(path: Path) -> str:
     record = records.read(path)
     if record["bench"] == "kv":
         return kv_report.show(record)
+    if record["bench"] == "two_pass":
+        return two_pass_report.show(record)
     size = record["settings"]["size"]
     results = {path.name: record}
     blocks = [

@@ -1,0 +1,128 @@
+"""Floating-point operations of a LLaVA's parts, counted from its config.
+
+A product of ``[m, k]`` and ``[k, n]`` is 2 m n k operations: a multiplication and an addition each. What
+isn't a product (norms, softmax, rotation, activations, biases, embedding lookups) is not counted, as in
+``torch.utils.flop_counter``. Each part has two counts:
+
+* ``full``: what torch's counter finds in Transformers' own forward pass of the same tokens, whose
+  attention multiplies all queries with all keys and whose vision tower runs all its layers;
+* ``useful``: pairs of a query and a key that it may see only (DESIGN: what is masked earns no credit),
+  and the vision tower up to the layer whose features are taken.
+
+Padding to the engine's sizes of work is in neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one sequence, or one image.
+
+    Attributes:
+        useful, full: see the module.
+    """
+
+    useful: int
+    full: int
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.useful + other.useful, self.full + other.full)
+
+    def __mul__(self, count: int) -> Flops:
+        return Flops(self.useful * count, self.full * count)
+
+    __rmul__ = __mul__
+
+
+def product(m: int, k: int, n: int) -> Flops:
+    """Of ``[m, k]`` and ``[k, n]``."""
+    return Flops(2 * m * k * n, 2 * m * k * n)
+
+
+def attention(num_heads: int, head_dim: int, visible_pairs: int, all_pairs: int) -> Flops:
+    """Scores and weighted values, 2 head_dim operations each a pair and a head."""
+    each = 4 * num_heads * head_dim
+    return Flops(each * visible_pairs, each * all_pairs)
+
+
+def vision_tower(config, tiles: int = 1) -> Flops:
+    """CLIP's (Radford et al. 2021, arXiv 2103.00020, section 2.4) of a LLaVA's config, for images of
+    one tile or cut into several."""
+    vision = config.vision_config
+    hidden, inner = vision.hidden_size, vision.intermediate_size
+    patches = patches_of(config)
+    tokens = patches + 1  # and the class token
+    # The patch embedding is a convolution with stride = kernel: a product.
+    embedding = product(patches, vision.num_channels * vision.patch_size**2, hidden)
+    heads = vision.num_attention_heads
+    layer = (
+        4 * product(tokens, hidden, hidden)  # q, k, v and the output
+        + attention(heads, hidden // heads, tokens**2, tokens**2)
+        + product(tokens, hidden, inner)
+        + product(tokens, inner, hidden)
+    )
+    layers = vision.num_hidden_layers
+    chosen = config.vision_feature_layer
+    chosen = [chosen] if isinstance(chosen, int) else chosen
+    # States are the embedding's and then each layer's: layers + 1, counted from either end.
+    needed = max(index % (layers + 1) for index in chosen)
+    one = Flops(
+        embedding.useful + needed * layer.useful,
+        embedding.full + layers * layer.full,
+    )
+    return tiles * one
+
+
+def projector(config, tiles: int = 1) -> Flops:
+    """The two linear layers between vision tower and language model (LLaVA-1.5, arXiv 2310.03744,
+    section 3.3), on every patch of every tile."""
+    chosen = config.vision_feature_layer
+    states = 1 if isinstance(chosen, int) else len(chosen)
+    hidden = config.text_config.hidden_size
+    tokens = tiles * (patches_of(config) + (config.vision_feature_select_strategy == "full"))
+    features = states * config.vision_config.hidden_size
+    return product(tokens, features, hidden) + product(tokens, hidden, hidden)
+
+
+def patches_of(config) -> int:
+    """Of one tile."""
+    vision = config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def language(config, new: int, past: int = 0) -> Flops:
+    """The language model's layers on ``new`` tokens behind ``past`` ones whose keys and values are in a
+    cache (Llama, arXiv 2302.13971, section 2.2: gated MLP; grouped-query attention, arXiv 2305.13245).
+    """
+    text = config.text_config
+    hidden, inner = text.hidden_size, text.intermediate_size
+    head_dim = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    visible = new * past + new * (new + 1) // 2
+    layer = (
+        2 * product(new, hidden, queries)  # q and the output
+        + 2 * product(new, hidden, keys)
+        + attention(text.num_attention_heads, head_dim, visible, new * (past + new))
+        + 3 * product(new, hidden, inner)  # gate, up, down
+    )
+    angles = product(head_dim // 2, 1, new)  # of the rotation: positions times frequencies, once
+    return text.num_hidden_layers * layer + angles
+
+
+def head(config, tokens: int = 1) -> Flops:
+    """Logits. The engine, and ``generate``, compute them for a prompt's last token only."""
+    return product(tokens, config.text_config.hidden_size, config.text_config.vocab_size)
+
+
+def see(config, tiles: int = 1) -> Flops:
+    """An image's embeddings: tower and projector."""
+    return vision_tower(config, tiles) + projector(config, tiles)
+
+
+def first_token(config, new: int, past: int = 0) -> Flops:
+    """A prompt's forward pass, up to the logits of its first new token. With ``new`` 1, a decoding
+    step."""
+    return language(config, new, past) + head(config)

@@ -1,0 +1,531 @@
+"""The tables of bench/two_pass.py: goals, floors, the paper's Tables 2 and 7, tokens/s, streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bench import records
+from bench.kv_report import duration
+from bench.markdown import NOT_MEASURED, short, table
+
+STAGES = ("vision", "prefix", "extract", "load", "prefill")
+"""Of the engine, until the first token is chosen, in their order."""
+
+FIRST_FORWARD = ("vision", "prefix", "extract")
+SECOND_FORWARD = ("load", "prefill")
+
+PAPER_TABLE_2 = [
+    "the paper, LLaVA-1.5-7B, A100",
+    "576",
+    "1",
+    "473 ms",
+    "",
+    "366 ms",
+    "356 ms",
+    "10.4 ms",
+]
+"""Supplement, Table 2; its wall time is of whatever their test reads and writes."""
+
+PAPER_TABLE_7 = {
+    "uncached": ["", "", "", "440 ms", "", "", "9.6 TFLOP"],
+    "full cache": ["", "", "", "155 ms", "65%", "302 MB", "1.2 TFLOP"],
+    "voco": ["", "", "", "134 ms", "70%", "0.525 MB", "0.5 TFLOP"],
+}
+"""Table 7, batch 1: CUDA time, cache, FLOPs."""
+
+EXPECTED = {
+    "cuda": ("LLaVA-1.5-7B", "LLaVA-1.6-Mistral-7B", "LLaVA-1.5-13B", "LLaVA-1.6-34B"),
+    "cpu": ("the demo's small LLaVA", "a small LLaVA-NeXT"),
+}
+"""Models that a record of all would hold."""
+
+MODES = {"uncached": "read", "full cache": "stored", "voco": "stored"}
+"""The three that are compared, and where their images come from."""
+
+TITLES = {
+    "uncached": "nothing cached",
+    "full cache": "all tokens cached",
+    "voco": "VoCo cached",
+    "stock generate": "stock `generate`",
+    "voco generate": "`voco_model.generate`",
+}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure to reach.
+
+    Attributes:
+        what, goal: in words; the goal is for LLaVA-1.5-7B on an H200.
+        figure: of a record and one of its cases, in words; None if it wasn't measured.
+    """
+
+    what: str
+    goal: str
+    figure: Callable[[dict, dict], str | None]
+
+
+def weights_ms(record: dict, case: dict) -> float:
+    """To read the language model's weights at the rate at which the same run copied."""
+    # That rate counts what is read and what is written.
+    return 1e-9 * case["language_bytes"] / record["ceilings"]["copy_tb_per_s"]
+
+
+def gemm_ms(record: dict, flops: int) -> float:
+    """For so many operations at the rate at which the same run multiplied."""
+    return 1e-9 * flops / record["ceilings"]["matmul_tflops"]
+
+
+def was_planned(case: dict, **wanted) -> bool:
+    """Whether a row with these values was to be measured, however that went."""
+    return any(all(row[key] == value for key, value in wanted.items()) for row in case["rows"])
+
+
+def answer_row(case: dict | None, name: str, batch: int, num_voco: int, **more) -> dict | None:
+    """The row of a batch; through the compiler where that was timed."""
+    wanted = dict(kind="answer", name=name, batch=batch, num_voco=num_voco, **more)
+    return records.two_pass_row(case, compiled=True, **wanted) or records.two_pass_row(
+        case, compiled=False, **wanted
+    )
+
+
+def same_row(case: dict, name: str, batch: int, compiled: bool) -> dict | None:
+    """A plain LLaVA's row of a batch, compiled or not."""
+    return records.two_pass_row(
+        case, kind="answer", name=name, batch=batch, images=MODES[name], compiled=compiled
+    )
+
+
+def stream_row(case: dict, name: str, share: float | None) -> dict | None:
+    """The row of a stream; through the compiler where that was timed."""
+    wanted = dict(kind="stream", name=name, share=None if name == "stock generate" else share)
+    return records.two_pass_row(case, compiled=True, **wanted) or records.two_pass_row(
+        case, compiled=False, **wanted
+    )
+
+
+def saved(case: dict, batch: int, num_voco: int, name: str = "voco") -> float | None:
+    """By what share of the uncached answer's time the cached one's is lower; both compiled or both
+    not."""
+    for compiled in (True, False):
+        cached = records.two_pass_row(
+            case,
+            kind="answer",
+            name=name,
+            images="stored",
+            batch=batch,
+            num_voco=num_voco,
+            compiled=compiled,
+        )
+        plain = same_row(case, "uncached", batch, compiled)
+        if cached and plain:
+            return 1 - cached["device"]["p50"] / plain["device"]["p50"]
+    return None
+
+
+def stage_ms(row: dict, stages: Sequence[str]) -> float:
+    """Medians of these stages, summed."""
+    return sum(row["stages"][stage]["p50"] for stage in stages if stage in row["stages"])
+
+
+def _first_voco(record: dict) -> int:
+    return record["settings"]["num_voco"][0]
+
+
+def _second_pass(record: dict, case: dict) -> str | None:
+    row = answer_row(case, "voco", 1, _first_voco(record), images="stored")
+    if row is None:
+        return None
+    return f"{stage_ms(row, SECOND_FORWARD) / weights_ms(record, case):.2f}"
+
+
+def _first_pass(record: dict, case: dict) -> str | None:
+    row = answer_row(case, "voco", 1, _first_voco(record), images="new")
+    if row is None:
+        return None
+    floor = gemm_ms(record, row["flops"]["prefix"]["useful"])
+    return f"{stage_ms(row, ('prefix', 'extract')) / floor:.2f}"
+
+
+def _decode_step(record: dict, case: dict) -> str | None:
+    row = answer_row(case, "voco", 1, _first_voco(record), images="stored")
+    if row is None or "decode" not in row:
+        return None
+    return f"{row['decode']['p50'] / weights_ms(record, case):.2f}"
+
+
+def _saved(batch: int) -> Callable[[dict, dict], str | None]:
+    def figure(record: dict, case: dict) -> str | None:
+        share = saved(case, batch, _first_voco(record))
+        return None if share is None else f"{100 * share:.1f}%"
+
+    return figure
+
+
+def _smaller(record: dict, case: dict) -> str | None:
+    full = answer_row(case, "full cache", 1, 0)
+    own = answer_row(case, "voco", 1, _first_voco(record), images="stored")
+    if not full or not own:
+        return None
+    return f"{full['cache_bytes'] / own['cache_bytes']:.0f}"
+
+
+_WEIGHTS = "× the time to read the weights"
+GOALS = [
+    Goal(f"second pass (load and prefill), batch 1: {_WEIGHTS}", "≤ 1.25", _second_pass),
+    Goal("pass 1 without its vision tower, batch 1: × its GEMM floor", "≤ 1.3", _first_pass),
+    Goal("VoCo cached against nothing cached, batch 1: time lower by", "≥ 75%", _saved(1)),
+    Goal("the same, batch 8", "≥ 83%", _saved(8)),
+    Goal("cache of all tokens: × that of the VoCo tokens", "576", _smaller),
+    Goal(f"a decoding step, batch 1: {_WEIGHTS}", "", _decode_step),
+]
+
+
+def tables(results: dict[str, dict], device_type: str) -> str:
+    """For each device of a type its newest record; without any the goals, "not measured".
+
+    Args:
+        results: two_pass records by file name, oldest first.
+        device_type: "cpu" or "cuda".
+    """
+    newest = {}
+    for name, record in results.items():
+        device = record["environment"]["device"]
+        if device["type"] == device_type:
+            newest[device["name"]] = (name, record)
+    if not newest:
+        return _nothing(device_type)
+    return "\n\n".join(_blocks(name, record) for name, record in newest.values())
+
+
+def show(record: dict) -> str:
+    """All tables of one record."""
+    return _blocks("", record)
+
+
+def _nothing(device_type: str) -> str:
+    titles = EXPECTED[device_type]
+    goals = [[goal.what, goal.goal, *[NOT_MEASURED] * len(titles)] for goal in GOALS]
+    rows = []
+    for title in titles:
+        for name in MODES:
+            rows.append([title, "1", TITLES[name], *[NOT_MEASURED] * 7])
+    return "\n\n".join(
+        [
+            f"{NOT_MEASURED.capitalize()} yet.",
+            table(["what", "goal", *titles], goals),
+            table(_TABLE_7, [*rows, *_paper_table_7()], left=3),
+        ]
+    )
+
+
+def _blocks(name: str, record: dict) -> str:
+    blocks = [_origin(name, record), goals_table(record)]
+    absent = [
+        f"{case['title']}: {case['rows'][0]['reason']}."
+        for case in record["cases"]
+        if case["rows"] and not any(row["status"] == "ok" for row in case["rows"])
+    ]
+    blocks += absent
+    for title, made in (
+        ("**Floors**, in the same run", floors_table(record)),
+        (
+            "**Table 2 of the paper's supplement**: one question, the image not seen before",
+            table_2(record),
+        ),
+        (
+            "**Table 7 of the paper**: to the first token, by stage; images come back",
+            table_7(record),
+        ),
+        (
+            "**Writing**, and from the request to the first token on the host's clock",
+            decode_table(record),
+        ),
+        ("**Streams**: answers a second", stream_table(record)),
+        ("**Checks** before the clock", agreement_table(record)),
+    ):
+        if made:
+            blocks += [f"{title}:", made]
+    return "\n\n".join(blocks)
+
+
+def _origin(name: str, record: dict) -> str:
+    environment, settings, ceilings = record["environment"], record["settings"], record["ceilings"]
+    device, versions = environment["device"], environment["versions"]
+    threads = device.get("threads")
+    where = f" (`bench/results/{name}`)" if name else ""
+    on = f" ({threads} thread{'s' if threads > 1 else ''})" if threads else ""
+    product = _rate(ceilings["matmul_tflops"], "FLOP/s")
+    copy = _rate(ceilings["copy_tb_per_s"], "B/s")
+    return (
+        f"{device['name']}{on}, {settings['dtype']}, random weights; {settings['text_tokens']} text "
+        f"tokens, answers of {settings['new_tokens']}; measured in the same run: product {product}, "
+        f"copy {copy}; torch {versions['torch']}, transformers {versions['transformers']}, commit "
+        f"{short(environment['commit'])}, {environment['date'][:10]}{where}."
+    )
+
+
+def _rate(tera: float, unit: str) -> str:
+    return f"{tera:.3g} T{unit}" if tera >= 0.9995 else f"{1e3 * tera:.3g} G{unit}"
+
+
+def _measured(record: dict) -> list[dict]:
+    return [case for case in record["cases"] if "language_bytes" in case]
+
+
+def goals_table(record: dict) -> str:
+    """What was aimed at, and what is reached."""
+    rows = []
+    for goal in GOALS:
+        figures = [
+            (goal.figure(record, case) if "language_bytes" in case else None) or NOT_MEASURED
+            for case in record["cases"]
+        ]
+        rows.append([goal.what, goal.goal, *figures])
+    titles = [case["title"] for case in record["cases"]]
+    return table(["what", "goal (7B, H200)", *titles], rows)
+
+
+def floors_table(record: dict) -> str:
+    """What no implementation can beat at the rates of this run, beside what was measured."""
+    rows = []
+    first = _first_voco(record)
+    for case in _measured(record):
+        new = answer_row(case, "voco", 1, first, images="new")
+        stored = answer_row(case, "voco", 1, first, images="stored")
+        plain = answer_row(case, "uncached", 1, 0)
+        for what, row, stages, flops in (
+            ("vision tower", new, ("vision",), "vision"),
+            ("pass 1, prefix", new, ("prefix", "extract"), "prefix"),
+            ("pass 2, load and prefill", stored, SECOND_FORWARD, "prefill"),
+            ("nothing cached, prefill", plain, ("prefill",), "prefill"),
+        ):
+            if row is None:
+                rows.append([case["title"], what, *[NOT_MEASURED] * 4])
+                continue
+            useful = gemm_ms(record, row["flops"][flops]["useful"])
+            weights = None if what == "vision tower" else weights_ms(record, case)
+            floor = max(useful, weights or 0.0)
+            took = stage_ms(row, stages)
+            rows.append(
+                [
+                    case["title"],
+                    what,
+                    duration(useful),
+                    "" if weights is None else duration(weights),
+                    duration(took),
+                    f"{took / floor:.2f}",
+                ]
+            )
+    header = ["model", "what", "its FLOPs", "its weights, read", "measured", "× the larger floor"]
+    return table(header, rows, left=2) if rows else ""
+
+
+def table_2(record: dict) -> str:
+    """Totals of one answer's first token, and the two passes."""
+    rows = []
+    for case in _measured(record):
+        stock = answer_row(case, "stock generate", 1, 0)
+        plain = answer_row(case, "uncached", 1, 0)
+        for count in record["settings"]["num_voco"]:
+            new = answer_row(case, "voco", 1, count, images="new")
+            forwards = [
+                duration(stage_ms(new, stages)) if new else NOT_MEASURED
+                for stages in (FIRST_FORWARD, SECOND_FORWARD)
+            ]
+            walls = [
+                duration(row["wall"]["p50"]) if row else NOT_MEASURED for row in (stock, plain, new)
+            ]
+            rows.append([case["title"], str(case["vision_tokens"]), str(count), *walls, *forwards])
+    header = [
+        "model",
+        "vision tokens",
+        "VoCo tokens",
+        "plain, stock `generate`",
+        "plain, engine",
+        "VoCo, engine",
+        "first forward",
+        "second forward",
+    ]
+    return table(header, [*rows, PAPER_TABLE_2]) if rows else ""
+
+
+_TABLE_7 = [
+    "model",
+    "batch",
+    "cached",
+    "image encoding",
+    "cache load",
+    "transformer forward",
+    "in all (p20 to p80)",
+    "lower by",
+    "cache an image",
+    "FLOPs a request: all (useful)",
+]
+
+
+def _paper_table_7() -> list[list[str]]:
+    return [["the paper, A100", "1", TITLES[name], *PAPER_TABLE_7[name]] for name in MODES]
+
+
+def table_7(record: dict) -> str:
+    """By mode, batch and number of VoCo tokens."""
+    rows = []
+    for case in _measured(record):
+        for batch in record["settings"]["batches"]:
+            for name, images in MODES.items():
+                for count in record["settings"]["num_voco"] if name == "voco" else [0]:
+                    which = dict(name=name, batch=batch, num_voco=count, images=images)
+                    if not was_planned(case, kind="answer", **which):
+                        continue
+                    row = answer_row(case, **which)
+                    title = f"{count} {TITLES[name]}" if count else TITLES[name]
+                    cells = _table_7_cells(case, row, batch, count)
+                    rows.append([case["title"], str(batch), title, *cells])
+    return table(_TABLE_7, [*rows, *_paper_table_7()], left=3) if rows else ""
+
+
+def _table_7_cells(case: dict, row: dict | None, batch: int, num_voco: int) -> list[str]:
+    if row is None:
+        return [NOT_MEASURED] * 7
+    stages = [
+        duration(row["stages"][stage]["p50"]) if stage in row["stages"] else ""
+        for stage in ("vision", "load", "prefill")
+    ]
+    low, high = (duration(row["device"][at]) for at in ("p20", "p80"))
+    share = None
+    if row["name"] != "uncached":
+        share = saved(case, batch, num_voco, row["name"])
+    counts = [sum(part[kind] for part in row["flops"].values()) for kind in ("full", "useful")]
+    compiled = ", compiled" if row["compiled"] else ""
+    return [
+        *stages,
+        f"{duration(row['device']['p50'])} ({low} to {high}{compiled})",
+        "" if share is None else f"{100 * share:.1f}%",
+        _bytes(row["cache_bytes"]) if row["cache_bytes"] else "",
+        f"{_flops(counts[0])} ({_flops(counts[1])})",
+    ]
+
+
+def decode_table(record: dict) -> str:
+    """First tokens on the host's clock, tokens a second behind them, and memory."""
+    rows = []
+    on_gpu = record["environment"]["device"]["type"] == "cuda"
+    first = _first_voco(record)
+    names = [("stock generate", "read", 0), ("voco generate", "stored", first)]
+    names += [(name, images, first if name == "voco" else 0) for name, images in MODES.items()]
+    for case in _measured(record):
+        for batch in record["settings"]["batches"]:
+            for name, images, count in names:
+                which = dict(name=name, batch=batch, num_voco=count, images=images)
+                if not was_planned(case, kind="answer", **which):
+                    continue
+                row = answer_row(case, **which)
+                title = f"engine, {TITLES[name]}" if name in MODES else TITLES[name]
+                rows.append([case["title"], str(batch), title, *_decode_cells(record, case, row)])
+                if not on_gpu:
+                    rows[-1].pop()
+    header = [
+        "model",
+        "batch",
+        "what",
+        "first token",
+        "a step behind",
+        "× reading the weights",
+        "tokens/s",
+        "cache of the engine",
+        "peak memory",
+    ]
+    return table(header if on_gpu else header[:-1], rows, left=3) if rows else ""
+
+
+def _decode_cells(record: dict, case: dict, row: dict | None) -> list[str]:
+    if row is None:
+        return [NOT_MEASURED] * 6
+    step = row.get("decode")
+    return [
+        duration(row["wall"]["p50"]),
+        duration(step["p50"]) if step else "",
+        f"{step['p50'] / weights_ms(record, case):.2f}" if step else "",
+        three(row["tokens_per_s"]) if "tokens_per_s" in row else NOT_MEASURED,
+        _bytes(row["kv_bytes"]) if "kv_bytes" in row else "",
+        _bytes(row["peak_bytes"]) if row["peak_bytes"] else "",
+    ]
+
+
+def stream_table(record: dict) -> str:
+    """Answers a second by the share of images that come back."""
+    shares = record["settings"]["shares"]
+    rows = []
+    for case in _measured(record) if shares else []:
+        for name in ("stock generate", *MODES):
+            if not was_planned(case, kind="stream", name=name):
+                continue
+            cells = []
+            for share in shares:
+                row = stream_row(case, name, share)
+                cells.append(three(row["answers_per_s"]) if row else NOT_MEASURED)
+            title = f"engine, {TITLES[name]}" if name in MODES else TITLES[name]
+            rows.append([case["title"], title, *cells])
+    header = ["model", "what", *(f"r = {share:g}" for share in shares)]
+    return table(header, rows, left=2) if rows else ""
+
+
+def agreement_table(record: dict) -> str:
+    """Of each engine that was timed, how far its answers were those of ``generate``."""
+    rows = []
+    for case in _measured(record):
+        seen = set()
+        for row in case["rows"]:
+            which = (row["name"], row["num_voco"], row["compiled"])
+            found = row.get("agreement")
+            if not found or row["name"] not in MODES or which in seen:
+                continue
+            seen.add(which)
+            title = (
+                f"{row['num_voco']} {TITLES[row['name']]}"
+                if row["num_voco"]
+                else TITLES[row["name"]]
+            )
+            noise = found["noise"]
+            rows.append(
+                [
+                    case["title"],
+                    f"{title}, compiled" if row["compiled"] else title,
+                    f"{found['first_identical']} of {found['answers']}",
+                    f"{found['identical']} of {found['tokens']}",
+                    f"{found['gap']:.2g}",
+                    f"{noise:.2g}"
+                    if noise is not None
+                    else f"{NOT_MEASURED}: {found['noise_reason']}",
+                ]
+            )
+    header = [
+        "model",
+        "engine",
+        "first tokens as by `generate`",
+        "all tokens",
+        "logit below the largest",
+        "noise of the logits",
+    ]
+    return table(header, rows, left=2) if rows else ""
+
+
+def three(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
+
+
+def _bytes(count: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if count >= 0.9995 * factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
+def _flops(count: float) -> str:
+    for unit, factor in (("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if count >= 0.9995 * factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count / 1e6:.3g} MFLOP"
