@@ -100,9 +100,11 @@ class Scheduler:
                 missing = [job for work in self._waiting for job in work.jobs if job.missing]
                 progressed |= self._read_images(missing)
                 progressed |= self._let_in()
+                self._hand_out()  # first tokens don't wait for a decoding step
             if self._second.busy:
                 progressed = True
                 self._write()
+                self._hand_out()
             return progressed
 
     def warm_decode(self, rows: int, greedy: bool) -> None:
@@ -211,7 +213,8 @@ class Scheduler:
             for work in self._second.owners():
                 self._second.leave(work)
                 self.fail(work.ticket, failure)
-            return
+
+    def _hand_out(self) -> None:
         for work, token in self._second.arrived():
             if not work.ticket.done:
                 self._take(work, token)
