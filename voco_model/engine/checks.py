@@ -25,10 +25,15 @@ _UNHEEDED = {
     "guidance_scale": (None, 1.0),
     "num_beams": (None, 1),
     "stop_strings": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "watermarking_config": (None,),
+    "remove_invalid_values": (None, False),
+    "forced_decoder_ids": (None,),
+    "max_time": (None,),
 }
 
 
-def check_parts(model, processor, mode: str) -> None:
+def check_parts(model, processor, store: Store | None, mode: str) -> None:
     """Raise ``TypeError`` or ``ValueError`` for parts that an engine can't be made of."""
     if not is_enabled(model):
         raise ValueError(
@@ -46,6 +51,10 @@ def check_parts(model, processor, mode: str) -> None:
     if getattr(processor, "tokenizer", None) is None:
         raise TypeError(
             f"expected the processor that was given to enable, got {type(processor).__name__}"
+        )
+    if store is not None and not isinstance(store, Store):
+        raise TypeError(
+            f"expected a store or None, got {type(store).__name__}; open one with KVStore.open(url)"
         )
     if mode not in MODES:
         raise ValueError(f"expected mode to be one of {', '.join(MODES)}, got {mode!r}")
@@ -69,24 +78,18 @@ def cast(model, dtype: torch.dtype) -> None:
 
 
 def check_rotary(model) -> None:
-    """Raise ``ValueError`` for a model whose rotation a CUDA graph can't record."""
+    """Raise ``ValueError`` for a model whose rotation depends on the length of what it reads."""
     kind = getattr(model.model.language_model.rotary_emb, "rope_type", "default")
     if kind in ("dynamic", "longrope"):
         raise ValueError(
-            f"expected a rotation with fixed frequencies for CUDA graphs, got rope_type {kind!r}, whose "
-            "frequencies are worked out on the host; make the engine with graphs=False, compiled=False"
+            f"expected a rotation with fixed frequencies, got rope_type {kind!r}: an answer would "
+            "depend on the length of the prompts beside it; use voco_model.generate"
         )
 
 
 def check_store(store: Store | None, fingerprint: str) -> None:
-    """Raise ``TypeError`` or ``ValueError`` for a store that wouldn't take this model's entries."""
-    if store is None:
-        return
-    if not isinstance(store, Store):
-        raise TypeError(
-            f"expected a store or None, got {type(store).__name__}; open one with KVStore.open(url)"
-        )
-    if store.fingerprint not in (None, fingerprint):
+    """Raise ``ValueError`` for a store that wouldn't take this model's entries."""
+    if store is not None and store.fingerprint not in (None, fingerprint):
         raise ValueError(
             f"expected a store for the model with fingerprint {fingerprint!r}, got one for "
             f"{store.fingerprint!r}; open it with fingerprint=voco_model.fingerprint(model)"
@@ -112,4 +115,4 @@ def check_counts(**counts: int | None) -> None:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"expected {name} >= 1, got {value!r}")
+            raise ValueError(f"expected an int {name} >= 1, got {value!r}")

@@ -36,6 +36,7 @@ from voco_model.engine.request import Answer, Request, RequestError, Sampling
 from voco_model.engine.scheduler import EngineStats, Scheduler
 from voco_model.engine.second_pass import SecondPass
 from voco_model.engine.ticket import Ticket
+from voco_model.engine.work_stream import WorkStream
 from voco_model.fingerprint import fingerprint as fingerprint_of
 from voco_model.image_key import image_key
 from voco_model.kv_store.base import Store
@@ -45,6 +46,8 @@ from voco_model.prompt import Turns, image_part
 # Threads that prepare requests for answer_many, ahead of those that are being answered.
 _PREPARING_THREADS = 2
 _IDLE_SECONDS = 0.0005
+# Images whose pixels compress() holds at once.
+_PREPARED_IMAGES = 64
 _NO_MORE = object()
 
 
@@ -122,7 +125,7 @@ class TwoPassEngine:
         lag: int | None = None,
         profile: bool = False,
     ) -> None:
-        check_parts(model, processor, mode)
+        check_parts(model, processor, store, mode)
         check_counts(
             max_batch=max_batch,
             max_new_tokens=max_new_tokens,
@@ -130,14 +133,14 @@ class TwoPassEngine:
             num_voco=num_voco,
             max_prompt_tokens=max_prompt_tokens,
         )
-        if lag is not None and (not isinstance(lag, int) or lag < 0):
+        check_rotary(model)
+        suppressed = suppressed_ids(model)
+        if lag is not None and (isinstance(lag, bool) or not isinstance(lag, int) or lag < 0):
             raise ValueError(f"expected lag >= 0, got {lag!r}")
         on_gpu = model.device.type == "cuda"
         graphs = on_gpu if graphs is None else graphs
         if graphs and not on_gpu:
             raise ValueError(f"expected a model on CUDA for graphs, got one on {model.device}")
-        if graphs:
-            check_rotary(model)
         if dtype is not None:
             if not isinstance(dtype, torch.dtype):
                 raise TypeError(f"expected dtype as a torch.dtype, got {dtype!r}")
@@ -145,7 +148,6 @@ class TwoPassEngine:
         if fingerprint is None:
             fingerprint = "" if store is None else fingerprint_of(model)
         check_store(store, fingerprint)
-        suppressed = suppressed_ids(model)
         self.model, self.processor, self.store, self.mode = model, processor, store, mode
         self.num_voco: int = model.config.num_voco if num_voco is None else num_voco
         self.max_batch, self.max_new_tokens = max_batch, max_new_tokens
@@ -184,6 +186,7 @@ class TwoPassEngine:
             partial(prepare_pixels, processor),
             "" if mode == "voco" else f" {mode}",
             fingerprint,
+            shared=mode != "uncached",
         )
         self._scheduler = Scheduler(
             first,
@@ -192,7 +195,10 @@ class TwoPassEngine:
             keeps_entries=mode != "uncached",
             max_prompt_tokens=self.max_prompt_tokens,
             stop_ids=stop_ids,
+            on_stream=WorkStream(model.device),
         )
+        if on_gpu:  # what was made here lies on another stream than what comes
+            torch.cuda.synchronize(model.device)
         self._closed = False
 
     # ---- questions
@@ -298,17 +304,21 @@ class TwoPassEngine:
             )
         self._check_open()
         slot = self._plan("", 1).images[0]
-        jobs = [
-            self._images.job(image, slot, first=True, key=key)
-            for image, key in _with_keys(_as_list(images), keys)
-        ]
-        while waiting := [job for job in jobs if not job.ready]:
-            for job in waiting:
-                if job.error is not None:
-                    raise job.error
-            if not self._scheduler.read(waiting):
-                time.sleep(_IDLE_SECONDS)  # another thread is preparing it
-        return [job.entry for job in jobs]
+        paired = _with_keys(_as_list(images), keys)
+        entries: list[CompactKV] = []
+        for start in range(0, len(paired), _PREPARED_IMAGES):  # pixels take memory
+            jobs = [
+                self._job(image, slot, 0, key)
+                for image, key in paired[start : start + _PREPARED_IMAGES]
+            ]
+            while waiting := [job for job in jobs if not job.ready]:
+                for job in waiting:
+                    if job.error is not None:
+                        raise job.error
+                if not self._scheduler.read(waiting):
+                    time.sleep(_IDLE_SECONDS)  # another thread is preparing it
+            entries += [job.entry for job in jobs]
+        return entries
 
     # ---- running
 
@@ -380,15 +390,15 @@ class TwoPassEngine:
         """What the engine has done so far."""
         return self._scheduler.stats()
 
-    def flush(self) -> None:
-        """Waits until the store has what pass 1 made."""
-        self._images.flush()
+    def flush(self, timeout: float | None = None) -> bool:
+        """Waits until the store has what pass 1 made; whether that was within ``timeout`` seconds."""
+        return self._images.flush(timeout)
 
-    def close(self) -> None:
+    def close(self, timeout: float | None = None) -> bool:
         """Fails what is still waiting, and flushes. The store stays open."""
         self._closed = True
-        self._scheduler.cancel_all()
-        self._images.close()
+        self._scheduler.close()
+        return self._images.close(timeout)
 
     def __enter__(self) -> TwoPassEngine:
         return self
@@ -425,10 +435,20 @@ class TwoPassEngine:
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         sampling = replace(sampling, max_new_tokens=new, seed=seed)
         try:
-            images = _with_keys(_as_list(request.images), request.keys)
+            images = _as_list(request.images)
+        except Exception as error:  # an iterator that opens files may raise anything
+            told = str(error)
+            if not told.startswith("expected"):
+                told = f"expected images that can be listed, got {type(error).__name__}: {told}"
+            raise RequestError("image", told) from error
+        try:
+            images = _with_keys(images, request.keys)
             plan = self._plan(request.text, len(images))
-        except (ValueError, TypeError) as error:
-            raise RequestError("prompt", str(error)) from error
+        except Exception as error:
+            told = str(error)
+            if not told.startswith("expected"):  # a tokenizer's
+                told = f"expected text that the tokenizer takes, got {type(error).__name__}: {told}"
+            raise RequestError("prompt", told) from error
         if not plan.text:
             raise RequestError("prompt", "expected at least one token of text, got none")
         if len(images) > 1:
@@ -454,7 +474,7 @@ class TwoPassEngine:
 
     def _job(self, image: Any, slot: ImageSlot, place: int, key: str | None) -> ImageJob:
         job = self._images.job(image, slot, first=place == 0, key=key)
-        if job.entry is not None and self.mode == "voco":
+        if job.from_store and self.mode == "voco":
             kept = job.entry.num_tokens
             if kept != self.num_voco:
                 raise RequestError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class FirstPass:
         self._fingerprint = fingerprint
         self._rope = rope_of(self._base.language_model)
         self._cache: RowCache | None = None
-        self._buffers: dict[Any, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
 
     @property
     def cache_bytes(self) -> int:
@@ -124,9 +125,8 @@ class FirstPass:
             rows, width = min(bucket(len(lengths)), self.max_images), max(lengths)
             if self._tiled:
                 width = min(-(-width // _GRAIN) * _GRAIN, self._slots)
-            embeds = self._buffer(
-                ("prefix", rows, width), (rows, width, self._language.hidden_size)
-            )
+            embeds = self._front("prefix", (rows, width, self._language.hidden_size))
+            embeds.zero_()  # what an earlier image left may be no number
             for row, (feature, slot) in enumerate(zip(features, slots, strict=True)):
                 embeds[row, : lengths[row]] = self.join([slot.before, feature, slot.behind])
             self._programs.run(("prefix", rows, width), lambda: self._read_prefix(embeds))
@@ -160,7 +160,7 @@ class FirstPass:
 
     def _embed_tiles(self, tiles: Tensor) -> Tensor:
         count = bucket(tiles.shape[0])
-        pixels = self._buffer(("pixels", count), (count, *tiles.shape[1:]))
+        pixels = self._front("pixels", (count, *tiles.shape[1:]))
         pixels[: tiles.shape[0]] = tiles.to(pixels.dtype).to(pixels.device, non_blocking=True)
         embedded = self._programs.run(("vision", count), lambda: self._see(pixels))
         # The next run of a program may write over what this one returned.
@@ -181,12 +181,15 @@ class FirstPass:
         step = Step(torch.arange(rows, device=device), positions, span=None)
         self._language.forward(self._cache, step, embeds, positions)
 
-    def _buffer(self, key: Any, shape: tuple[int, ...]) -> Tensor:
-        if key not in self._buffers:
-            self._buffers[key] = torch.zeros(
-                shape, dtype=self._language.dtype, device=self._language.device
+    def _front(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of this shape at the front of one buffer for all shapes: graphs know its address."""
+        if name not in self._buffers:
+            most = self.max_images * self._slots if name == "prefix" else _MAX_TILES
+            each = shape[1:] if name == "pixels" else shape[2:]
+            self._buffers[name] = torch.zeros(
+                most * prod(each), dtype=self._language.dtype, device=self._language.device
             )
-        return self._buffers[key]
+        return self._buffers[name][: prod(shape)].view(shape)
 
 
 def max_image_tokens(config) -> int:

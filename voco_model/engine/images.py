@@ -6,9 +6,8 @@ import hashlib
 import logging
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,8 +23,10 @@ from voco_model.kv_store.base import Store
 
 logger = logging.getLogger("voco_model.engine")
 
-# Entries that wait to be written, at most; then pass 1 waits for the store.
-_MAX_UNWRITTEN = 16
+# Entries that wait to be written, at most: one more is not kept. New images wait for the store, but not
+# for ever, when half as many do.
+_MAX_UNWRITTEN = 64
+_PATIENCE = 5.0
 
 
 @dataclass(eq=False)
@@ -69,7 +70,8 @@ class Images:
         key_of: an image's key where the request brings none.
         prepare: an image's pixels for the first pass.
         variant: told into the keys of entries that ``compress`` wouldn't make.
-        fingerprint: of the model, written into entries.
+        shared: whether requests share an image's job; otherwise each reads it anew, and there is no
+        store. fingerprint: of the model, written into entries.
     """
 
     def __init__(
@@ -79,17 +81,20 @@ class Images:
         prepare: Callable[[Any], Pixels],
         variant: str,
         fingerprint: str,
+        *,
+        shared: bool = True,
     ) -> None:
-        self._store = store
+        self._store = store if shared else None
+        self._shared = shared
         self._key_of = key_of if store is not None else pixel_digest
         self._prepare = prepare
         self._variant = variant
         self._fingerprint = fingerprint
         self._jobs: weakref.WeakValueDictionary[str, ImageJob] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
-        self._decoding = threading.Lock()
         self._writer: ThreadPoolExecutor | None = None
-        self._unwritten: deque[Future] = deque()
+        self._unwritten: list[Future] = []
+        self._closed = False
         self.put_failures = 0
 
     def job(self, image: Any, slot: ImageSlot, *, first: bool, key: str | None) -> ImageJob:
@@ -98,6 +103,8 @@ class Images:
         Raises:
             RequestError: an image that can't be read, or a store that raised.
         """
+        if not self._shared:
+            return ImageJob("", slot, self._of_image(image, self._prepare), prepared=True)
         if key is None:
             key = self._of_image(image, self._key_of)
         key = self._placed(key, first)
@@ -107,6 +114,7 @@ class Images:
                 return job
             job = self._jobs[key] = ImageJob(key, slot)
         try:
+            self._let_writer_catch_up()
             job.entry = self._look_up(key)
             job.from_store = job.entry is not None
             if job.entry is None:
@@ -120,16 +128,21 @@ class Images:
 
     def keep(self, job: ImageJob, entry: CompactKV) -> None:
         """Gives a job its entry, and writes it to the store behind the answer."""
-        job.pixels = None
         job.entry = replace(entry, key=job.key, fingerprint=self._fingerprint)
+        job.pixels = None
         if self._store is None or not job.key:
             return
-        if self._writer is None:
-            self._writer = ThreadPoolExecutor(1, thread_name_prefix="voco-store-writer")
-        while len(self._unwritten) >= _MAX_UNWRITTEN:
-            self._unwritten.popleft().result()
-        # The job goes along: until its entry is written, it must be found here.
-        self._unwritten.append(self._writer.submit(self._write, job))
+        with self._lock:
+            self._unwritten = [future for future in self._unwritten if not future.done()]
+            if self._closed or len(self._unwritten) >= _MAX_UNWRITTEN:
+                self._not_kept(
+                    job, "the engine is closed" if self._closed else "the store is behind"
+                )
+                return
+            if self._writer is None:
+                self._writer = ThreadPoolExecutor(1, thread_name_prefix="voco-store-writer")
+            # The job goes along: until its entry is written, it must be found here.
+            self._unwritten.append(self._writer.submit(self._write, job))
 
     def fail(self, job: ImageJob, error: RequestError) -> None:
         job.error = error
@@ -141,15 +154,31 @@ class Images:
             if self._jobs.get(job.key) is job:
                 del self._jobs[job.key]
 
-    def flush(self) -> None:
-        """Waits until every entry is written, or couldn't be."""
-        while self._unwritten:
-            self._unwritten.popleft().result()
+    def flush(self, timeout: float | None = None) -> bool:
+        """Waits until every entry is written, or couldn't be; whether that was within ``timeout``."""
+        with self._lock:
+            pending = [future for future in self._unwritten if not future.done()]
+        return not wait(pending, timeout).not_done
 
-    def close(self) -> None:
-        self.flush()
+    def close(self, timeout: float | None = None) -> bool:
+        """Writes what there is; whether that was done within ``timeout``."""
+        with self._lock:
+            self._closed = True
+        done = self.flush(timeout)
         if self._writer is not None:
-            self._writer.shutdown()
+            self._writer.shutdown(wait=done, cancel_futures=True)
+        given_up = sum(future.cancelled() for future in self._unwritten)
+        if given_up:
+            self.put_failures += given_up
+            logger.warning("%d entries could not be stored: the store hangs", given_up)
+        return done
+
+    def _let_writer_catch_up(self) -> None:
+        # Here, in the thread of who brings a new image: the engine itself waits for no store.
+        with self._lock:
+            pending = [future for future in self._unwritten if not future.done()]
+        if len(pending) >= _MAX_UNWRITTEN // 2:
+            wait(pending[:1], _PATIENCE)
 
     def _placed(self, key: str, first: bool) -> str:
         # What stands first has BOS before it: what stands later has another entry.
@@ -179,9 +208,8 @@ class Images:
     def _of_image(self, image: Any, function: Callable[[Any], Any]) -> Any:
         try:
             if isinstance(image, Image.Image):
-                with (
-                    self._decoding
-                ):  # a file that is open but not read can't be read by two at once
+                # A file that is open but not read can't be read by two threads at once.
+                with image.__dict__.setdefault("_voco_decoding", threading.Lock()):
                     image.load()
             return function(image)
         except Exception as error:  # a decoder may raise anything
@@ -191,8 +219,11 @@ class Images:
         try:
             self._store.put(job.entry)
         except Exception as error:  # the answer stands; the next request compresses again
-            self.put_failures += 1
-            logger.warning("the entry of image %s could not be stored: %s", job.key, error)
+            self._not_kept(job, error)
+
+    def _not_kept(self, job: ImageJob, why: Any) -> None:
+        self.put_failures += 1
+        logger.warning("the entry of image %s could not be stored: %s", job.key, why)
 
 
 def _unreadable(image: Any, error: Exception) -> RequestError:

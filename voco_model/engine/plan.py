@@ -125,7 +125,9 @@ def _check_messages(messages: Sequence[Mapping]) -> None:
         content = message.get("content") if isinstance(message, Mapping) else None
         parts = [] if isinstance(content, str) else content
         if not isinstance(parts, Sequence) or any(
-            not isinstance(part, Mapping) or (part.get("type") == "text" and "text" not in part)
+            not isinstance(part, Mapping)
+            or not isinstance(part.get("type"), str)
+            or (part["type"] == "text" and not isinstance(part.get("text"), str))
             for part in parts
         ):
             raise ValueError(

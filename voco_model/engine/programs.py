@@ -22,10 +22,11 @@ class Programs:
     """
 
     def __init__(self, device: torch.device, graphs: bool, guarded: tuple[Tensor, ...]) -> None:
-        self._device = device
         self._graphs = graphs
         self._guarded = guarded
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
+        # torch's own capture stream belongs to the device that was the first to need it.
+        self._stream = torch.cuda.Stream(device) if graphs else None
         self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
 
     def __len__(self) -> int:
@@ -44,16 +45,17 @@ class Programs:
 
     def _record(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         before = [tensor.clone() for tensor in self._guarded]
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):  # compiles, chooses kernels, makes workspaces
-            for _ in range(_WARM_UPS):
+        for _ in range(_WARM_UPS):  # compiles, chooses kernels, makes workspaces
+            try:
                 function()
+            finally:
                 for tensor, value in zip(self._guarded, before, strict=True):
                     tensor.copy_(value)
-        torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may allocate and copy meanwhile: the store's writer does.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
             outputs = function()
         return graph, outputs
 

@@ -113,7 +113,7 @@ class RowCache(Cache):
         self.memory[:, :, target, :, :slots] = self.memory[:, :, source, :, :slots]
 
     def clear_row(self, row: int) -> None:
-        """Zeros. A masked slot counts for nothing, unless what it holds is no number."""
+        """Zeros."""
         self.memory[:, :, row] = 0
 
     @property

@@ -16,6 +16,14 @@ from voco_model.engine.prompts import Work, failure_of, kind_of, prompt_of
 from voco_model.engine.request import RequestError
 from voco_model.engine.second_pass import BROKEN, Prompt, SecondPass
 from voco_model.engine.ticket import Ticket
+from voco_model.engine.work_stream import WorkStream
+
+_CANCELLED = "expected a request that is waited for, got one that was cancelled; submit it again"
+_CLOSED = "expected an open engine, got one that was closed; make another"
+_NO_NUMBERS = (
+    "expected finite keys and values of an image, got NaN or infinity; look for an overflow of the "
+    "model's dtype"
+)
 
 
 @dataclass
@@ -53,6 +61,7 @@ class Scheduler:
         keeps_entries: whether the first pass makes entries; otherwise images are only embedded.
         max_prompt_tokens: slots of a prompt, at most.
         stop_ids: that end an answer.
+        on_stream: what device work is done inside of.
     """
 
     def __init__(
@@ -64,6 +73,7 @@ class Scheduler:
         keeps_entries: bool,
         max_prompt_tokens: int,
         stop_ids: Sequence[int],
+        on_stream: WorkStream,
     ) -> None:
         self._first = first_pass
         self._second = second_pass
@@ -73,11 +83,17 @@ class Scheduler:
         self._stop_ids = frozenset(stop_ids)
         self._waiting: deque[Work] = deque()
         self._lock = threading.RLock()
+        self._on_stream = on_stream
+        self._arrived: deque[tuple[Work, int]] = deque()
+        self._closed = False
         self._stats = EngineStats()
 
     def add(self, works: Iterable[Work]) -> None:
         with self._lock:
             for work in works:
+                if self._closed:
+                    self.fail(work.ticket, RequestError("cancelled", _CLOSED))
+                    continue
                 self._waiting.append(work)
                 self._stats.images_from_store += work.from_store
 
@@ -88,12 +104,12 @@ class Scheduler:
 
     def read(self, jobs: Sequence[ImageJob]) -> bool:
         """Pass 1 of those of these images that need it, up to a batch; whether there were any."""
-        with self._lock, torch.no_grad():
+        with self._lock, torch.no_grad(), self._on_stream():
             return self._read_images([job for job in jobs if job.missing])
 
     def step(self) -> bool:
         """A little of everything; whether there was anything to do."""
-        with self._lock, torch.no_grad():
+        with self._lock, torch.no_grad(), self._on_stream():
             self._drop_cancelled()
             progressed = False
             if self._waiting and self._second.free_rows:
@@ -109,12 +125,14 @@ class Scheduler:
 
     def warm_decode(self, rows: int, greedy: bool) -> None:
         """Record decoding of this many rows, if nobody is being answered."""
-        with self._lock, torch.no_grad():
+        with self._lock, torch.no_grad(), self._on_stream():
             if not self._second.busy:
                 self._second.warm_decode(rows, greedy)
 
-    def cancel_all(self) -> None:
-        with self._lock:
+    def close(self) -> None:
+        """Gives up what waits and what comes."""
+        with self._lock, self._on_stream():
+            self._closed = True
             for work in [*self._waiting, *self._second.owners()]:
                 work.ticket.cancel()
             self._drop_cancelled()
@@ -137,7 +155,7 @@ class Scheduler:
             self._second.leave(work)
         for work in [*gone, *running]:
             if not work.ticket.done:
-                self.fail(work.ticket, RequestError("cancelled", "the request was given up"))
+                self.fail(work.ticket, RequestError("cancelled", _CANCELLED))
 
     def _read_images(self, missing: Sequence[ImageJob]) -> bool:
         """Pass 1 of the first of these, up to a batch; whether there were any."""
@@ -164,8 +182,12 @@ class Scheduler:
                 job.features, job.pixels = feature.clone(), None
         else:
             entries = self._first.entries(features, [job.slot for job in batch])
-            for job, entry in zip(batch, entries, strict=True):
-                self._images.keep(job, entry)
+            sound = torch.stack([entry.kv.isfinite().all() for entry in entries]).tolist()
+            for job, entry, is_sound in zip(batch, entries, sound, strict=True):
+                if is_sound:
+                    self._images.keep(job, entry)
+                else:
+                    self._images.fail(job, RequestError("image", _NO_NUMBERS))
         self._stats.images_read += len(batch)
 
     def _let_in(self) -> bool:
@@ -215,22 +237,29 @@ class Scheduler:
                 self.fail(work.ticket, failure)
 
     def _hand_out(self) -> None:
-        for work, token in self._second.arrived():
-            if not work.ticket.done:
+        self._arrived.extend(self._second.arrived())
+        while self._arrived:
+            work, token = self._arrived.popleft()
+            if work.ticket.done:
+                continue
+            try:
                 self._take(work, token)
+            except Exception as error:
+                self._second.leave(work)
+                self.fail(work.ticket, failure_of(error, "writing an answer down"))
 
     def _take(self, work: Work, token: int) -> None:
         ticket, sampling = work.ticket, work.sampling
         if token == BROKEN:
-            self._second.leave(work, broken=True)
+            self._second.leave(work)
             for job in work.jobs:
                 self._images.forget(job)
             self.fail(
                 ticket,
                 RequestError(
                     "internal",
-                    "expected finite logits, got NaN or infinity; look for it in the image's values, "
-                    "in its entry in the store, or for an overflow of the model's dtype",
+                    "expected finite logits, got NaN or infinity; look for it in the image's entry in "
+                    "the store, or for an overflow of the model's dtype",
                 ),
             )
             return
@@ -243,6 +272,6 @@ class Scheduler:
             reason = "length"
         else:
             return
-        self._second.leave(work)
+        self._second.leave(work, sound=True)
         ticket.finish(reason, prompt_tokens=work.prompt_tokens, from_store=work.from_store)
         self._stats.answered += 1

@@ -129,6 +129,9 @@ class SecondPass:
         self.programs = Programs(device, graphs, (self._state, self._floats))
         self._buffers: dict[Any, Tensor] = {}
         self._rows: list[_Row | None] = [None] * rows
+        # Whether a free row is known to hold finite numbers only. A masked slot counts for nothing,
+        # unless what it holds is no number.
+        self._clean = [True] * rows
         self._flights: deque[_Flight] = deque()
 
     @property
@@ -156,15 +159,19 @@ class SecondPass:
         for row, prompt in zip(taken, prompts, strict=True):
             self._rows[row] = _Row(prompt.owner, prompt.next_slot, prompt.temperature == 0)
         try:
+            for row in taken:
+                if not self._clean[row]:
+                    self.cache.clear_row(row)
+                self._clean[row] = False
             self._load(prompts, taken)
             with self._clock("prefill"):
                 tokens = self._read(prompts, taken)
+            self._send(tokens[: len(prompts)], [prompt.owner for prompt in prompts])
         except BaseException:
             for row in taken:
                 self._rows[row] = None
             self._state[taken, LEFT] = 0
             raise
-        self._send(tokens[: len(prompts)], [prompt.owner for prompt in prompts])
 
     def _load(self, prompts: Sequence[Prompt], rows: Sequence[int]) -> None:
         loaded = [
@@ -202,8 +209,8 @@ class SecondPass:
         packed.copy_(self._pack(prompts, rows, count, width), non_blocking=True)
         embeds = None
         if embedded:
-            shape = (count, width, self._language.hidden_size)
-            embeds = self._buffer(("embeds", count, width), shape, self._language.dtype)
+            embeds = self._embeds(count, width)
+            embeds.zero_()  # what an earlier prompt left may be no number
             for row, prompt in enumerate(prompts):
                 embeds[row, : prompt.features.shape[0]] = prompt.features
         return self.programs.run(
@@ -347,14 +354,13 @@ class SecondPass:
 
     # ---- rows out
 
-    def leave(self, owner: Any, *, broken: bool = False) -> None:
-        """Free the row of an owner that has one; a broken one leaves nothing behind."""
+    def leave(self, owner: Any, *, sound: bool = False) -> None:
+        """Free the row of an owner that has one; of a sound one, all logits were numbers to the end."""
         for index, row in enumerate(self._rows):
             if row is not None and row.owner is owner:
                 self._rows[index] = None
                 self._state[index, LEFT] = 0
-                if broken:
-                    self.cache.clear_row(index)
+                self._clean[index] = sound
 
     def _close_ranks(self) -> None:
         """Move rows to the front where a smaller batch then holds them all."""
@@ -370,6 +376,15 @@ class SecondPass:
                 self._floats[target] = self._floats[source]
                 self._state[source, LEFT] = 0
                 self._rows[target], self._rows[source] = row, None
+
+    def _embeds(self, count: int, width: int) -> Tensor:
+        """``[count, width, H]``, the front of one buffer for all shapes."""
+        size = self._language.hidden_size
+        widest = length_bucket(self._scrap_slot)
+        whole = self._buffer(
+            "embeds", (bucket(self._max_rows) * widest * size,), self._language.dtype
+        )
+        return whole[: count * width * size].view(count, width, size)
 
     def _buffer(self, key: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if key not in self._buffers:

@@ -39,20 +39,27 @@ class Ticket:
         """Gives up the request; its row is freed at the next step. A finished one stays as it is."""
         self.cancelled = True
 
-    def result(self) -> Answer:
+    def result(self, timeout: float | None = None) -> Answer:
         """The answer, when it is complete.
 
         Raises:
             RequestError: there is none.
+            TimeoutError: not within ``timeout`` seconds. The request goes on.
         """
-        answer = self.wait()
+        answer = self.wait(timeout)
         if answer.error is not None:
             raise answer.error
         return answer
 
-    def wait(self) -> Answer:
+    def wait(self, timeout: float | None = None) -> Answer:
         """As ``result``, but a request that failed gives an ``Answer`` with ``error``."""
+        began = time.perf_counter()
         while self._answer is None:
+            if timeout is not None and time.perf_counter() - began > timeout:
+                raise TimeoutError(
+                    f"expected an answer within {timeout} s, got {len(self.tokens)} tokens so far; wait "
+                    "longer, or cancel()"
+                )
             self._drive_once()
         return self._answer
 
@@ -83,16 +90,20 @@ class Ticket:
 
     def stopped(self) -> bool:
         """Whether one of the stop strings has been written."""
-        return bool(self.stop) and any(each in self._decode(self.tokens) for each in self.stop)
+        return bool(self.stop) and bool(self._places(self._decode(self.tokens)))
 
     def finish(self, reason: str, **facts) -> None:
         text = self._decode(self.tokens)
-        places = [text.find(each) for each in self.stop if each in text]
+        places = self._places(text)
         text = text[: min(places)] if places else text
         self._conclude(Answer(text, tuple(self.tokens), reason, **facts))
 
     def fail(self, error: RequestError) -> None:
         self._conclude(Answer(tokens=tuple(self.tokens), finish_reason="error", error=error))
+
+    def _places(self, text: str) -> list[int]:
+        """Where stop strings begin."""
+        return [text.find(each) for each in self.stop if each in text]
 
     def _conclude(self, answer: Answer) -> None:
         first = self._first if self._first is not None else time.perf_counter()
@@ -109,5 +120,7 @@ class Ticket:
     def _safe_text(self) -> str:
         """The text so far, without what the next token may still change or turn into a stop string."""
         text = self._decode(self.tokens).rstrip(_UNFINISHED)
+        if stopped := self._places(text):  # and finish() is about to say so
+            return text[: min(stopped)]
         held_back = max(map(len, self.stop), default=1) - 1
         return text[: len(text) - held_back] if held_back else text

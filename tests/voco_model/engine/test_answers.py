@@ -22,6 +22,7 @@ from tests.voco_model.engine.conftest import (
     inputs_of,
 )
 from voco_model import Request, Sampling
+from voco_model.engine import second_pass
 from voco_model.kv_store.memory_store import MemoryStore
 
 
@@ -321,13 +322,41 @@ def test_warming_up_meets_the_shapes_that_requests_have(world, engine_of):
     assert not new
 
 
-@pytest.mark.parametrize("length", [123, 124, 125, 126, 127])
-def test_answers_that_cross_the_slots_that_are_looked_at(world, engine_of, length):
-    """Decoding looks at 128 slots, then at 256."""
+@pytest.mark.parametrize("least", [2, 8, 128])
+def test_answers_that_cross_the_slots_that_are_looked_at(world, engine_of, monkeypatch, least):
+    """Decoding looks at a power of two of slots, and then at the next; among few each counts."""
+    monkeypatch.setattr(second_pass, "_LEAST_SPAN", least)
+    engine = engine_of(max_batch=1)
+    for case in world.cases[:6:2]:
+        assert engine.submit(case.request).result().tokens == case.tokens
+
+
+def test_compress_and_engine_share_their_keys(world, engine_of):
+    picture, other = (world.cases[index].request.images for index in (0, 2))
+    store = MemoryStore(1 << 26)
+    with engine_of(store) as engine:
+        engine.compress(picture)
+        engine.flush()
+        voco_model.compress(world.model, [picture, other], processor=world.processor, store=store)
+        assert store.stats().puts == 2
+        assert engine.answer(other, [70, 90]).from_store == 1
+
+
+def test_a_plain_llava_reads_the_image_for_each_question(world, engine_of):
+    store = MemoryStore(1 << 26)
+    engine = engine_of(store, mode="uncached", max_batch=4)
     picture = world.cases[0].request.images
-    request = Request(picture, [70 + index % 100 for index in range(length)])
-    expected = generated(world.model, world.processor, request)
-    assert engine_of().submit(request).result().tokens == expected
+    for answer in engine.answer_many([Request(picture, [70, index]) for index in range(80, 84)]):
+        assert answer.error is None
+    assert engine.stats().images_read == 4 and not len(store)
+
+
+def test_waiting_may_have_an_end(world, engine_of):
+    engine = engine_of()
+    ticket = engine.submit(world.cases[0].request)
+    with pytest.raises(TimeoutError, match="got 0 tokens so far"):
+        ticket.result(timeout=-1.0)
+    assert ticket.result(timeout=60.0).tokens == world.cases[0].tokens
 
 
 def test_stages_are_timed_where_asked(world, engine_of):

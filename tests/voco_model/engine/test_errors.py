@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import replace
 
+import PIL.Image
 import pytest
 import torch
 from transformers import GraniteConfig
@@ -243,18 +245,105 @@ def test_an_entry_of_another_model(world, engine_of):
 def test_numbers_that_are_none_stay_with_their_request(world, engine_of):
     """NaN in an entry: the next request in its row must not find it there."""
     request, tokens = world.cases[0].request, world.cases[0].tokens
-    (entry,) = voco_model.compress(world.model, request.images, processor=world.processor)
-    name, key = voco_model.fingerprint(world.model), "d" * 64
-    store = MemoryStore(1 << 26)
-    store.put(replace(entry, kv=torch.full_like(entry.kv, float("nan")), fingerprint=name), key)
+    store, poison = poisoned(world)
     for max_batch in (1, 2):
         engine = engine_of(store, max_batch=max_batch)
-        bad = engine.submit(Request(request.images, [70] * 30, keys=[key]))
+        bad = engine.submit(poison)
         beside = engine.submit(request)
         with pytest.raises(RequestError, match="expected finite logits"):
             bad.result()
         assert beside.result().tokens == tokens
         assert engine.submit(request).result().tokens == tokens
+
+
+def poisoned(world, key: str = "d" * 64) -> tuple[MemoryStore, Request]:
+    """A store with an entry full of NaN, and a request that loads it."""
+    request = world.cases[0].request
+    (entry,) = voco_model.compress(world.model, request.images, processor=world.processor)
+    nan = torch.full_like(entry.kv, float("nan"))
+    store = MemoryStore(1 << 26)
+    store.put(replace(entry, kv=nan, fingerprint=voco_model.fingerprint(world.model)), key)
+    return store, Request(request.images, [70] * 30, keys=[key])
+
+
+def test_numbers_that_are_none_go_with_who_is_given_up(world, engine_of):
+    """Cancelled before the host has seen what it wrote."""
+    store, bad = poisoned(world)
+    engine = engine_of(store, max_batch=1, lag=3)
+    ticket = engine.submit(bad)
+    engine.step()
+    ticket.cancel()
+    assert engine.submit(world.cases[0].request).result().tokens == world.cases[0].tokens
+
+
+def test_numbers_that_are_none_do_not_stay_where_a_row_came_from(world, engine_of):
+    store, bad = poisoned(world)
+    engine = engine_of(store, max_batch=2, lag=3)
+    first = engine.submit(replace(world.cases[0].request, sampling=Sampling(max_new_tokens=1)))
+    moved = engine.submit(bad)
+    first.result()
+    assert moved.wait().error.reason == "internal"
+    tickets = [engine.submit(case.request) for case in world.cases[:2]]
+    assert [each.result().tokens for each in tickets] == [case.tokens for case in world.cases[:2]]
+
+
+def test_an_image_that_overflows_is_not_kept(world, engine_of, monkeypatch):
+    store = MemoryStore(1 << 26)
+    engine = engine_of(store, max_images=2)
+    first = engine._scheduler._first
+    real = first.features
+    monkeypatch.setattr(first, "features", lambda images: [each * 1e38 for each in real(images)])
+    with pytest.raises(RequestError, match="expected finite keys and values") as raised:
+        engine.submit(world.cases[0].request).result()
+    assert raised.value.reason == "image"
+    monkeypatch.undo()
+    engine.flush()
+    assert not len(store)
+    for index in (2, 0, 4):  # a shorter image finds nothing of the longer one's
+        assert (
+            engine.submit(world.cases[index].request).result().tokens == world.cases[index].tokens
+        )
+
+
+def test_an_error_over_one_answer_loses_no_tokens_of_another(world, engine_of, monkeypatch):
+    engine = engine_of(max_batch=2)
+    bad, good = (engine.submit(case.request) for case in world.cases[:2])
+
+    def stopped():
+        raise RuntimeError("Already borrowed")
+
+    monkeypatch.setattr(bad, "stopped", stopped)
+    with pytest.raises(RequestError, match="Already borrowed"):
+        bad.result()
+    assert good.result(timeout=60).tokens == world.cases[1].tokens
+
+
+def test_an_iterator_of_images_that_raises(world, engine_of):
+    paths = ["no-such-file.png"]
+    bad = Request((PIL.Image.open(path) for path in paths), SHORT)
+    answers = engine_of().answer_many([world.cases[0].request, bad, world.cases[1].request])
+    assert answers[1].error.reason == "image" and "FileNotFoundError" in str(answers[1].error)
+    assert [answers[0].tokens, answers[2].tokens] == [case.tokens for case in world.cases[:2]]
+
+
+def test_a_store_that_hangs_stops_nobody(world, engine_of, caplog):
+    release = threading.Event()
+
+    class Hanging(MemoryStore):
+        def put(self, entry, key=None):
+            release.wait(60)
+
+    engine = engine_of(Hanging(1 << 26))
+    try:
+        for case in world.cases[:3]:
+            assert engine.submit(case.request).result(timeout=60).tokens == case.tokens
+        assert not engine.flush(timeout=0.05)
+        assert not engine.close(timeout=0.05)
+    finally:
+        release.set()
+    assert engine.flush(timeout=60)
+    assert engine.stats().put_failures == 2
+    assert "2 entries could not be stored" in caplog.text
 
 
 def test_a_row_that_is_freed_stands_still(world, engine_of):
@@ -325,8 +414,8 @@ def test_what_is_no_request_stops_answer_many(world, engine_of):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"max_batch": 0}, "expected max_batch >= 1, got 0"),
-        ({"max_new_tokens": 2.5}, "expected max_new_tokens >= 1, got 2.5"),
+        ({"max_batch": 0}, "expected an int max_batch >= 1, got 0"),
+        ({"max_new_tokens": 2.5}, "expected an int max_new_tokens >= 1, got 2.5"),
         ({"mode": "fast"}, "expected mode to be one of voco, full_cache, uncached, got 'fast'"),
         ({"graphs": True}, "expected a model on CUDA for graphs, got one on cpu"),
         ({"lag": -1}, "expected lag >= 0, got -1"),
@@ -361,7 +450,7 @@ def test_suppressed_tokens_that_the_model_does_not_have(world):
 @pytest.mark.parametrize("images", [b"abc", {"image": 1}])
 def test_what_is_no_image(world, engine_of, images):
     bad = Request(images, SHORT)
-    others_are_answered(world, engine_of(), bad, "prompt", "expected an image or a list of images")
+    others_are_answered(world, engine_of(), bad, "image", "expected an image or a list of images")
 
 
 def test_a_generation_option_that_would_be_ignored(world):

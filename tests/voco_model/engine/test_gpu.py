@@ -18,12 +18,15 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def on_gpu(world):
     """The world's model on the GPU, in float32 and without TF32: the CPU's answers are the oracle."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    both = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in both]
+    for backend in both:
+        backend.allow_tf32 = False
     world.model.cuda()
     yield world
     world.model.cpu()
-    torch.backends.cuda.matmul.allow_tf32 = before
+    for backend, value in zip(both, before, strict=True):
+        backend.allow_tf32 = value
 
 
 def keys_of(world) -> list[list[str]]:
@@ -108,7 +111,8 @@ def test_decoding_does_not_wait_for_the_device(on_gpu):
     engine.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine._second.step()
+        with engine._scheduler._on_stream(), torch.no_grad():
+            engine._second.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert ticket.result().tokens == on_gpu.cases[0].tokens
