@@ -56,6 +56,7 @@ def voco_attention(
         mask = None if voco_causal else attention_mask
         return _step_attention(query, key, value, mask, scaling), None
     if voco_layout is None:
+        _check_nothing_lost(module, query, attention_mask)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -77,6 +78,19 @@ def voco_attention(
         query, key[:, :, :length], value[:, :, :length], voco_layout, scale=scaling
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_nothing_lost(module: nn.Module, query: Tensor, mask: Tensor | None) -> None:
+    """Raise ``ValueError`` where the layout has got lost on its way.
+
+    Beside a layout the mask has one row for all queries; no mask of Transformers' own has.
+    """
+    if mask is not None and mask.dim() == 4 and mask.shape[2] == 1 < query.shape[2]:
+        raise ValueError(
+            "expected a text model that passes its keyword arguments on to its attention, got "
+            f"{type(module).__name__} without the mask's layout; call undo() on what enable returned: "
+            "this model can't be used with VoCo tokens"
+        )
 
 
 def _step_attention(

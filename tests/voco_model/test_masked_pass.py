@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from transformers import StableLmConfig
 
 import voco_model
 from tests.voco_model import tiny
@@ -148,6 +149,18 @@ def test_runs_without_voco_tokens_as_before(model):
         with voco_model.enable(model, voco_token_id=tiny.VOCO):
             after = model(**inputs).logits[inputs["attention_mask"] == 1]
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+
+
+def test_a_text_model_that_loses_the_mask_is_refused():
+    """StableLM's layers drop the keyword arguments that they are given, and the layout with them."""
+    model = tiny.tiny_llava("llava", text_class=StableLmConfig, num_key_value_heads=4)
+    ids = torch.tensor([[tiny.BOS, 70, 80, 90]])
+    with (
+        voco_model.enable(model, voco_token_id=tiny.VOCO),
+        pytest.raises(ValueError, match="got StableLmAttention without the mask's layout"),
+        torch.no_grad(),
+    ):
+        model(input_ids=ids)
 
 
 def test_a_copy_of_an_enabled_model_is_enabled(enabled):
