@@ -118,6 +118,17 @@ def is_enabled(model) -> bool:
     return hand_out_layout in hooks.values()
 
 
+def check_ready(model) -> None:
+    """Raise ``ValueError`` unless the model is enabled and in eval mode."""
+    if not is_enabled(model):
+        raise ValueError(
+            f"expected an enabled model, got a {type(model).__name__} that isn't; call "
+            "voco_model.enable(model, processor) first"
+        )
+    if model.training:
+        raise ValueError("expected a model in eval mode, got one in training; call model.eval()")
+
+
 def _check_model(model) -> None:
     if not isinstance(model, SUPPORTED):
         names = " or ".join(cls.__name__ for cls in SUPPORTED)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from voco_kernels.kv import CompactKV
-from voco_model.attach import is_enabled
+from voco_model.attach import check_ready
 from voco_model.caches import CACHE_ARGUMENT, CompactCache, VoCoCollector
 from voco_model.fingerprint import fingerprint
 from voco_model.image_key import image_key
@@ -86,7 +86,7 @@ def compress(
         ValueError: a model that isn't enabled or is in training mode; a row without VoCo tokens, or
             with several images.
     """
-    _check_ready(model)
+    check_ready(model)
     if (images is None) == (inputs is None):
         raise ValueError("expected either images or inputs, got both or neither")
     if store is None and salt is not None:
@@ -152,7 +152,7 @@ def generate(
             exact from a compact cache (``prompt_lookup_num_tokens``, an assistant,
             ``prefill_chunk_size``, ``use_cache=False``).
     """
-    _check_ready(model)
+    check_ready(model)
     _check_options(model, generate_kwargs)
     entries = [compact] if isinstance(compact, CompactKV) else list(compact)
     _check_entries(model, entries)
@@ -170,16 +170,6 @@ def generate(
         return output[:, length:]
     output.sequences = output.sequences[:, length:]
     return output
-
-
-def _check_ready(model) -> None:
-    if not is_enabled(model):
-        raise ValueError(
-            f"expected an enabled model, got a {type(model).__name__} that isn't; call "
-            "voco_model.enable(model, processor) first"
-        )
-    if model.training:
-        raise ValueError("expected a model in eval mode, got one in training; call model.eval()")
 
 
 def _split_rows(inputs: Mapping[str, Tensor], batch_size: int) -> Iterator[dict[str, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from voco_model.attach import is_enabled
+from voco_model.attach import check_ready
 from voco_model.kv_store.base import Store
 
 MODES = ("voco", "full_cache", "uncached")
@@ -35,13 +35,7 @@ _UNHEEDED = {
 
 def check_parts(model, processor, store: Store | None, mode: str) -> None:
     """Raise ``TypeError`` or ``ValueError`` for parts that an engine can't be made of."""
-    if not is_enabled(model):
-        raise ValueError(
-            f"expected an enabled model, got a {type(model).__name__} that isn't; call "
-            "voco_model.enable(model, processor) first"
-        )
-    if model.training:
-        raise ValueError("expected a model in eval mode, got one in training; call model.eval()")
+    check_ready(model)
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         raise ValueError(

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from voco_kernels.kv import CompactKV
+from voco_model.attach import check_ready
 from voco_model.engine.checks import (
     cast,
     check_counts,
@@ -275,7 +276,7 @@ class TwoPassEngine:
 
         Raises:
             RuntimeError: a closed engine.
-            ValueError: a model that has been put into training mode.
+            ValueError: a model that isn't enabled any more, or has been put into training mode.
             TypeError: something that is no ``Request``.
         """
         self._check_open()
@@ -418,10 +419,7 @@ class TwoPassEngine:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("expected an open engine, got one that was closed; make another")
-        if self.model.training:
-            raise ValueError(
-                "expected a model in eval mode, got one in training; call model.eval()"
-            )
+        check_ready(self.model)
 
     def _work_of(self, request: Request, ticket: Ticket) -> Work:
         sampling = request.sampling or Sampling()
@@ -437,18 +435,12 @@ class TwoPassEngine:
         try:
             images = _as_list(request.images)
         except Exception as error:  # an iterator that opens files may raise anything
-            told = str(error)
-            if not told.startswith("expected"):
-                told = f"expected images that can be listed, got {type(error).__name__}: {told}"
-            raise RequestError("image", told) from error
+            raise RequestError("image", _told(error, "images that can be listed")) from error
         try:
             images = _with_keys(images, request.keys)
             plan = self._plan(request.text, len(images))
         except Exception as error:
-            told = str(error)
-            if not told.startswith("expected"):  # a tokenizer's
-                told = f"expected text that the tokenizer takes, got {type(error).__name__}: {told}"
-            raise RequestError("prompt", told) from error
+            raise RequestError("prompt", _told(error, "text that the tokenizer takes")) from error
         if not plan.text:
             raise RequestError("prompt", "expected at least one token of text, got none")
         if len(images) > 1:
@@ -500,6 +492,14 @@ class TwoPassEngine:
 
     def _decode(self, tokens: list[int]) -> str:
         return self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _told(error: Exception, expected: str) -> str:
+    """An error's message, in the house's form where it comes from elsewhere."""
+    message = str(error)
+    if message.startswith("expected"):
+        return message
+    return f"expected {expected}, got {type(error).__name__}: {message}"
 
 
 def _succeeded(future: Future) -> bool:

@@ -22,8 +22,8 @@ class Language:
 
     Args:
         model: enabled, in eval mode, on one device.
-        compiled: whether layers go through ``torch.compile``, one program for all of them: even inside a
-            CUDA graph, a decoding step of unfused layers spends much of its time on elementwise kernels.
+        compiled: whether layers go through ``torch.compile``, one program for all of them: unfused, a
+            layer of a decoding step is seven products and some thirty small kernels (docs/tuning.md).
 
     Raises:
         ValueError: a language model that isn't made of layers as Llama's is.

@@ -9,8 +9,6 @@ from typing import Any
 
 from voco_model.prompt import Turns
 
-REASONS = ("image", "prompt", "memory", "store", "cancelled", "internal")
-
 
 class RequestError(RuntimeError):
     """One request that can't be answered; the others go on.

@@ -25,6 +25,9 @@ from voco_model.engine.sampling import choose, uniform
 
 # A row's state, by column.
 TOKEN, SLOT, POSITION, LEFT, SEED, DRAWN, ENDS = range(7)
+# What a prefill is told of a row beside its tokens: row, last token, five columns of its state, and
+# temperature and top_p as the bits of float64.
+_FACTS = 9
 # What a row writes in place of a token when it has ended, and when its logits are no numbers.
 NOTHING, BROKEN = -1, -2
 # Decoding looks at powers of two of slots, from this many on: each is a graph of its own.
@@ -93,7 +96,12 @@ class SecondPass:
         stop_ids: that end an answer.
         suppressed: token ids that are never written.
         lag: how many steps the host is behind, at most.
-        programs, clock: of the engine.
+        graphs: whether to record CUDA graphs.
+        clock: of the engine.
+
+    Attributes:
+        cache: of ``rows`` and ``slots``, and one more of each.
+        programs: also for the first pass: they share a memory pool.
     """
 
     def __init__(
@@ -205,7 +213,7 @@ class SecondPass:
             span = min(width + -(-loaded // 16) * 16, self._scrap_slot)
         embedded = prompts[0].features is not None
         greedy = all(prompt.temperature == 0 for prompt in prompts)
-        packed = self._buffer(("prefill", count, width), (count, 3 * width + 9), torch.int64)
+        packed = self._buffer(("prefill", count, width), (count, 3 * width + _FACTS), torch.int64)
         packed.copy_(self._pack(prompts, rows, count, width), non_blocking=True)
         embeds = None
         if embedded:
@@ -221,9 +229,9 @@ class SecondPass:
     def _pack(
         self, prompts: Sequence[Prompt], rows: Sequence[int], count: int, width: int
     ) -> Tensor:
-        """Everything that a prefill needs to know, int64 ``[count, 3 * width + 9]``: ids, slots and
+        """Everything that a prefill needs to know, int64 ``[count, 3 * width + _FACTS]``: ids, slots and
         positions, then row, last token, and the state that the row begins with."""
-        packed = torch.zeros(count, 3 * width + 9, dtype=torch.int64)
+        packed = torch.zeros(count, 3 * width + _FACTS, dtype=torch.int64)
         tokens, rest = packed[:, : 3 * width].view(count, 3, width), packed[:, 3 * width :]
         tokens[:, 1] = self._scrap_slot
         rest[:, 0] = self._scrap_row
@@ -244,7 +252,7 @@ class SecondPass:
         return packed.pin_memory() if self._device.type == "cuda" else packed
 
     def _prefill(self, packed: Tensor, embeds: Tensor | None, span: int | None, greedy: bool):
-        count, width = packed.shape[0], (packed.shape[1] - 9) // 3
+        count, width = packed.shape[0], (packed.shape[1] - _FACTS) // 3
         ids, slots, positions = packed[:, : 3 * width].view(count, 3, width).unbind(1)
         rest = packed[:, 3 * width :]
         rows, last = rest[:, 0], rest[:, 1]
