@@ -7,6 +7,7 @@ from voco_model.engine import Answer, Request, RequestError, Sampling, TwoPassEn
 from voco_model.fingerprint import fingerprint
 from voco_model.image_key import image_key
 from voco_model.kv_store import KVStore
+from voco_model.load import load
 from voco_model.prompt import chat_template, prompt
 from voco_model.two_pass import compress, generate
 
@@ -26,6 +27,7 @@ __all__ = [
     "fingerprint",
     "generate",
     "image_key",
+    "load",
     "load_into",
     "prompt",
 ]

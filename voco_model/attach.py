@@ -10,7 +10,8 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 from transformers.processing_utils import ProcessorMixin
 
 from voco_model.attention import ATTENTION_NAME, hand_out_layout
-from voco_model.prompt import VOCO_TOKEN, chat_template
+from voco_model.prompt import VOCO_TOKEN, chat_template, style_of
+from voco_model.voco_embeddings import name_of_row, number_rows
 
 SUPPORTED = (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration)
 
@@ -58,13 +59,15 @@ def enable(
     *,
     voco_token_id: int | None = None,
     isolated: bool | None = None,
+    distinct: bool | None = None,
+    prompt: str | None = None,
 ) -> Enabled:
     """Switch a LLaVA's language model to VoCo attention; see ``docs/llava.md``.
 
     From now on every forward pass derives its mask from ``input_ids``: in training, in evaluation
     and in ``model.generate``. Prompts without VoCo tokens run as before. The number of VoCo tokens,
-    the token's id and ``isolated`` are kept in ``model.config``, so that ``save_pretrained`` carries
-    them.
+    the token's id, ``isolated``, ``distinct`` and ``prompt`` are kept in ``model.config``, so that
+    ``save_pretrained`` carries them.
 
     Args:
         model: LLaVA-1.5 or LLaVA-NeXT, with any text model that has plain full attention.
@@ -77,6 +80,12 @@ def enable(
             tokens don't see what stands before its first image token. So an image has one entry,
             whatever images it is shown with. A model must be trained as it is used. By default what the
             model's config says, else False. With one image it makes no difference.
+        distinct: whether the VoCo tokens of an image have an embedding row each, from the token's id on,
+            in place of the paper's one row for all. Prompts stay the same. By default what the model's
+            config says, else False.
+        prompt: the style of prompts, a name of ``voco_model.prompt.STYLES``: ``"vicuna"`` (Listing 1),
+            ``"mistral"``, ``"chatml"`` or ``"authors"``. By default what the model's config says, else
+            ``"vicuna"``.
 
     Returns:
         a handle whose ``undo()`` restores everything.
@@ -94,18 +103,35 @@ def enable(
     isolated = _first_given(isolated, getattr(model.config, "voco_isolated", None), False)
     if not isinstance(isolated, bool):
         raise ValueError(f"expected isolated as True or False, got {isolated!r}")
+    distinct = _first_given(distinct, getattr(model.config, "voco_distinct", None), False)
+    if not isinstance(distinct, bool):
+        raise ValueError(f"expected distinct as True or False, got {distinct!r}")
+    style = _first_given(prompt, getattr(model.config, "voco_prompt", None), "vicuna")
+    style_of(style)
+    rows = num_voco if distinct else 1
     with ExitStack() as steps:  # on an error, what was done is undone
         if tokenizer is not None:
-            _name_token(steps, tokenizer)
+            name_tokens(tokenizer, rows, steps)
             _remember(steps, processor, "chat_template")
-            processor.chat_template = chat_template(num_voco)
+            processor.chat_template = chat_template(num_voco, style)
         token_id = _agreed_token_id(model, tokenizer, voco_token_id)
-        _make_room(steps, model, tokenizer, token_id)
-        facts = {"voco_token_id": token_id, "num_voco": num_voco, "voco_isolated": isolated}
+        _make_room(steps, model, tokenizer, token_id, rows)
+        facts = {
+            "voco_token_id": token_id,
+            "num_voco": num_voco,
+            "voco_isolated": isolated,
+            "voco_distinct": distinct,
+            "voco_prompt": style,
+        }
         for name, value in facts.items():
             _remember(steps, model.config, name)
             setattr(model.config, name, value)
         _switch_attention(steps, model)
+        if rows > 1:
+            embeddings = model.get_input_embeddings()
+            steps.callback(
+                embeddings.register_forward_pre_hook(partial(number_rows, token_id, rows)).remove
+            )
         steps.callback(
             model.model.register_forward_pre_hook(hand_out_layout, with_kwargs=True).remove
         )
@@ -184,20 +210,43 @@ def _checked_tokenizer(model, processor):
     return tokenizer
 
 
-def _name_token(steps: ExitStack, tokenizer) -> None:
-    """Make ``<VoCo>`` the special token ``tokenizer.voco_token``, if it isn't yet."""
-    if getattr(tokenizer, "voco_token", None) == VOCO_TOKEN:
+def name_tokens(tokenizer, rows: int = 1, steps: ExitStack | None = None) -> None:
+    """Make ``<VoCo>`` the special token ``tokenizer.voco_token``, if it isn't yet.
+
+    Args:
+        rows: embedding rows of VoCo tokens; each behind the first has a name of its own.
+        steps: gets the way back.
+
+    Raises:
+        ValueError: ids behind ``<VoCo>``'s that are taken. The tokenizer is changed then, if ``steps``
+            isn't closed.
+    """
+    others = [name_of_row(row) for row in range(1, rows)]
+    known = getattr(tokenizer, "voco_token", None) == VOCO_TOKEN
+    if known and set(others) <= set(tokenizer.get_vocab()):
         return
-    # The tokenizers library can't remove a token: keep a copy of the whole state instead.
-    before = copy.deepcopy(tokenizer.__dict__)
+    if steps is not None:
+        # The tokenizers library can't remove a token: keep a copy of the whole state instead.
+        before = copy.deepcopy(tokenizer.__dict__)
 
-    def restore() -> None:
-        tokenizer.__dict__.clear()
-        tokenizer.__dict__.update(before)
+        def restore() -> None:
+            tokenizer.__dict__.clear()
+            tokenizer.__dict__.update(before)
 
-    steps.callback(restore)
-    tokenizer.SPECIAL_TOKENS_ATTRIBUTES = [*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, "voco_token"]
-    tokenizer.add_special_tokens({"voco_token": VOCO_TOKEN})
+        steps.callback(restore)
+    if not known:
+        tokenizer.SPECIAL_TOKENS_ATTRIBUTES = [*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, "voco_token"]
+        tokenizer.add_special_tokens({"voco_token": VOCO_TOKEN})
+    if others:
+        tokenizer.add_tokens(others, special_tokens=True)
+        ids = tokenizer.convert_tokens_to_ids(others)
+        first = tokenizer.voco_token_id + 1
+        if ids != list(range(first, first + len(ids))):
+            raise ValueError(
+                f"expected ids {first} to {first + len(ids) - 1} to be free for the rows of "
+                f"{VOCO_TOKEN}, got {ids[0]} to {ids[-1]}; a tokenizer with tokens behind {VOCO_TOKEN} "
+                "can't have distinct=True"
+            )
 
 
 def _agreed_token_id(model, tokenizer, voco_token_id: int | None) -> int:
@@ -225,19 +274,20 @@ def _agreed_token_id(model, tokenizer, voco_token_id: int | None) -> int:
     return token_id
 
 
-def _make_room(steps: ExitStack, model, tokenizer, token_id: int) -> None:
+def _make_room(steps: ExitStack, model, tokenizer, token_id: int, rows: int) -> None:
     """Grow the embeddings if the tokenizer has outgrown them; many checkpoints have spare rows."""
-    rows = model.get_input_embeddings().num_embeddings
-    if 0 <= token_id < rows:
+    there = model.get_input_embeddings().num_embeddings
+    if 0 <= token_id and token_id + rows <= there:
         return
     if tokenizer is None:
+        wanted = str(token_id) if rows == 1 else f"{token_id} to {token_id + rows - 1}"
         raise ValueError(
-            f"expected a voco_token_id among the model's {rows} embedding rows, got {token_id}; "
+            f"expected a voco_token_id among the model's {there} embedding rows, got {wanted}; "
             "pass the processor, so that enable can add a row"
         )
     _remember(steps, model, "vocab_size")
-    steps.callback(partial(model.resize_token_embeddings, rows))
-    model.resize_token_embeddings(max(len(tokenizer), token_id + 1), mean_resizing=False)
+    steps.callback(partial(model.resize_token_embeddings, there))
+    model.resize_token_embeddings(max(len(tokenizer), token_id + rows), mean_resizing=False)
 
 
 def _switch_attention(steps: ExitStack, model) -> None:

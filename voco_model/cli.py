@@ -18,7 +18,11 @@ from voco_model.kv_store.format import EntryError, check_key
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 store_app = typer.Typer(no_args_is_help=True, help="Look into a store of compact entries.")
+convert_app = typer.Typer(
+    no_args_is_help=True, help="Between the authors' checkpoints and Hugging Face's layout."
+)
 app.add_typer(store_app, name="store")
+app.add_typer(convert_app, name="convert")
 
 # Nothing is put from here, so nothing is evicted, whatever the bound.
 _NO_BOUND = 1 << 62
@@ -127,6 +131,81 @@ def rm(
     for key, was_there in zip(keys, gone, strict=True):
         print(f"{'removed' if was_there else 'not there'}: {key}")
     raise typer.Exit(0 if all(gone) else 1)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="a YAML file; see docs/training.md")],
+    output: Annotated[Path | None, typer.Option(help="in place of the file's")] = None,
+    model: Annotated[str | None, typer.Option(help="in place of the file's")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="look through the data and say what would be done")
+    ] = False,
+) -> None:
+    """Train a LLaVA to compress images; with torchrun on several GPUs."""
+    try:
+        from voco_model.train import load_config
+        from voco_model.train import train as run_training
+    except ModuleNotFoundError as error:
+        _fail(f"expected the packages for training, got {error}; pip install 'voco-kernels[train]'")
+    given = {"output": output, "model": model}
+    try:
+        read = load_config(config, **{k: str(v) for k, v in given.items() if v is not None})
+        run_training(read, dry_run=dry_run)
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("VOCO_TRACEBACK"):
+            raise
+        _fail(str(error))
+
+
+@convert_app.command()
+def from_authors(
+    source: Annotated[Path, typer.Argument(help="folder of a checkpoint of the authors' code")],
+    target: Annotated[Path, typer.Argument(help="a new folder")],
+    num_voco: Annotated[int, typer.Option(help="VoCo tokens that the model was trained with")],
+    vision_tower: Annotated[
+        str | None, typer.Option(help="folder or hub name, in place of the checkpoint's")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="how prompts are written")] = "authors",
+    dtype: Annotated[
+        str | None, typer.Option(help="of the weights, by default as they are")
+    ] = None,
+) -> None:
+    """To the layout that from_pretrained and voco_model.load read."""
+    from voco_model import convert
+
+    _converted(
+        convert.from_authors,
+        source,
+        target,
+        num_voco=num_voco,
+        vision_tower=vision_tower,
+        prompt=prompt,
+        dtype=dtype,
+    )
+
+
+@convert_app.command()
+def to_authors(
+    source: Annotated[Path, typer.Argument(help="folder of a checkpoint in Hugging Face's layout")],
+    target: Annotated[Path, typer.Argument(help="a new folder")],
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(help="what to name there, if the model wasn't converted from there"),
+    ] = None,
+) -> None:
+    """To the layout of the authors' code."""
+    from voco_model import convert
+
+    _converted(convert.to_authors, source, target, vision_tower=vision_tower)
+
+
+def _converted(convert, source: Path, target: Path, **options) -> None:
+    try:
+        written = convert(source, target, **options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        _fail(str(error))
+    print(f"written: {written}")
 
 
 def run() -> None:

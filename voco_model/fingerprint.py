@@ -17,6 +17,7 @@ _NOT_IN_CONFIG = (
     "dtype",
     "transformers_version",
     "voco_isolated",
+    "voco_prompt",
 )
 # Bytes hashed at a time: of a model on a GPU, this much comes to the CPU at once.
 _AT_ONCE = 64 << 20

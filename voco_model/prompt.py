@@ -2,14 +2,16 @@
 
     <image>\\n<VoCo>...<VoCo>\\n A chat between ... of the given image. ... USER: ... ASSISTANT:
 
-The form of the turns is Vicuna's: one space between them, the end-of-sequence token after an
-answer. There is no BOS here: the tokenizer adds it, once. ``prompt`` and ``chat_template`` write
-the same strings, one for Python, one for ``processor.apply_chat_template``.
+That is Vicuna's form; ``STYLES`` has those of other language models. There is no BOS here: the
+tokenizer adds it, once. ``prompt`` and ``chat_template`` write the same strings, one for Python, one
+for ``processor.apply_chat_template``.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 VOCO_TOKEN = "<VoCo>"
 IMAGE_TOKEN = "<image>"
@@ -23,6 +25,78 @@ SYSTEM_WITH_IMAGE = SYSTEM.replace("assistant.", "assistant of the given image."
 Turns = str | Sequence[Mapping]
 
 
+@dataclass(frozen=True)
+class PromptStyle:
+    """How the turns of a conversation are written.
+
+    Attributes:
+        system, system_with_image: the system prompt where the messages have none of their own.
+        behind_image: between the last VoCo token and the text.
+        around_system, around_user: what stands before and behind such a message.
+        ask: what the model goes on from.
+        before_answer: between ``ask`` and an answer of the past.
+        behind_answer: the end of an answer; None for the tokenizer's end-of-sequence token.
+        keep_newlines: False deletes every newline behind the image part, in answers too.
+    """
+
+    system: str
+    system_with_image: str
+    behind_image: str
+    around_system: tuple[str, str]
+    around_user: tuple[str, str]
+    ask: str
+    before_answer: str
+    behind_answer: str | None
+    keep_newlines: bool = True
+
+
+_VICUNA = {
+    "around_system": ("", " "),
+    "around_user": ("USER: ", " "),
+    "ask": "ASSISTANT:",
+    "before_answer": " ",
+    "behind_answer": None,
+}
+_SYSTEM_OF_THE_AUTHORS = SYSTEM.replace("assistant.", "assistant of the image.", 1)
+
+STYLES: dict[str, PromptStyle] = {
+    # Listing 1 of the supplement. LLaVA-1.5.
+    "vicuna": PromptStyle(SYSTEM, SYSTEM_WITH_IMAGE, "\n ", **_VICUNA),
+    # What the authors' code does instead (Yxxxb/VoCo-LLaMA, 3b6e14d): another system prompt, without an
+    # image too, and no newlines. For checkpoints that were trained so.
+    "authors": PromptStyle(
+        _SYSTEM_OF_THE_AUTHORS, _SYSTEM_OF_THE_AUTHORS, "\n", **_VICUNA, keep_newlines=False
+    ),
+    # LLaVA-1.6 with Mistral-7B-Instruct, which knows no system prompt.
+    "mistral": PromptStyle(
+        "", "", "\n", ("", "\n"), ("[INST] ", " [/INST]"), "", " ", behind_answer=None
+    ),
+    # LLaVA-1.6 with Nous-Hermes-2-Yi-34B.
+    "chatml": PromptStyle(
+        "Answer the questions.",
+        "Answer the questions of the given image.",
+        "\n",
+        ("<|im_start|>system\n", "<|im_end|>"),
+        ("<|im_start|>user\n", "<|im_end|>"),
+        "<|im_start|>assistant\n",
+        "",
+        "<|im_end|>",
+    ),
+}
+
+
+def style_of(style: str) -> PromptStyle:
+    """Raise ``ValueError`` for a name that ``STYLES`` doesn't have."""
+    if style not in STYLES:
+        raise ValueError(f"expected a prompt style of {', '.join(STYLES)}, got {style!r}")
+    return STYLES[style]
+
+
+def style_in(config) -> str:
+    """The name of the style that a model's config asks for."""
+    return getattr(config, "voco_prompt", None) or "vicuna"
+
+
 def prompt(
     turns: Turns,
     num_voco: int = 1,
@@ -30,6 +104,7 @@ def prompt(
     images: int | None = None,
     add_generation_prompt: bool = True,
     eos_token: str = "</s>",
+    style: str = "vicuna",
 ) -> str:
     """The whole prompt: image part and text part.
 
@@ -38,12 +113,14 @@ def prompt(
             message replaces the default one.
         num_voco: number of VoCo tokens behind each image.
         images: number of images in front. By default the number of image parts in the messages, and
-            1 for a plain question. Without images the system prompt is Vicuna's own.
-        add_generation_prompt: end with ``ASSISTANT:``, for the model to go on.
-        eos_token: follows each answer.
+            1 for a plain question. Without images the system prompt is the language model's own.
+        add_generation_prompt: end with ``ASSISTANT:``, or what the style has for it, for the model to
+            go on.
+        eos_token: follows each answer, where the style has nothing else for it.
+        style: a name of ``STYLES``.
 
     Raises:
-        ValueError: an unknown role or part, or a text that holds ``<image>`` or ``<VoCo>`` itself.
+        ValueError: an unknown role, part or style, or a text that holds ``<image>`` or ``<VoCo>``.
     """
     if images is None:
         images = 1 if isinstance(turns, str) else sum(_parts(m)[0] for m in turns)
@@ -52,6 +129,7 @@ def prompt(
         with_image=images > 0,
         add_generation_prompt=add_generation_prompt,
         eos_token=eos_token,
+        style=style,
     )
 
 
@@ -70,36 +148,76 @@ def text_part(
     with_image: bool = True,
     add_generation_prompt: bool = True,
     eos_token: str = "</s>",
+    style: str = "vicuna",
 ) -> str:
     """What the second pass reads: the rest, from the newline after the VoCo tokens on."""
+    pieces = text_pieces(turns, with_image=with_image, eos_token=eos_token, style=style)
+    written = "".join(text for text, _ in pieces)
+    return written + style_of(style).ask if add_generation_prompt else written
+
+
+def text_pieces(
+    turns: Turns, *, with_image: bool, eos_token: str = "</s>", style: str = "vicuna"
+) -> list[tuple[str, bool]]:
+    """``text_part`` without a generation prompt, in pieces: text, and whether a model is to learn it.
+
+    That is an answer and its end, from right behind ``ask`` on.
+    """
     messages = [{"role": "user", "content": turns}] if isinstance(turns, str) else list(turns)
     if not messages:
         raise ValueError("expected a question or at least one message, got none")
-    written = []
-    if messages[0].get("role") != "system":
-        written.append(f"{SYSTEM_WITH_IMAGE if with_image else SYSTEM} ")
+    form = style_of(style)
+    end = eos_token if form.behind_answer is None else form.behind_answer
+    default = form.system_with_image if with_image else form.system
+    pieces = []
+
+    def add(text: str, learnt: bool = False) -> None:
+        if with_image and not form.keep_newlines:
+            text = text.replace("\n", "")
+        pieces.append((text, learnt))
+
+    if messages[0].get("role") != "system" and default:
+        add(default.join(form.around_system))
     for index, message in enumerate(messages):
         _, text = _parts(message)
         role = message.get("role")
         if role == "user":
-            written.append(f"USER: {text} ")
+            add(text.join(form.around_user))
         elif role == "assistant":
-            written.append(f"ASSISTANT: {text}{eos_token}")
+            add(form.ask)
+            add(form.before_answer + text + end, learnt=True)
         elif role == "system" and index == 0:
-            written.append(f"{text} ")
+            add(text.join(form.around_system))
         else:
             raise ValueError(
                 "expected role 'user' or 'assistant', or 'system' in the first message, got "
                 f"{role!r} in message {index}"
             )
-    if add_generation_prompt:
-        written.append("ASSISTANT:")
-    return ("\n " if with_image else "") + "".join(written)
+    return [(form.behind_image, False), *pieces] if with_image else pieces
 
 
-def chat_template(num_voco: int = 1) -> str:
+def chat_template(num_voco: int = 1, style: str = "vicuna") -> str:
     """The Jinja template of ``prompt``; its variable ``num_voco`` overrides the number here."""
-    return _TEMPLATE.replace("DEFAULT_NUM_VOCO", str(num_voco))
+    form = style_of(style)
+    end = "eos_token" if form.behind_answer is None else json.dumps(form.behind_answer)
+    names = {
+        "DEFAULT_NUM_VOCO": str(num_voco),
+        "SYSTEM_WITH_IMAGE": json.dumps(form.system_with_image),
+        "SYSTEM_WITHOUT_IMAGE": json.dumps(form.system),
+        "BEHIND_IMAGE": json.dumps(form.behind_image),
+        "BEFORE_SYSTEM": json.dumps(form.around_system[0]),
+        "BEHIND_SYSTEM": json.dumps(form.around_system[1]),
+        "BEFORE_USER": json.dumps(form.around_user[0]),
+        "BEHIND_USER": json.dumps(form.around_user[1]),
+        "BEFORE_ANSWER": json.dumps(form.before_answer),
+        "BEHIND_ANSWER": end,
+        "ASK": json.dumps(form.ask),
+        "NEWLINES": "true" if form.keep_newlines else "false",
+    }
+    written = _TEMPLATE
+    for name, value in names.items():
+        written = written.replace(name, value)
+    return written
 
 
 def _parts(message: Mapping) -> tuple[int, str]:
@@ -125,7 +243,6 @@ def _parts(message: Mapping) -> tuple[int, str]:
     return images, text
 
 
-# Double quotes around the system prompts, which hold an apostrophe.
 _TEMPLATE = """\
 {%- set ns = namespace(images=0, text='') -%}
 {%- set voco_tokens = '<VoCo>' * (num_voco | default(DEFAULT_NUM_VOCO)) -%}
@@ -136,9 +253,10 @@ _TEMPLATE = """\
         {%- set ns.images = ns.images + 1 -%}
     {%- endfor -%}
 {%- endfor -%}
-{{- '\\n ' if ns.images -}}
-{%- if messages[0].role != 'system' -%}
-    {{- "SYSTEM_WITH_IMAGE " if ns.images else "SYSTEM_WITHOUT_IMAGE " -}}
+{{- BEHIND_IMAGE if ns.images -}}
+{%- set system = SYSTEM_WITH_IMAGE if ns.images else SYSTEM_WITHOUT_IMAGE -%}
+{%- if messages[0].role != 'system' and system -%}
+    {{- BEFORE_SYSTEM + system + BEHIND_SYSTEM -}}
 {%- endif -%}
 {%- for message in messages -%}
     {%- if message.content is string -%}
@@ -150,17 +268,19 @@ _TEMPLATE = """\
     {%- if '<image>' in ns.text or '<VoCo>' in ns.text -%}
         {{- raise_exception('expected text without <image> and <VoCo>, got: ' + ns.text) -}}
     {%- endif -%}
+    {%- if ns.images and not NEWLINES -%}
+        {%- set ns.text = ns.text.replace('\\n', '') -%}
+    {%- endif -%}
     {%- if message.role == 'user' -%}
-        {{- 'USER: ' + ns.text + ' ' -}}
+        {{- BEFORE_USER + ns.text + BEHIND_USER -}}
     {%- elif message.role == 'assistant' -%}
-        {{- 'ASSISTANT: ' -}}{%- generation -%}{{- ns.text + eos_token -}}{%- endgeneration -%}
+        {{- ASK -}}
+        {%- generation -%}{{- BEFORE_ANSWER + ns.text + BEHIND_ANSWER -}}{%- endgeneration -%}
     {%- elif message.role == 'system' and loop.first -%}
-        {{- ns.text + ' ' -}}
+        {{- BEFORE_SYSTEM + ns.text + BEHIND_SYSTEM -}}
     {%- else -%}
         {{- raise_exception('expected role user or assistant, got ' + message.role) -}}
     {%- endif -%}
 {%- endfor -%}
-{{- 'ASSISTANT:' if add_generation_prompt -}}
+{{- ASK if add_generation_prompt -}}
 """
-_TEMPLATE = _TEMPLATE.replace("SYSTEM_WITH_IMAGE", SYSTEM_WITH_IMAGE)
-_TEMPLATE = _TEMPLATE.replace("SYSTEM_WITHOUT_IMAGE", SYSTEM)

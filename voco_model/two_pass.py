@@ -23,7 +23,7 @@ from voco_model.caches import CACHE_ARGUMENT, CompactCache, VoCoCollector
 from voco_model.fingerprint import fingerprint
 from voco_model.image_key import image_key
 from voco_model.kv_store.base import Store
-from voco_model.prompt import VOCO_TOKEN, Turns, image_part, text_part
+from voco_model.prompt import VOCO_TOKEN, Turns, image_part, style_in, text_part
 from voco_model.rope import rope_of
 from voco_model.stored import compress_stored
 
@@ -330,11 +330,10 @@ def _token_rows(
         raise ValueError("expected a processor to tokenize the text, got none; or pass token ids")
     is_conversation = not isinstance(text, str) and text and isinstance(text[0], Mapping)
     questions = [text] if isinstance(text, str) or is_conversation else list(text)
-    token_id = model.config.voco_token_id
-    return [_tokenize(processor.tokenizer, token_id, question) for question in questions]
+    return [_tokenize(processor.tokenizer, model.config, question) for question in questions]
 
 
-def _tokenize(tokenizer, voco_token_id: int, turns: Turns) -> list[int]:
+def _tokenize(tokenizer, config, turns: Turns) -> list[int]:
     images = 0
     if not isinstance(turns, str):
         parts = [p for m in turns if not isinstance(m["content"], str) for p in m["content"]]
@@ -344,12 +343,12 @@ def _tokenize(tokenizer, voco_token_id: int, turns: Turns) -> list[int]:
             f"expected at most one image part in a conversation, got {images}; several images a "
             "row are not supported in two passes"
         )
-    written = text_part(turns, eos_token=tokenizer.eos_token or "")
+    written = text_part(turns, eos_token=tokenizer.eos_token or "", style=style_in(config))
     # Behind a VoCo token, as in the whole prompt: tokenizers may treat the start of a string apart.
     first, *ids = tokenizer(VOCO_TOKEN + written, add_special_tokens=False)["input_ids"]
-    if first != voco_token_id:
+    if first != config.voco_token_id:
         raise ValueError(
-            f"expected a tokenizer that knows {VOCO_TOKEN} as {voco_token_id}, got {first}; pass "
+            f"expected a tokenizer that knows {VOCO_TOKEN} as {config.voco_token_id}, got {first}; pass "
             "the processor that was given to enable"
         )
     return ids

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from voco_model.prompt import IMAGE_TOKEN, VOCO_TOKEN, Turns, image_part, text_part
+from voco_model.prompt import IMAGE_TOKEN, VOCO_TOKEN, Turns, image_part, style_in, text_part
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,12 @@ def plan_prompt(
                 f"expected as many images as image parts in the messages, got {images} images and "
                 f"{named} parts"
             )
-        written = text_part(text, with_image=images > 0, eos_token=tokenizer.eos_token or "")
+        written = text_part(
+            text,
+            with_image=images > 0,
+            eos_token=tokenizer.eos_token or "",
+            style=style_in(config),
+        )
     front = "\n".join([IMAGE_TOKEN] * images) if num_voco is None else image_part(num_voco, images)
     ids = list(tokenizer(front + written)["input_ids"])
     if as_ids:

@@ -1,0 +1,1 @@
+"""Instruction data for training: records, samples, token ids and labels, batches."""

@@ -1,0 +1,150 @@
+"""What each sample of a run's data is like: its length, or what is wrong with it. Made once, kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from voco_model.data.encode import Encoder
+from voco_model.data.faults import DataError, Fault
+from voco_model.data.records import Records
+from voco_model.data.samples import Sample, sample_of
+
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Source:
+    """Records, and where their images are."""
+
+    records: Records
+    folder: Path
+    max_frames: int = 8
+
+
+@dataclass(frozen=True)
+class Index:
+    """Attributes:
+    lengths: int32, tokens of each sample at the largest number of VoCo tokens, cut to ``max_length``;
+        0 for one that can't be used.
+    faults: over-long samples that are cut are among them.
+    """
+
+    lengths: np.ndarray
+    faults: list[Fault]
+
+
+class Samples:
+    """The samples of several sources, one after the other."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = list(sources)
+        self._starts = np.cumsum([0] + [len(source.records) for source in self._sources])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises ``DataError``."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        source, row = self._sources[number], int(index - self._starts[number])
+        record = source.records[row]
+        return sample_of(record, source.records.where(row), source.folder, source.max_frames)
+
+    def state(self) -> str:
+        return json.dumps([[s.records.state(), str(s.folder), s.max_frames] for s in self._sources])
+
+
+def make_index(
+    samples: Samples,
+    encoder: Encoder,
+    num_voco: int,
+    *,
+    truncate: bool,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Index:
+    """Look at every sample once: text tokenized, headers of images read.
+
+    Args:
+        truncate: whether an over-long sample is cut, or not used.
+        workers: processes; 0 for none beside this one.
+        progress: told how many are done, of how many.
+    """
+    starts = range(0, len(samples), _CHUNK)
+    arguments = (samples, encoder, num_voco, truncate)
+    lengths, faults = [], []
+
+    def gather(results) -> None:
+        for found, wrong in results:
+            lengths.extend(found)
+            faults.extend(wrong)
+            if progress is not None:
+                progress(len(lengths), len(samples))
+
+    if workers > 1 and len(starts) > 1:
+        with ProcessPoolExecutor(
+            workers, get_context("spawn"), initializer=_begin, initargs=arguments
+        ) as pool:
+            gather(pool.map(_measured, starts))
+    else:
+        _begin(*arguments)
+        gather(map(_measured, starts))
+    return Index(np.array(lengths, dtype=np.int32), faults)
+
+
+_job: tuple[Samples, Encoder, int, bool]
+
+
+def _begin(*arguments) -> None:
+    global _job
+    _job = arguments
+
+
+def _measured(start: int) -> tuple[list[int], list[Fault]]:
+    samples, encoder, num_voco, truncate = _job
+    lengths, faults = [], []
+    for index in range(start, min(start + _CHUNK, len(samples))):
+        try:
+            sample = samples[index]
+            length = encoder.length(sample, num_voco)
+        except DataError as error:
+            lengths.append(0)
+            faults.append(error.fault)
+            continue
+        if length > encoder.max_length:
+            said = f"expected at most {encoder.max_length} tokens, got {length}"
+            faults.append(Fault("over_long", sample.where, said))
+            length = encoder.max_length if truncate else 0
+        lengths.append(length)
+    return lengths, faults
+
+
+def kept_index(folder: Path, key: str, make: Callable[[], Index]) -> Index:
+    """The index in this folder that was made under the same key, or a new one, kept there.
+
+    Of several processes one makes it, and the others wait.
+    """
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    path = folder / f"index-{name}.npz"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "index.lock"):
+        if path.is_file():
+            with np.load(path) as kept:
+                faults = [Fault(**fault) for fault in json.loads(str(kept["faults"]))]
+                return Index(kept["lengths"], faults)
+        index = make()
+        partial = folder / f"index-{name}.partial.npz"
+        written = json.dumps([asdict(fault) for fault in index.faults])
+        np.savez(partial, lengths=index.lengths, faults=np.array(written))
+        os.replace(partial, path)
+    return index

@@ -1,0 +1,153 @@
+"""Batches from a stream of records, whose number and lengths nobody knows: ``datasets`` streaming."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from voco_model.data.encode import Encoder
+from voco_model.data.faults import DataError, Fault, FaultPolicy
+from voco_model.data.plan import BatchPlan
+from voco_model.data.records import undecoded
+from voco_model.data.samples import Sample, sample_of
+
+
+class StreamedBatches(IterableDataset):
+    """The micro-batches of one rank, without end: the stream starts again, shuffled anew.
+
+    Every rank and every worker reads the records' text and makes the same plan of the same steps; an
+    image is read by the one whose turn it is. So each sample of a pass is trained on once, whatever the
+    number of ranks and workers. A step takes ``global_batch`` samples, or, where they would not fit into
+    its micro-batches, as many of them as fit; the others are first in the next step.
+
+    Args:
+        stream: a ``datasets.IterableDataset``, or anything with ``set_epoch`` that gives records.
+        name: of the stream, for errors.
+        accumulation: micro-batches of a rank in a step.
+        num_voco: as in ``RankBatches``.
+        skip: micro-batches to leave out, of a run that goes on.
+    """
+
+    def __init__(
+        self,
+        stream,
+        name: str,
+        folder: Path,
+        encoder: Encoder,
+        policy: FaultPolicy,
+        collate: Callable,
+        *,
+        global_batch: int,
+        world_size: int,
+        rank: int,
+        accumulation: int,
+        max_tokens: int | None,
+        seed: int,
+        num_voco: Sequence[int],
+        max_frames: int = 8,
+        shuffle_buffer: int = 10_000,
+    ) -> None:
+        self._stream = undecoded(stream)
+        if hasattr(stream, "shuffle"):
+            self._stream = self._stream.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        self._name, self._folder, self._max_frames = name, folder, max_frames
+        self._encoder, self._policy, self._collate = encoder, policy, collate
+        self._global_batch, self._world_size, self._rank = global_batch, world_size, rank
+        self._accumulation, self._max_tokens, self._seed = accumulation, max_tokens, seed
+        self._num_voco = list(num_voco)
+        self.skip = 0
+
+    def __iter__(self) -> Iterator[dict]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        draw = np.random.default_rng([self._seed, 1])
+        for number, (samples, faults) in enumerate(self._micro_batches()):
+            num_voco = self._num_voco[int(draw.integers(len(self._num_voco)))]
+            if number >= self.skip and (number - self.skip) % workers == worker:
+                yield self._collate(
+                    [*(self._read(sample, num_voco) for sample in samples), *faults]
+                )
+
+    def lengths(self) -> Iterator[int]:
+        """Of the samples of the stream, in its order."""
+        return (item[1] for item in self._measured() if not isinstance(item, Fault))
+
+    def _read(self, sample: Sample, num_voco: int):
+        try:
+            return self._encoder.encode(sample, num_voco)
+        except DataError as error:
+            if self._policy[error.fault.kind] == "fatal":
+                raise
+            return error.fault
+
+    def _micro_batches(self) -> Iterator[tuple[list[Sample], list[Fault]]]:
+        """For this rank; faults found on the way go with the first micro-batch of a step."""
+        waiting: deque[tuple[Sample, int]] = deque()
+        faults: list[Fault] = []
+        for item in self._measured():
+            if isinstance(item, Fault):
+                faults.append(item)
+                continue
+            waiting.append(item)
+            if len(waiting) < self._global_batch:
+                continue
+            step = self._step(waiting)
+            for ranks in step:
+                yield ranks[self._rank], faults
+                faults = []
+
+    def _step(self, waiting: deque[tuple[Sample, int]]) -> list[list[list[Sample]]]:
+        taken = [waiting.popleft() for _ in range(self._global_batch)]
+        while True:
+            lengths = np.array([length for _, length in taken])
+            plan = BatchPlan(
+                lengths,
+                len(taken),
+                self._world_size,
+                self._accumulation,
+                self._max_tokens,
+                self._seed,
+            )
+            step = plan.step(range(len(taken)))
+            fullest = max(int(lengths[group].sum()) for ranks in step for group in ranks)
+            if self._max_tokens is None or fullest <= self._max_tokens:
+                return [[[taken[i][0] for i in group] for group in ranks] for ranks in step]
+            waiting.appendleft(taken.pop())
+
+    def _measured(self) -> Iterator[tuple[Sample, int] | Fault]:
+        """Samples with their lengths, pass after pass; which of them can't be used is told each time."""
+        largest = max(self._num_voco)
+        epoch = 0
+        while True:
+            if hasattr(self._stream, "set_epoch"):
+                self._stream.set_epoch(epoch)
+            usable = 0
+            for row, record in enumerate(self._stream):
+                where = f"{self._name}[{record.get('id', row)}]"
+                try:
+                    sample = sample_of(record, where, self._folder, self._max_frames)
+                    length = self._encoder.length(sample, largest)
+                except DataError as error:
+                    if self._policy[error.fault.kind] == "fatal":
+                        raise
+                    yield error.fault
+                    continue
+                if length > self._encoder.max_length:
+                    said = f"expected at most {self._encoder.max_length} tokens, got {length}"
+                    fault = Fault("over_long", where, said)
+                    action = self._policy["over_long"]
+                    if action == "fatal":
+                        raise DataError(fault.kind, fault.where, fault.message)
+                    yield fault
+                    if action == "skip":
+                        continue
+                    length = self._encoder.max_length
+                usable += 1
+                yield sample, length
+            if not usable:
+                raise ValueError(f"expected samples in {self._name}, got none that can be used")
+            epoch += 1
