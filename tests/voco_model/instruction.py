@@ -48,13 +48,13 @@ def write_data(folder: Path, count: int = 24) -> Path:
     return path
 
 
-def config(checkpoint: Path, data: Path, output: Path, **changes) -> dict:
+def config(checkpoint: Path, data_file: Path, output: Path, **changes) -> dict:
     """A run of a few seconds on one core."""
     values = {
         "model": str(checkpoint),
         "output": str(output),
         "data": {
-            "sources": [{"path": str(data), "images": str(data.parent)}],
+            "sources": [{"path": str(data_file), "images": str(data_file.parent)}],
             "max_length": 320,
             "workers": 0,
         },

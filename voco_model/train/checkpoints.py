@@ -55,12 +55,12 @@ def newest(output: Path) -> Path | None:
 
 
 def rotate(output: Path, keep: int) -> list[Path]:
-    """Delete whole checkpoints but the newest ``keep``, and half-written ones older than those."""
+    """Delete what is older than the newest whole checkpoint, but for the newest ``keep`` whole ones."""
     whole = [folder for folder in folders(output) if read_mark(folder) is not None]
     if not whole:
         return []
-    oldest_kept = step_of(whole[:keep][-1])
-    gone = [folder for folder in folders(output) if step_of(folder) < oldest_kept]
+    older = [folder for folder in folders(output) if step_of(folder) < step_of(whole[0])]
+    gone = [folder for folder in older if folder not in whole[:keep]]
     for folder in gone:
         discard(folder)
     return gone

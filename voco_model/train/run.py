@@ -65,6 +65,11 @@ def train(
     if config.sharding == "zero3" and world_size == 1:
         _alone()
     arguments = training_arguments(config, batches.accumulation)
+    say(f"on {arguments.device}")  # asking for it joins the other ranks
+    if config.sharding == "zero3":
+        import deepspeed
+
+        deepspeed.init_distributed()  # shards weights as they are loaded; no-op if the above did it
     set_seed(config.seed)
     model = build_model(config, processor, _weights_dtype(config))
     say(f"{config.model}: {type(model).__name__}")

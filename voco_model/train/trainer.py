@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from voco_model.attach import SUPPORTED
 from voco_model.data.collate import STATS
 from voco_model.train import checkpoints
 from voco_model.train.progress import Meter
@@ -44,12 +45,22 @@ class VoCoTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # The Trainer leaves out the weights where FSDP keeps its own in shards.
-        if not self.is_fsdp_enabled or _internal_call:
+        if not self.is_fsdp_enabled:
             return super().save_model(output_dir, _internal_call)
+        # The Trainer would leave out the weights where FSDP keeps its own in shards.
         state = self.accelerator.get_state_dict(self.model)
         if self.args.should_save:
             self._save(output_dir or self.args.output_dir, state_dict=state)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if self.is_fsdp_enabled or not isinstance(self.model, SUPPORTED):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # save_pretrained writes other names than the modules'. The Trainer loads by those of the modules and
+        # passes over the others (transformers 5.17): it would go on from the weights that it started with.
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         output = Path(self.args.output_dir)

@@ -1,0 +1,305 @@
+"""Runs on one process: what they learn, what they leave behind, what they refuse."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlavaForConditionalGeneration, TrainerCallback
+
+import voco_model.attention
+import voco_model.train.run
+from tests.voco_model import instruction, tiny
+from voco_model.load import load
+from voco_model.prompt import STYLES
+from voco_model.train import checkpoints, make_config, train
+
+
+@pytest.fixture
+def values(checkpoint, data, tmp_path):
+    def made(**changes) -> dict:
+        return instruction.config(checkpoint, data, tmp_path / "out", **changes)
+
+    return made
+
+
+class Gradients(TrainerCallback):
+    """The gradients of each step, in one vector, and the losses."""
+
+    def __init__(self) -> None:
+        self.gradients: list[torch.Tensor] = []
+        self.losses: list[float] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        found = [p.grad.detach().double().flatten() for p in model.parameters() if p.requires_grad]
+        self.gradients.append(torch.cat(found))
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+def watched(values: dict) -> Gradients:
+    seen = Gradients()
+    train(make_config(values), callbacks=[seen])
+    shutil.rmtree(values["output"])
+    return seen
+
+
+def dense(query, key, value, layout, *, scale=None, **kwargs):
+    """What the authors run: SDPA with a mask of one bool a pair, whose padding rows are un-hidden."""
+    mask = layout.materialize()[:, None]
+    mask = mask | ~mask.any(-1, keepdim=True)
+    groups = query.shape[1] // key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, scale=scale, enable_gqa=groups > 1
+    )
+
+
+def unmasked(query, key, value, layout, *, scale=None, **kwargs):
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+
+LONG = {"optimizer": {"learning_rate": 1e-3, "epochs": 10}}  # 30 steps
+
+
+def test_thirty_steps_are_those_of_a_dense_mask(values, monkeypatch):
+    """Losses and gradients within twice the error of the dense mask, against a dense run in float64."""
+    padded = values(batch={"packed": False}, **LONG)
+    ours = watched(padded)
+    monkeypatch.setattr(voco_model.attention, "masked_attention", dense)
+    theirs = watched(padded)
+    with monkeypatch.context() as in_double:
+        in_double.setattr(voco_model.train.run, "_weights_dtype", lambda config: torch.float64)
+        truth = watched(padded)
+    monkeypatch.setattr(voco_model.attention, "masked_attention", unmasked)
+    without = watched(padded)
+
+    assert len(truth.losses) == 30 and truth.losses[-1] < 0.7 * truth.losses[0]
+
+    def errors(seen: Gradients) -> torch.Tensor:
+        """Of the losses, and of the gradients of each step (largest of all)."""
+        losses = torch.tensor(seen.losses) - torch.tensor(truth.losses)
+        pairs = zip(seen.gradients, truth.gradients, strict=True)
+        return torch.stack(
+            [losses.abs(), torch.stack([(a - b).abs().max() for a, b in pairs]).float()]
+        )
+
+    allowed = 2 * errors(theirs).max(1, keepdim=True).values + 1e-5
+    assert (errors(ours) <= allowed).all()
+    # A mask that does nothing would be noticed.
+    assert (errors(without)[:, 0] > 100 * allowed[:, 0]).all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}], ids=["plain", "again"])
+def test_packed_rows_are_padded_rows(values, changes):
+    padded = watched(values(batch={"packed": False}, **changes))
+    packed = watched(values(**changes))
+    for ours, expected in zip(packed.gradients[:1], padded.gradients[:1], strict=True):
+        assert (ours - expected).norm() <= 1e-5 * expected.norm()
+    assert packed.losses == pytest.approx(padded.losses, abs=1e-4)
+
+
+def test_micro_batches_make_no_difference(values):
+    one = watched(values(batch={"max_tokens": 4096}))
+    many = watched(values(batch={"max_tokens": 512}))
+    assert one.losses == pytest.approx(many.losses, abs=1e-4)
+    assert (one.gradients[0] - many.gradients[0]).norm() <= 1e-5 * one.gradients[0].norm()
+
+
+@pytest.mark.slow
+def test_compiled_and_checkpointed_under_the_mask(values):
+    plain = watched(values(optimizer={"steps": 2}))
+    both = watched(
+        values(
+            optimizer={"steps": 2},
+            compile=True,
+            gradient_checkpointing=True,
+            trainer={"use_cpu": True, "torch_compile_backend": "aot_eager"},
+        )
+    )
+    assert both.losses == pytest.approx(plain.losses, abs=1e-4)
+    assert (both.gradients[0] - plain.gradients[0]).norm() <= 1e-5 * plain.gradients[0].norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_liger_under_the_mask(values):
+    pytest.importorskip("liger_kernel")
+    plain = watched(values(optimizer={"steps": 3}, trainer={}))
+    liger = watched(values(optimizer={"steps": 3}, trainer={}, liger=True))
+    assert liger.losses == pytest.approx(plain.losses, rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_the_model_is_what_load_and_from_pretrained_read(kind, tmp_path, data):
+    source = instruction.write_checkpoint(tmp_path / "checkpoint", kind)
+    changes = {
+        "voco": {"tokens": [1, 2, 4], "distinct": True, "isolated": True},
+        "prompt": "chatml",
+    }
+    values = instruction.config(source, data, tmp_path / "out", **changes)
+    saved = train(make_config(values))
+
+    model, processor = load(saved)
+    assert (model.config.num_voco, model.config.voco_distinct) == (4, True)
+    assert (model.config.voco_isolated, model.config.voco_prompt) == (True, "chatml")
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    written = processor.apply_chat_template(question, add_generation_prompt=True)
+    assert written == voco_model.prompt("What?", 4, style="chatml")
+    plain = type(model).from_pretrained(saved)
+    assert torch.equal(instruction.weights(plain), instruction.weights(model))
+    # Each VoCo token has learnt a row of its own.
+    before = dict(tiny.tiny_llava(kind).named_parameters())[
+        "model.language_model.embed_tokens.weight"
+    ]
+    after = model.get_input_embeddings().weight
+    assert after.shape[0] == tiny.VOCO + 4 and before.shape[0] == tiny.VOCO + 1
+    assert not torch.equal(after[tiny.VOCO], before[tiny.VOCO])
+    assert len({tuple(row.tolist()) for row in after[tiny.VOCO :]}) == 4
+
+
+def test_lora_trains_adapters_projector_and_voco_rows(values, checkpoint):
+    saved = train(make_config(values(lora={"r": 4, "alpha": 8}, optimizer={"learning_rate": 0.05})))
+    before = dict(LlavaForConditionalGeneration.from_pretrained(checkpoint).named_parameters())
+    after = dict(load(saved)[0].named_parameters())
+    assert set(before) == set(after)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all(
+        ("_proj" in n and "language" in n) or "projector" in n or "embed_tokens" in n
+        for n in changed
+    )
+    embeddings = "model.language_model.embed_tokens.weight"
+    rows = (before[embeddings] != after[embeddings]).any(1).nonzero().flatten().tolist()
+    assert rows == [tiny.VOCO]
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": {"r": 4, "alpha": 8}}], ids=["all", "lora"])
+def test_a_run_goes_on_where_it_was_and_refuses_to_be_another(changes, values, tmp_path):
+    whole = watched(values(**changes))
+    stopped = values(checkpoints={"every": 2, "keep": 1}, **changes)
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config(stopped), callbacks=[Stop()])
+    output = tmp_path / "out"
+    assert [p.name for p in checkpoints.folders(output)] == ["checkpoint-2"]
+    for other, said in (
+        ({"seed": 1}, "seed 42 before, 1 now"),
+        ({"voco": {"tokens": 1}}, r"voco_tokens \[2\] before, \[1\] now"),
+        ({"checkpoints": {"resume": False}}, "expected no checkpoints"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train(make_config({**stopped, **other}))
+    seen = Gradients()
+    train(make_config(stopped), callbacks=[seen])
+    assert seen.losses == pytest.approx(whole.losses[2:], abs=1e-6)
+    assert [p.name for p in checkpoints.folders(output)] == ["checkpoint-6"]
+
+
+def test_a_full_disk_costs_no_checkpoint(values, tmp_path, monkeypatch):
+    config = make_config(values(checkpoints={"every": 2, "keep": 1}))
+    output = tmp_path / "out"
+    usage = shutil.disk_usage
+
+    class Fill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                full = usage(output)._replace(free=1000)
+                monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+
+    with pytest.raises(OSError, match="expected room for a checkpoint"):
+        train(config, callbacks=[Fill()])
+    assert [p.name for p in checkpoints.folders(output)] == ["checkpoint-2"]
+    assert checkpoints.newest(output).name == "checkpoint-2"
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+
+    # And where the disk fills up while it is written: files may have no more than 100 kB from now on.
+    class Limit(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(
+            Exception, match=r"(?i)file too large|write|inline_container|os error 27"
+        ):
+            train(config, callbacks=[Limit()])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert checkpoints.newest(output).name == "checkpoint-2"
+    assert (output / "checkpoint-4").is_dir()  # half of it
+    train(config)
+    assert [p.name for p in checkpoints.folders(output)] == ["checkpoint-6"]
+
+
+def test_what_is_left_out_is_told(values, data, tmp_path, capsys):
+    records = instruction.records(24)
+    records[5]["image"] = "nowhere.png"
+    records[7]["image"] = "broken.png"
+    path = data.with_name("with_faults.json")
+    path.write_text(json.dumps(records, indent=1))
+    # A header alone: its size can be read, its pixels can't.
+    data.with_name("broken.png").write_bytes((data.parent / "1.png").read_bytes()[:200])
+    source = {"sources": [{"path": str(path), "images": str(data.parent)}], "workers": 0}
+    with pytest.raises(ValueError, match="missing_file: 1"):
+        train(make_config(values(data={**source, "max_length": 320})))
+    faults = {"missing_file": "skip", "broken_image": "skip"}
+    train(make_config(values(data={**source, "max_length": 320, "faults": faults})))
+    said = capsys.readouterr().err
+    line = 1 + path.read_text()[: path.read_text().index('"id": "5"')].count("\n") - 1
+    assert f"{path}:{line}: expected an image, got {data.parent / 'nowhere.png'}" in said
+    assert said.count("left out: ") == 1 and "broken_image" in said  # once, in two epochs
+    told = (tmp_path / "out" / "left-out-0.jsonl").read_text().splitlines()
+    assert [json.loads(one)["kind"] for one in told] == ["broken_image"]
+
+
+def test_dry_run_touches_no_model(values, capsys, tmp_path):
+    assert train(make_config(values()), dry_run=True) is None
+    said = capsys.readouterr().err
+    assert re.search(r"24 samples, [\d,]+ tokens, 3 steps an epoch", said)
+    assert not (tmp_path / "out" / "train.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"modle": "x"}, "modle: expected one of model, output"),
+        ({"batch": {"global_sise": 4}}, "batch.global_sise: expected one of global_size"),
+        ({"prompt": "llama"}, f"expected a prompt style of {', '.join(STYLES)}"),
+        ({"voco": {"tokens": 0}}, "expected numbers of VoCo tokens from 1 on, got 0"),
+        ({"trainer": {"learning_rate": 1}}, r"learning_rate \(set optimizer.learning_rate\)"),
+        ({"data": {"faults": {"over_long": "maybe"}}}, "expected truncate or skip or fatal"),
+        ({"data": {"sources": []}}, "data.sources"),
+    ],
+)
+def test_errors_of_a_configuration(values, changes, said):
+    with pytest.raises(ValueError, match=said):
+        make_config(values(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"trainer": {"lerning_rate": 1}}, "got lerning_rate"),
+        ({"batch": {"packed": False, "rows": 3}}, "got 8 with 3 rows on 1 processes"),
+        (
+            {"batch": {"max_tokens": 100}},
+            "expected batch.max_tokens of at least the longest sample",
+        ),
+        ({"data": {"streaming": True}}, "expected optimizer.steps with data.streaming"),
+    ],
+)
+def test_errors_of_a_run(values, changes, said):
+    with pytest.raises(ValueError, match=said):
+        train(make_config(values(**changes)))
