@@ -9,7 +9,7 @@ isn't a product (norms, softmax, rotation, activations, biases, embedding lookup
 * ``useful``: pairs of a query and a key that it may see only (DESIGN: what is masked earns no credit),
   and the vision tower up to the layer whose features are taken.
 
-Padding to the engine's sizes of work is in neither.
+Padding to the engine's sizes of work is in neither. Of a training step only the useful ones are counted.
 """
 
 from __future__ import annotations
@@ -126,3 +126,66 @@ def first_token(config, new: int, past: int = 0) -> Flops:
     """A prompt's forward pass, up to the logits of its first new token. With ``new`` 1, a decoding
     step."""
     return language(config, new, past) + head(config)
+
+
+def training(config, *, tokens: int, pairs: int, labels: int, images: int) -> int:
+    """Useful operations of a LLaVA's forward and backward pass, its vision tower frozen.
+
+    A trained product costs two more of its size, the gradients of both factors; the projector's first
+    one a single one, as nobody asks for the gradient of the features. Attention costs 2.5 times its
+    forward pass (five products for two). A logit is useful where there is a label, and a pair of tokens
+    where one may see the other; what gradient checkpointing computes again is not.
+
+    Args:
+        tokens: of all sequences, padding left out.
+        pairs: of a query and a key that it may see.
+        labels: tokens with a label.
+        images: of one tile each.
+    """
+    text = config.text_config
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    layer = (
+        2 * product(tokens, hidden, heads * head_dim)
+        + 2 * product(tokens, hidden, text.num_key_value_heads * head_dim)
+        + 3 * product(tokens, hidden, text.intermediate_size)
+    ).useful
+    attended = attention(heads, head_dim, pairs, pairs).useful
+    seen = images * patches_of(config)
+    features = product(seen, config.vision_config.hidden_size, hidden).useful
+    return (
+        images * vision_tower(config).useful
+        + (2 * features + 3 * product(seen, hidden, hidden).useful if images else 0)
+        + text.num_hidden_layers * (3 * layer + attended * 7 // 2)
+        + product(head_dim // 2, 1, tokens).useful
+        + 3 * head(config, labels).useful
+    )
+
+
+def q_former_training(config, *, queries: int, features: int, hidden: int, images: int) -> int:
+    """Useful operations of a Q-Former's forward and backward pass and of the linear layer behind it
+    (BLIP-2, arXiv 2301.12597, section 3.1), on frozen features.
+
+    Args:
+        config: a ``Blip2QFormerConfig``.
+        queries, features: tokens an image, of the Q-Former and of the vision tower.
+        hidden: width of the language model.
+    """
+    own, heads = config.hidden_size, config.num_attention_heads
+
+    def attend(keys: int) -> int:
+        return attention(heads, own // heads, queries * keys, queries * keys).useful * 7 // 2
+
+    each = (
+        3 * (4 * product(queries, own, own) + 2 * product(queries, own, config.intermediate_size))
+    ).useful + attend(queries)
+    crossing = (
+        3 * 2 * product(queries, own, own).useful  # q and the output
+        + 2 * 2 * product(features, config.encoder_hidden_size, own).useful  # k and v
+        + attend(features)
+    )
+    layers = config.num_hidden_layers
+    crossings = -(-layers // config.cross_attention_frequency)
+    return images * (
+        layers * each + crossings * crossing + 3 * product(queries, own, hidden).useful
+    )

@@ -4,7 +4,7 @@
 #   OUT=folder bash bench/gpu.sh          on a machine with a GPU; needs no network and no installation
 #   bash bench/gpu.sh --dry-run           the same steps, small, on a CPU: a rehearsal, as in CI
 #   bash bench/gpu.sh --only parity       one step: environment, build, parity, sanitizer, forward, backward,
-#                                         kv, two_pass, tune or ncu
+#                                         kv, two_pass, train, tune or ncu
 #
 # What it finds goes to OUT (by default a temporary folder, named at the end) as it comes: a run that is cut
 # off loses little. The commit is taken from VOCO_COMMIT, or git, or a file COMMIT. PYTHON names the
@@ -22,7 +22,8 @@ plan=(
     "backward 300 100"
     "kv 110 40"
     "two_pass 300 40"
-    "tune 200 30"
+    "train 200 10"
+    "tune 200 25"
     "ncu 60 30"
 )
 steps=("${plan[@]%% *}")
@@ -191,6 +192,19 @@ two_pass() {
     "$PYTHON" bench/two_pass.py --out "$OUT/two-pass.json" "$@"
 }
 
+# A method whose time has come before the budget is spent still gets a step; the rest is recorded as skipped.
+train() {
+    if [ -n "$dry_run" ]; then
+        set -- --device cpu --small --steps 2
+    elif [ "$STEP_SECONDS" -lt 45 ]; then
+        echo "skipped: no time was left; bash bench/gpu.sh --only train has it all"
+        return
+    else
+        set -- --device cuda --budget $((STEP_SECONDS > 70 ? STEP_SECONDS - 40 : STEP_SECONDS / 2))
+    fi
+    "$PYTHON" bench/train.py --out "$OUT/train.json" "$@"
+}
+
 # Nothing is written into the package here: python bench/tune.py --from tune.json --write does that, on the
 # machine where the package is developed.
 tune() { resuming bench/tune.py "$OUT/tune.json" ${dry_run:+--dry-run}; }
@@ -247,7 +261,6 @@ step() {
     [ "$rc" -eq 0 ] || failed=1
     summary+=("$(printf '%-12s rc %-4d %4d s' "$name" "$rc" $((SECONDS - started)))")
     say "==> ${summary[-1]}"
-    printf '%s\n' "${summary[@]}" "wall ${SECONDS} s of ${limit} s" >"$OUT/summary.txt"
 }
 
 for index in "${!plan[@]}"; do
@@ -263,13 +276,13 @@ for index in "${!plan[@]}"; do
     step "$name" "$most" $((reserved * limit / 560))
 done
 
-# Few and small files, so that they are easily copied; bench/report.py draws the plots again.
+# Few and small files (eight at most), so that they are easily copied; bench/report.py draws the plots again.
 rm -f "$OUT"/*.part "$OUT"/*.png
-for record in "$OUT"/attn-*.json "$OUT/kv.json" "$OUT/two-pass.json"; do
+for record in "$OUT"/attn-*.json "$OUT/kv.json" "$OUT/two-pass.json" "$OUT/train.json"; do
     [ -e "$record" ] && "$PYTHON" bench/report.py --show "$record"
 done
 printf '\n%s\n' "results in $OUT:"
 ls -l "$OUT"
-printf '\n%s\n' "$(cat "$OUT/summary.txt")"
+say "$(printf '\n%s' "${summary[@]}" "wall ${SECONDS} s of ${limit} s")"
 [ "$failed" -eq 0 ] && echo "all steps passed" || echo "A STEP FAILED"
 exit "$failed"

@@ -17,6 +17,9 @@ call upon call; ``device``, on a CUDA device alone, on a cold L2.
 Records of bench/two_pass.py ("bench" is "two_pass") have ceilings and no layouts. A case is a model; its
 rows are what ``two_pass.Step`` tells apart, each with ``wall`` in ms: of a batch until all have their
 first token, or of a whole stream. Rows of the engine have ``device`` and ``stages``, without the host.
+
+Records of bench/train.py ("bench" is "train") have ceilings and no layouts. A case is a model and a
+batch; its rows are the ways to train it, each with the time of a step and its useful TFLOP/s.
 """
 
 from __future__ import annotations
@@ -69,6 +72,15 @@ _TWO_PASS_ROW_KEYS = {
     "status": str,
 }
 _TWO_PASS_KINDS = ("answer", "stream")
+_TRAIN_CASE_KEYS = {
+    "model": str,
+    "title": str,
+    "layers": int,
+    "samples": int,
+    "texts": list,
+    "rows": list,
+}
+_TRAIN_ROW_KEYS = {"name": str, "title": str, "packed": bool, "status": str}
 _ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -121,6 +133,9 @@ def check(record: dict) -> None:
     if isinstance(record, dict) and record.get("bench") == "two_pass":
         _check_two_pass(record)
         return
+    if isinstance(record, dict) and record.get("bench") == "train":
+        _check_train(record)
+        return
     _check_keys(record, _RECORD_KEYS, "record")
     _check_schema(record)
     for case in record["cases"]:
@@ -156,6 +171,15 @@ def _check_two_pass(record: dict) -> None:
                 raise ValueError(
                     f"expected a kind of {_TWO_PASS_KINDS}, got {row['kind']!r} in {case['model']}"
                 )
+
+
+def _check_train(record: dict) -> None:
+    _check_keys(record, {**_COMMON_KEYS, "ceilings": dict}, "record")
+    _check_schema(record)
+    for case in record["cases"]:
+        _check_keys(case, _TRAIN_CASE_KEYS, "case")
+        for row in case["rows"]:
+            _check_row(row, case["title"], _TRAIN_ROW_KEYS)
 
 
 def _check_schema(record: dict) -> None:
@@ -341,6 +365,16 @@ def two_pass_failures(record: dict) -> list[str]:
     return [
         f"{case['model']} {row['name']} {row['kind']} batch {row['batch']} VoCo {row['num_voco']}: "
         f"{row['status']}: {row['reason']}"
+        for case in record["cases"]
+        for row in case["rows"]
+        if row["status"] in ("red", "failed")
+    ]
+
+
+def train_failures(record: dict) -> list[str]:
+    """A line for each way to train that was wrong or raised."""
+    return [
+        f"{case['title']} {row['name']}: {row['status']}: {row['reason']}"
         for case in record["cases"]
         for row in case["rows"]
         if row["status"] in ("red", "failed")

@@ -10,7 +10,8 @@ A text says where a table belongs with two comment lines, ``<!-- bench:NAME:star
 under its roof), ``layout`` (making a layout against making a BlockMask), ``shapes`` (what A to G
 are), ``tiles`` (the visible share of what kernels multiply), ``kv`` and ``kv-cpu`` (goals and tables
 of bench/kv.py on a GPU and on a CPU), ``kv-plot`` (its plots), ``two-pass``, ``two-pass-cpu`` and
-``two-pass-plot`` (likewise of bench/two_pass.py). A figure that no record holds is "not measured".
+``two-pass-plot`` (likewise of bench/two_pass.py), ``train`` and ``train-cpu`` (tables of
+bench/train.py). A figure that no record holds is "not measured".
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from bench import (
     plots,
     records,
     tiles,
+    train_report,
     two_pass_plots,
     two_pass_report,
 )
@@ -93,6 +95,7 @@ def tables_for(results: Records, text_folder: Path, results_folder: Path) -> dic
     on_cpu = {n: r for n, r in attn.items() if n not in on_gpu}
     kv = {name: record for name, record in results.items() if record["bench"] == "kv"}
     two_pass = {name: record for name, record in results.items() if record["bench"] == "two_pass"}
+    train = {name: record for name, record in results.items() if record["bench"] == "train"}
     return {
         "attn": lambda: attention_tables(on_gpu, "full"),
         "attn-cpu": lambda: attention_tables(on_cpu, "small"),
@@ -107,6 +110,8 @@ def tables_for(results: Records, text_folder: Path, results_folder: Path) -> dic
         "two-pass": lambda: two_pass_report.tables(two_pass, "cuda"),
         "two-pass-cpu": lambda: two_pass_report.tables(two_pass, "cpu"),
         "two-pass-plot": lambda: two_pass_plot_links(two_pass, text_folder, results_folder),
+        "train": lambda: train_report.tables(train, "cuda"),
+        "train-cpu": lambda: train_report.tables(train, "cpu"),
     }
 
 
@@ -402,6 +407,8 @@ def show(path: Path) -> str:
         return kv_report.show(record)
     if record["bench"] == "two_pass":
         return two_pass_report.show(record)
+    if record["bench"] == "train":
+        return train_report.show(record)
     size = record["settings"]["size"]
     results = {path.name: record}
     blocks = [

@@ -23,7 +23,7 @@ printf '%s\\n' "$*" >>"$CALLS"
 case "$*" in
     *"--show"*) echo "TABLE" ;;
     *"import xdist"*) exit 0 ;;
-    *"bench/attn.py"* | *"bench/kv.py"* | *"bench/two_pass.py"* | *"bench/tune.py"*)
+    *"bench/attn.py"* | *"bench/kv.py"* | *"bench/two_pass.py"* | *"bench/train.py"* | *"bench/tune.py"*)
         out=$(printf '%s\\n' "$@" | grep -A1 -x -- --out | tail -1)
         echo '{}' >"$out"
         touch "$out.part"
@@ -47,7 +47,7 @@ esac
 
 PLAN = re.compile(r'^    "(\w+) (\d+) (\d+)"$', re.M)
 STEPS = ["environment", "build", "parity", "sanitizer", "forward", "backward", "kv", "two_pass"]
-STEPS += ["tune", "ncu"]
+STEPS += ["train", "tune", "ncu"]
 
 
 @pytest.fixture
@@ -103,20 +103,22 @@ def test_all_steps_in_order(script):
     assert "--device cuda --budget " in loads and "--quick" not in loads
     (answers,) = [call for call in calls if call.startswith("bench/two_pass.py")]
     assert "--device cuda --budget 270" in answers and "--quick" not in answers
+    (trained,) = [call for call in calls if call.startswith("bench/train.py")]
+    assert "--device cuda --budget 160" in trained and "--small" not in trained
     names = sorted(path.name for path in out.iterdir())
     assert names == [
         "attn-backward.json",
         "attn-forward.json",
         "gpu.log",
         "kv.json",
-        "summary.txt",
+        "train.json",
         "tune.json",
         "two-pass.json",
     ]
     assert len(names) < 8  # and ncu.csv, where there is ncu: few enough to copy by hand
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
-    assert answer.stdout.count("TABLE") == 4
-    assert re.search(r"parity +rc 0 +\d+ s", (out / "summary.txt").read_text())
+    assert answer.stdout.count("TABLE") == 5
+    assert re.search(r"parity +rc 0 +\d+ s", (out / "gpu.log").read_text())
 
 
 def test_a_dry_run_is_small_and_on_the_cpu(script):
@@ -129,6 +131,8 @@ def test_a_dry_run_is_small_and_on_the_cpu(script):
             assert "--device cpu --size tiny --quick --tokens 1 --tokens 8" in call
         if call.startswith("bench/two_pass.py"):
             assert "--device cpu --model small --quick" in call
+        if call.startswith("bench/train.py"):
+            assert "--device cpu --small" in call
         if call.startswith("-m pytest"):
             assert "-m not gpu and not slow" in call
         if call.startswith("bench/tune.py"):
@@ -141,6 +145,7 @@ def test_a_dry_run_is_small_and_on_the_cpu(script):
     assert {
         "bench/kv.py",
         "bench/two_pass.py",
+        "bench/train.py",
         "bench/sanitize.py",
         "bench/tune.py",
         "bench/profile_kernels.py",
@@ -177,7 +182,7 @@ def test_tools_that_are_not_there_are_no_failure(script, tmp_path):
 def test_a_memory_error_fails_its_step_and_the_other_checks_go_on(script, tools):
     answer, out, calls = script("--only", "sanitizer", PATH=tools, MEMORY_RC="9")
     assert answer.returncode == 1 and "memcheck: rc 9" in answer.stdout
-    assert re.search(r"sanitizer +rc 1 ", (out / "summary.txt").read_text())
+    assert re.search(r"sanitizer +rc 1 ", (out / "gpu.log").read_text())
     assert sum(call.startswith("compute-sanitizer") for call in calls) == 3
 
 
@@ -205,7 +210,7 @@ def test_early_steps_leave_time_to_later_ones(script):
 def test_a_failed_step_fails_the_script_and_the_others_go_on(script):
     answer, out, calls = script(TESTS_RC="1")
     assert answer.returncode == 1 and "A STEP FAILED" in answer.stdout
-    assert re.search(r"parity +rc 1 ", (out / "summary.txt").read_text())
+    assert re.search(r"parity +rc 1 ", (out / "gpu.log").read_text())
     assert sum(call.startswith("bench/attn.py") for call in calls) == 2
 
 
@@ -220,7 +225,7 @@ def test_a_lost_device_is_resumed(script, step, bench):
 def test_a_step_that_hangs_is_ended_and_the_rest_still_runs(script):
     answer, out, calls = script("--only", "parity", TESTS_TAKE="30", VOCO_LIMIT="5")
     assert answer.returncode == 1
-    assert re.search(r"parity +rc 124 ", (out / "summary.txt").read_text())
+    assert re.search(r"parity +rc 124 ", (out / "gpu.log").read_text())
 
 
 @pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--only"], ["--dry"]])

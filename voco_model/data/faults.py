@@ -58,7 +58,7 @@ class FaultPolicy:
     """What to do about each kind of fault.
 
     Args:
-        actions: by kind, or one action for all that allow it. What isn't named has its default:
+        actions: by kind, or one action for all but over-long samples. What isn't named has its default:
             ``"truncate"`` for over-long samples, ``"fatal"`` for everything else.
 
     Raises:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from voco_model.data.faults import DataError
 
 _FRAME_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+# What Pillow raises for a file that it can't read; AVIF's decoder has RuntimeError.
+_UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Picture:
         if self.frame is not None:
             width, height = self.open().size
             return height, width
+        if isinstance(self.source, Image.Image):  # leaving a with block would close its file
+            return self.source.height, self.source.width
         with self._opened() as image:
             return image.height, image.width
 
@@ -60,7 +64,7 @@ class Picture:
         image = self._opened()
         try:
             return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except _UNREADABLE as error:
             raise DataError("broken_image", self.where, f"{self._name()}: {error}") from error
 
     def _opened(self) -> Image.Image:
@@ -69,9 +73,7 @@ class Picture:
         file = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
         try:
             return Image.open(file)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise DataError("broken_image", self.where, f"{self._name()}: {error}") from error
-        except Image.DecompressionBombError as error:
+        except _UNREADABLE as error:
             raise DataError("broken_image", self.where, f"{self._name()}: {error}") from error
 
     def _name(self) -> str:
@@ -116,8 +118,11 @@ def _frame(path: Path, index: int, count: int, where: str) -> Image.Image:
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            # In units of the stream's clock; some files don't say how many frames they have.
-            length = stream.duration or 0
+            # In units of the stream's clock; some files don't say how many frames they have, and some
+            # (Matroska) give a length only to the whole file.
+            length = stream.duration
+            if length is None:
+                length = int((container.duration or 0) / av.time_base / stream.time_base)
             wanted = (stream.start_time or 0) + length * index // max(count - 1, 1)
             container.seek(int(wanted), stream=stream)
             best = None

@@ -104,8 +104,7 @@ def packed_accumulation(
             f"expected batch.max_tokens of at least the longest sample, {longest} tokens, got "
             f"{max_tokens}; raise it, or lower data.max_length"
         )
-    mean = lengths[lengths > 0].mean()
-    accumulation = max(1, int(mean * global_batch / (world_size * max_tokens)))
+    accumulation = 1
     for epoch in range(epochs):
         plan = BatchPlan(lengths, global_batch, world_size, 1, max_tokens, seed)
         order = plan.order(epoch)

@@ -153,7 +153,7 @@ def undecoded(dataset):
     from datasets import Image
     from datasets.features import List
 
-    for name, feature in (dataset.features or {}).items():
+    for name, feature in (getattr(dataset, "features", None) or {}).items():
         if isinstance(feature, Image):
             dataset = dataset.cast_column(name, Image(decode=False))
         elif isinstance(feature, List) and isinstance(feature.feature, Image):

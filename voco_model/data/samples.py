@@ -83,7 +83,7 @@ def _message(turn: Any, where: str) -> dict[str, str]:
     if not isinstance(turn, Mapping):
         raise DataError("bad_record", where, f"expected turns as objects, got {turn!r}")
     role = turn.get("from", turn.get("role"))
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise DataError("unknown_role", where, f"expected one of {', '.join(_ROLES)}, got {role!r}")
     text = turn.get("value", turn.get("content"))
     if not isinstance(text, str):

@@ -52,13 +52,11 @@ class StreamedBatches(IterableDataset):
         shuffle_buffer: int = 10_000,
     ) -> None:
         self._stream = undecoded(stream)
-        if hasattr(stream, "shuffle"):
-            self._stream = self._stream.shuffle(seed=seed, buffer_size=shuffle_buffer)
         self._name, self._folder, self._max_frames = name, folder, max_frames
         self._encoder, self._policy, self._collate = encoder, policy, collate
         self._global_batch, self._world_size, self._rank = global_batch, world_size, rank
         self._accumulation, self._max_tokens, self._seed = accumulation, max_tokens, seed
-        self._num_voco = list(num_voco)
+        self._num_voco, self._shuffle_buffer = list(num_voco), shuffle_buffer
         self.skip = 0
 
     def __iter__(self) -> Iterator[dict]:
@@ -118,15 +116,29 @@ class StreamedBatches(IterableDataset):
                 return [[[taken[i][0] for i in group] for group in ranks] for ranks in step]
             waiting.appendleft(taken.pop())
 
+    def _records(self, epoch: int) -> Iterator[dict]:
+        """All records of a pass, in the same order for every rank and worker."""
+        stream = self._stream
+        if hasattr(stream, "shuffle"):
+            # Not set_epoch: worker processes share its number, and they are not at the same pass.
+            draw = np.random.default_rng([self._seed, 2, epoch])
+            stream = stream.shuffle(generator=draw, buffer_size=self._shuffle_buffer)
+        elif hasattr(stream, "set_epoch"):
+            stream.set_epoch(epoch)
+        if not hasattr(stream, "iter"):
+            yield from stream
+            return
+        # Iterated over plainly, a data set gives each worker process another part of itself.
+        for one in stream.iter(batch_size=1):
+            yield {name: values[0] for name, values in one.items()}
+
     def _measured(self) -> Iterator[tuple[Sample, int] | Fault]:
         """Samples with their lengths, pass after pass; which of them can't be used is told each time."""
         largest = max(self._num_voco)
         epoch = 0
         while True:
-            if hasattr(self._stream, "set_epoch"):
-                self._stream.set_epoch(epoch)
             usable = 0
-            for row, record in enumerate(self._stream):
+            for row, record in enumerate(self._records(epoch)):
                 where = f"{self._name}[{record.get('id', row)}]"
                 try:
                     sample = sample_of(record, where, self._folder, self._max_frames)

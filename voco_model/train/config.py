@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from voco_model.data.faults import FaultPolicy
 from voco_model.prompt import STYLES
@@ -176,6 +176,15 @@ class TrainConfig(_Section):
         if value not in STYLES:
             raise ValueError(f"expected a prompt style of {', '.join(STYLES)}, got {value!r}")
         return value
+
+    @model_validator(mode="after")
+    def _lora_is_whole(self):
+        if self.lora is not None and self.sharding != "none":
+            raise ValueError(
+                f"expected sharding: none with lora, got {self.sharding}; adapters are merged at the end, "
+                "which takes the whole model on each GPU"
+            )
+        return self
 
     @field_validator("trainer")
     @classmethod

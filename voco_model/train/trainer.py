@@ -57,8 +57,8 @@ class VoCoTrainer(Trainer):
     ) -> None:
         if self.is_fsdp_enabled or not isinstance(self.model, SUPPORTED):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # save_pretrained writes other names than the modules'. The Trainer loads by those of the modules and
-        # passes over the others (transformers 5.17): it would go on from the weights that it started with.
+        # save_pretrained writes other names than the modules have. The Trainer loads by those and passes
+        # over what it doesn't find (transformers 5.17): a run would go on from its first weights.
         saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
 

@@ -281,6 +281,7 @@ def test_dry_run_touches_no_model(values, capsys, tmp_path):
         ({"trainer": {"learning_rate": 1}}, r"learning_rate \(set optimizer.learning_rate\)"),
         ({"data": {"faults": {"over_long": "maybe"}}}, "expected truncate or skip or fatal"),
         ({"data": {"sources": []}}, "data.sources"),
+        ({"lora": {}, "sharding": "zero3"}, "expected sharding: none with lora, got zero3"),
     ],
 )
 def test_errors_of_a_configuration(values, changes, said):
