@@ -181,8 +181,8 @@ class TrainConfig(_Section):
     def _lora_is_whole(self):
         if self.lora is not None and self.sharding != "none":
             raise ValueError(
-                f"expected sharding: none with lora, got {self.sharding}; adapters are merged at the end, "
-                "which takes the whole model on each GPU"
+                f"expected sharding: none with lora, got {self.sharding}; merging adapters at the end "
+                "takes the whole model on each GPU"
             )
         return self
 
