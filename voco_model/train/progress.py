@@ -37,7 +37,7 @@ class Meter(TrainerCallback):
 
     def add(self, stats: BatchStats) -> None:
         for fault in self._log.add(stats.faults):
-            self._console.print(f"left out: {fault}", markup=False, highlight=False)
+            self._console.print(f"left out or cut: {fault}", markup=False, highlight=False)
         stats.faults = []
         self._now.add(stats)
 
@@ -88,7 +88,7 @@ class Meter(TrainerCallback):
             f"padding {logs['padding']:.1%}  {logs['useful_tflops']:.1f} TFLOP/s a GPU"
         )
         if self._log.counts:
-            said += f"  left out {self._log.counts.total()}"
+            said += f"  left out or cut {self._log.counts.total()}"
         self._progress.update(self._progress.task_ids[0], said=said)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:

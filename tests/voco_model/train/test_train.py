@@ -68,6 +68,7 @@ def unmasked(query, key, value, layout, *, scale=None, **kwargs):
 LONG = {"optimizer": {"learning_rate": 1e-3, "epochs": 10}}  # 30 steps
 
 
+@pytest.mark.slow
 def test_thirty_steps_are_those_of_a_dense_mask(values, monkeypatch):
     """Losses and gradients within twice the error of the dense mask, against a dense run in float64."""
     padded = values(batch={"packed": False}, **LONG)
@@ -114,13 +115,14 @@ def test_micro_batches_make_no_difference(values):
 
 @pytest.mark.slow
 def test_compiled_and_checkpointed_under_the_mask(values):
-    plain = watched(values(optimizer={"steps": 2}))
+    plain = watched(values(optimizer={"steps": 1}, batch={"max_tokens": 4096}))
     both = watched(
         values(
-            optimizer={"steps": 2},
+            optimizer={"steps": 1},
+            batch={"max_tokens": 4096},
             compile=True,
             gradient_checkpointing=True,
-            trainer={"use_cpu": True, "torch_compile_backend": "aot_eager"},
+            trainer={"use_cpu": True, "torch_compile_backend": "eager"},
         )
     )
     assert both.losses == pytest.approx(plain.losses, abs=1e-4)
@@ -259,7 +261,7 @@ def test_what_is_left_out_is_told(values, data, tmp_path, capsys):
     said = capsys.readouterr().err
     line = 1 + path.read_text()[: path.read_text().index('"id": "5"')].count("\n") - 1
     assert f"{path}:{line}: expected an image, got {data.parent / 'nowhere.png'}" in said
-    assert said.count("left out: ") == 1 and "broken_image" in said  # once, in two epochs
+    assert said.count("left out or cut: ") == 1 and "broken_image" in said  # once, in two epochs
     told = (tmp_path / "out" / "left-out-0.jsonl").read_text().splitlines()
     assert [json.loads(one)["kind"] for one in told] == ["broken_image"]
 
