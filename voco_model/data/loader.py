@@ -51,7 +51,7 @@ class RankBatches(Sampler):
     """The micro-batches of one rank, an epoch after the other.
 
     Args:
-        num_voco: VoCo tokens an image; of several, each micro-batch of all ranks draws one.
+        num_voco: VoCo tokens an image; of several, each step draws one, for all ranks.
     """
 
     def __init__(self, plan: BatchPlan, rank: int, num_voco: Sequence[int]) -> None:
@@ -67,8 +67,8 @@ class RankBatches(Sampler):
     def __iter__(self) -> Iterator[list[Key]]:
         draw = np.random.default_rng([self._plan.seed, self._epoch, 1])
         for step in self._plan.steps(self._epoch):
+            num_voco = self._num_voco[int(draw.integers(len(self._num_voco)))]
             for ranks in step:
-                num_voco = self._num_voco[int(draw.integers(len(self._num_voco)))]
                 yield [Key(sample, num_voco) for sample in ranks[self._rank]]
 
 

@@ -64,7 +64,8 @@ class StreamedBatches(IterableDataset):
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         draw = np.random.default_rng([self._seed, 1])
         for number, (samples, faults) in enumerate(self._micro_batches()):
-            num_voco = self._num_voco[int(draw.integers(len(self._num_voco)))]
+            if number % self._accumulation == 0:  # a step begins
+                num_voco = self._num_voco[int(draw.integers(len(self._num_voco)))]
             if number >= self.skip and (number - self.skip) % workers == worker:
                 yield self._collate(
                     [*(self._read(sample, num_voco) for sample in samples), *faults]

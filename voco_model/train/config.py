@@ -55,7 +55,7 @@ class DataConfig(_Section):
 
 class VoCoConfig(_Section):
     """Attributes:
-    tokens: VoCo tokens an image. Of several numbers each batch draws one, so that one model serves
+    tokens: VoCo tokens an image. Of several numbers each step draws one, so that one model serves
         many budgets (beyond the paper, whose section 5 names this a limitation).
     distinct: an embedding row for each VoCo token; the paper has one for all.
     isolated: several images of a sample don't see each other.

@@ -103,7 +103,9 @@ def train(
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     saved = _save(trainer, processor, config)
     if meter.left_out:
-        say(f"left out or cut while training: {meter.left_out}; see {config.output}/left-out-*.jsonl")
+        say(
+            f"left out or cut while training: {meter.left_out}; see {config.output}/left-out-*.jsonl"
+        )
     say(f"the model is in {saved}")
     return saved
 
