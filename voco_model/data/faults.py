@@ -20,6 +20,11 @@ KINDS: dict[str, tuple[str, ...]] = {
     ),  # another number of <image> than of images; <VoCo> in a text
     "missing_file": ("fatal", "skip"),
     "broken_image": ("fatal", "skip"),
+    "loose_turns": (
+        "trim",
+        "skip",
+        "fatal",
+    ),  # an answer in front of all questions, a question at the end
     "over_long": ("truncate", "skip", "fatal"),  # more tokens than max_length
 }
 _SHOWN = 5
@@ -59,7 +64,7 @@ class FaultPolicy:
 
     Args:
         actions: by kind, or one action for all but over-long samples. What isn't named has its default:
-            ``"truncate"`` for over-long samples, ``"fatal"`` for everything else.
+            the first of its ``KINDS``.
 
     Raises:
         ValueError: an unknown kind, or an action that it doesn't have.

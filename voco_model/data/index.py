@@ -70,6 +70,7 @@ def make_index(
     num_voco: int,
     *,
     truncate: bool,
+    trim: bool = True,
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Index:
@@ -77,11 +78,12 @@ def make_index(
 
     Args:
         truncate: whether an over-long sample is cut, or not used.
+        trim: whether a sample is used without its loose turns, or not.
         workers: processes; 0 for none beside this one.
         progress: told how many are done, of how many.
     """
     starts = range(0, len(samples), _CHUNK)
-    arguments = (samples, encoder, num_voco, truncate)
+    arguments = (samples, encoder, num_voco, truncate, trim)
     lengths, faults = [], []
 
     def gather(results) -> None:
@@ -102,7 +104,7 @@ def make_index(
     return Index(np.array(lengths, dtype=np.int32), faults)
 
 
-_job: tuple[Samples, Encoder, int, bool]
+_job: tuple[Samples, Encoder, int, bool, bool]
 
 
 def _begin(*arguments) -> None:
@@ -111,7 +113,7 @@ def _begin(*arguments) -> None:
 
 
 def _measured(start: int) -> tuple[list[int], list[Fault]]:
-    samples, encoder, num_voco, truncate = _job
+    samples, encoder, num_voco, truncate, trim = _job
     lengths, faults = [], []
     for index in range(start, min(start + _CHUNK, len(samples))):
         try:
@@ -125,8 +127,16 @@ def _measured(start: int) -> tuple[list[int], list[Fault]]:
             said = f"expected at most {encoder.max_length} tokens, got {length}"
             faults.append(Fault("over_long", sample.where, said))
             length = encoder.max_length if truncate else 0
+        if sample.loose:
+            faults.append(loose_turns(sample))
+            length = length if trim else 0
         lengths.append(length)
     return lengths, faults
+
+
+def loose_turns(sample: Sample) -> Fault:
+    said = f"expected questions and answers in pairs, got {sample.loose} turns beside them"
+    return Fault("loose_turns", sample.where, said)
 
 
 def kept_index(folder: Path, key: str, make: Callable[[], Index]) -> Index:

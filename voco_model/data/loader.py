@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from voco_model.data.encode import Encoded, Encoder
-from voco_model.data.faults import DataError, Fault, FaultPolicy
+from voco_model.data.faults import DataError, Fault
 from voco_model.data.index import Samples
 from voco_model.data.plan import BatchPlan
 
@@ -24,23 +24,20 @@ class Key(NamedTuple):
 class Documents(Dataset):
     """Samples, encoded when they are asked for.
 
-    Args:
-        policy: of what is found only when an image is decoded.
+    What is found only when an image is decoded comes as a ``Fault``: whether it is fatal is for the
+    process that trains to say, which can say it without a worker's traceback around it.
     """
 
-    def __init__(self, samples: Samples, encoder: Encoder, policy: FaultPolicy) -> None:
-        self._samples, self._encoder, self._policy = samples, encoder, policy
+    def __init__(self, samples: Samples, encoder: Encoder) -> None:
+        self._samples, self._encoder = samples, encoder
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, key: Key) -> Encoded | Fault:
-        """Raises ``DataError`` for a fault that is fatal."""
         try:
             return self._encoder.encode(self._samples[key.sample], key.num_voco)
         except DataError as error:
-            if self._policy[error.fault.kind] == "fatal":
-                raise
             return error.fault
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Encoded | Fault]:

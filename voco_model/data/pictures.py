@@ -41,7 +41,7 @@ class Picture:
         if not isinstance(value, str) or not value:
             raise DataError("bad_record", where, f"expected the name of an image, got {value!r}")
         path = folder / value
-        if not path.is_file():
+        if not _is_file(path):
             raise DataError(
                 "missing_file", where, f"expected an image, got {path}, which isn't there"
             )
@@ -78,6 +78,13 @@ class Picture:
 
     def _name(self) -> str:
         return str(self.source) if isinstance(self.source, Path) else "an image in the data set"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def frames_of(video: Any, where: str, folder: Path, max_frames: int) -> list[Picture]:

@@ -89,7 +89,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, int]]:
 
 
 # What matters for the depth of nesting; strings are skipped whole, brackets in them too.
-_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}\n]|[^\s\[\]{}",:]+', re.DOTALL)
+_TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}\n]|[^\s\[\]{}",:]+', re.DOTALL)
 
 
 def _elements(path: Path) -> Iterator[tuple[int, int, int]]:
@@ -121,8 +121,8 @@ def _elements(path: Path) -> Iterator[tuple[int, int, int]]:
             if closed:
                 return
     raise ValueError(
-        f"expected a JSON array of records, got something else at line {line} of {path}; for an object "
-        "a line, name the file .jsonl"
+        f"expected a JSON array of records, got one that breaks off or something else at line {line} "
+        f"of {path}; for an object a line, name the file .jsonl"
     )
 
 

@@ -31,11 +31,13 @@ class Sample:
         messages: ``{"role": ..., "content": text}``, user and assistant in turns, the last one an
             answer; perhaps a system message in front.
         pictures: in the order in which they stand in front of the text.
+        loose: turns that were left out: answers in front of all questions, a question at the end.
     """
 
     where: str
     messages: list[dict[str, str]]
     pictures: list[Picture]
+    loose: int = 0
 
 
 def sample_of(
@@ -61,8 +63,10 @@ def sample_of(
     messages = [_message(turn, where) for turn in turns]
     pictures = _pictures(record, where, Path(folder), max_frames)
     placeholders = sum(message["content"].count(IMAGE_TOKEN) for message in messages)
-    placeholders += sum(message["content"].count(_VIDEO_TOKEN) for message in messages)
-    expected = 1 if record.get("video") is not None else len(pictures)
+    expected = len(pictures)
+    if record.get("video") is not None:
+        placeholders += sum(message["content"].count(_VIDEO_TOKEN) for message in messages)
+        expected = 1
     if placeholders not in (0, expected):  # none at all: a file that leaves them out
         raise DataError(
             "misplaced_images",
@@ -73,10 +77,12 @@ def sample_of(
         text = message["content"]
         if VOCO_TOKEN in text:
             raise DataError("misplaced_images", where, f"expected texts without {VOCO_TOKEN}")
-        if IMAGE_TOKEN in text or _VIDEO_TOKEN in text:
-            message["content"] = text.replace(IMAGE_TOKEN, "").replace(_VIDEO_TOKEN, "").strip()
-    _check_turns(messages, where)
-    return Sample(where, messages, pictures)
+        if record.get("video") is not None:
+            text = text.replace(_VIDEO_TOKEN, "")
+        if text != message["content"] or IMAGE_TOKEN in text:
+            message["content"] = text.replace(IMAGE_TOKEN, "").strip()
+    loose = _trim_turns(messages, where)
+    return Sample(where, messages, pictures, loose)
 
 
 def _message(turn: Any, where: str) -> dict[str, str]:
@@ -88,10 +94,14 @@ def _message(turn: Any, where: str) -> dict[str, str]:
     text = turn.get("value", turn.get("content"))
     if not isinstance(text, str):
         raise DataError("bad_record", where, f"expected the text of a turn, got {text!r}")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DataError("bad_record", where, "expected text, got half of a surrogate pair in it")
     return {"role": _ROLES[role], "content": text}
 
 
-def _check_turns(messages: list[dict[str, str]], where: str) -> None:
+def _trim_turns(messages: list[dict[str, str]], where: str) -> int:
+    """Leave out turns that don't pair, in place; how many they were."""
+    before = len(messages)
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     # Some of LLaVA's conversations start with an answer, which its own code drops.
     while turns and turns[0]["role"] == "assistant":
@@ -111,6 +121,7 @@ def _check_turns(messages: list[dict[str, str]], where: str) -> None:
             raise DataError(
                 "empty_answer", where, f"expected an answer to question {index // 2 + 1}"
             )
+    return before - len(messages)
 
 
 def _pictures(

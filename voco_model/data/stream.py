@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from voco_model.data.encode import Encoder
 from voco_model.data.faults import DataError, Fault, FaultPolicy
+from voco_model.data.index import loose_turns
 from voco_model.data.plan import BatchPlan
 from voco_model.data.records import undecoded
 from voco_model.data.samples import Sample, sample_of
@@ -79,8 +80,6 @@ class StreamedBatches(IterableDataset):
         try:
             return self._encoder.encode(sample, num_voco)
         except DataError as error:
-            if self._policy[error.fault.kind] == "fatal":
-                raise
             return error.fault
 
     def _micro_batches(self) -> Iterator[tuple[list[Sample], list[Fault]]]:
@@ -149,6 +148,10 @@ class StreamedBatches(IterableDataset):
                         raise
                     yield error.fault
                     continue
+                if sample.loose:
+                    yield loose_turns(sample)
+                    if self._policy["loose_turns"] == "skip":
+                        continue
                 if length > self._encoder.max_length:
                     said = f"expected at most {self._encoder.max_length} tokens, got {length}"
                     fault = Fault("over_long", where, said)

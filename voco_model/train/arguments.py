@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import LlavaForConditionalGeneration, TrainingArguments
 
+from voco_model.load import model_class
 from voco_model.train.config import TrainConfig
 from voco_model.train.model import layer_classes
 
@@ -26,6 +27,10 @@ def training_arguments(config: TrainConfig, accumulation: int) -> TrainingArgume
     if unknown:
         raise ValueError(
             f"expected names of transformers.TrainingArguments in trainer, got {', '.join(unknown)}"
+        )
+    if config.liger and model_class(config.model) is not LlavaForConditionalGeneration:
+        raise ValueError(
+            "expected liger: false with a LLaVA-1.6, which Liger's kernels don't know, got true"
         )
     optimizer = config.optimizer
     defaults: dict[str, Any] = {

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from voco_model.data.collate import Collator
 from voco_model.data.encode import Encoder
 from voco_model.data.faults import Fault, FaultPolicy
-from voco_model.data.index import Samples, Source, kept_index, make_index
+from voco_model.data.index import Index, Samples, Source, kept_index, make_index
 from voco_model.data.loader import Documents, RankBatches, RankLoader
 from voco_model.data.plan import BatchPlan, packed_accumulation, padded_accumulation
 from voco_model.data.records import load_dataset_of, open_records
@@ -36,6 +36,7 @@ class Batches:
     samples: that are used; None for a stream.
     tokens: of an epoch; None for a stream.
     faults: samples that are left out or cut, as far as they are known before training.
+    digest: of the samples' lengths: other data, another digest. Empty for a stream.
     """
 
     loader: DataLoader
@@ -44,6 +45,7 @@ class Batches:
     samples: int | None
     tokens: int | None
     faults: list[Fault]
+    digest: str = ""
 
 
 def make_batches(
@@ -92,20 +94,24 @@ def make_batches(
         config.data.max_length,
         config.voco.most,
         truncate,
+        policy["loose_turns"] == "trim",
     ]
-    index = kept_index(
-        config.output / "data",
-        repr(key),
-        lambda: make_index(
+
+    def looked_through() -> Index:
+        index = make_index(
             samples,
             encoder,
             config.voco.most,
             truncate=truncate,
+            trim=policy["loose_turns"] == "trim",
             workers=config.data.workers,
             progress=progress,
-        ),
-    )
-    policy.check(index.faults)
+        )
+        policy.check(index.faults)  # here: what is fatal isn't kept, it will be mended
+        return index
+
+    index = kept_index(config.output / "data", repr(key), looked_through)
+    policy.check(index.faults)  # the policy may be another now
     if not (index.lengths > 0).any():
         raise ValueError(
             f"expected samples to train on, got none of {len(samples)} that can be used"
@@ -120,14 +126,15 @@ def make_batches(
         config.seed,
     )
     loader = RankLoader(
-        Documents(samples, encoder, policy),
+        Documents(samples, encoder),
         batch_sampler=RankBatches(plan, rank, config.voco.choices),
         collate_fn=collate,
         **_reading(config),
     )
     used = int((index.lengths > 0).sum())
     tokens = int(index.lengths.sum(dtype=np.int64))
-    return Batches(loader, accumulation, plan.num_steps, used, tokens, index.faults)
+    digest = hashlib.sha256(index.lengths.tobytes()).hexdigest()
+    return Batches(loader, accumulation, plan.num_steps, used, tokens, index.faults, digest)
 
 
 def _arrangement(
@@ -136,13 +143,17 @@ def _arrangement(
     batch = config.batch
     if not batch.packed:
         return padded_accumulation(batch.global_size, world_size, batch.rows), None
+    epochs = config.optimizer.epochs
+    if config.optimizer.steps is not None:
+        num_steps = -(-int((lengths > 0).sum()) // batch.global_size)
+        epochs = -(-config.optimizer.steps // num_steps)
     accumulation = packed_accumulation(
         lengths,
         global_batch=batch.global_size,
         world_size=world_size,
         max_tokens=batch.max_tokens,
         seed=config.seed,
-        epochs=config.optimizer.epochs,
+        epochs=epochs,
     )
     return accumulation, batch.max_tokens
 

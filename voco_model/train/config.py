@@ -184,6 +184,8 @@ class TrainConfig(_Section):
                 f"expected sharding: none with lora, got {self.sharding}; merging adapters at the end "
                 "takes the whole model on each GPU"
             )
+        if self.lora is not None and self.train_vision_tower:
+            raise ValueError("expected train_vision_tower: false with lora, got true; choose one")
         return self
 
     @field_validator("trainer")
@@ -220,6 +222,8 @@ OURS = {
     "save_steps": "checkpoints.every",
     "save_strategy": "checkpoints.every",
     "save_total_limit": "checkpoints.keep",
+    "ignore_data_skip": "data.streaming",
+    "gradient_checkpointing_kwargs": "gradient_checkpointing",
     "seed": "seed",
     "data_seed": "seed",
     "dataloader_num_workers": "data.workers",

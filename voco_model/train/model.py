@@ -38,9 +38,26 @@ def build_model(config: TrainConfig, processor, dtype: torch.dtype):
         prompt=config.prompt,
     )
     model.model.vision_tower.requires_grad_(config.train_vision_tower)
+    if config.train_vision_tower:
+        _freeze_behind_features(model)
     if config.lora is not None:
         model = _with_lora(model, config.lora, config.voco.most if config.voco.distinct else 1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # AdamW's small steps would be lost in 16 bits
+                parameter.data = parameter.data.float()
     return model
+
+
+def _freeze_behind_features(model) -> None:
+    """The tower's layers that nobody looks at have no gradient, for which DDP would wait."""
+    layer = model.config.vision_feature_layer
+    used = max(n for n in ([layer] if isinstance(layer, int) else layer)) + 1
+    for name, module in model.model.vision_tower.named_modules():
+        if name.endswith("encoder.layers") and used <= 0:
+            for unseen in list(module)[len(module) + used :]:
+                unseen.requires_grad_(False)
+        if name.endswith("post_layernorm"):
+            module.requires_grad_(False)
 
 
 def _with_lora(model, lora: LoRAConfig, rows: int):

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from voco_model.data.collate import BatchStats
-from voco_model.data.faults import FaultLog
+from voco_model.data.faults import DataError, FaultLog, FaultPolicy
 from voco_model.train.flops import WorkPerBatch
 
 
@@ -23,11 +23,12 @@ class Meter(TrainerCallback):
     the computed ones that are none), ``useful_tflops`` (of one rank, in the mean), ``samples`` (so far).
 
     Args:
+        policy: of faults.
         faults: file for the samples that were left out; each rank has one of its own.
     """
 
-    def __init__(self, work: WorkPerBatch, faults: Path, *, bar: bool) -> None:
-        self._work, self._bar = work, bar
+    def __init__(self, work: WorkPerBatch, policy: FaultPolicy, faults: Path, *, bar: bool) -> None:
+        self._work, self._policy, self._bar = work, policy, bar
         self._log = FaultLog(faults)
         self._now = BatchStats()
         self._samples = 0
@@ -36,12 +37,19 @@ class Meter(TrainerCallback):
         self._console = Console(stderr=True)
 
     def add(self, stats: BatchStats) -> None:
+        """Raises ``DataError`` for a fault that is fatal; workers hand all of them on."""
         for fault in self._log.add(stats.faults):
+            if self._policy[fault.kind] == "fatal":
+                raise DataError(fault.kind, fault.where, fault.message)
             self._console.print(f"left out or cut: {fault}", markup=False, highlight=False)
         stats.faults = []
         self._now.add(stats)
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        # Checkpointing without re-entering needs no gradient of its inputs; with one, the frozen vision
+        # tower would be gone through backwards, for nothing.
+        if not any(p.requires_grad for n, p in model.named_parameters() if "vision_tower" in n):
+            _without_input_gradients(model)
         self._since = time.perf_counter()
         if self._bar:
             self._progress = Progress(
@@ -99,3 +107,11 @@ class Meter(TrainerCallback):
     @property
     def left_out(self) -> dict[str, int]:
         return dict(self._log.counts)
+
+
+def _without_input_gradients(model) -> None:
+    for module in model.modules():
+        if hasattr(module, "disable_input_require_grads") and hasattr(
+            module, "_require_grads_hooks"
+        ):
+            module.disable_input_require_grads()

@@ -6,16 +6,18 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import yaml
 from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from voco_model.attach import name_tokens
-from voco_model.data.faults import listed
+from voco_model.data.faults import FaultPolicy, listed
 from voco_model.load import load_processor
 from voco_model.train import checkpoints
 from voco_model.train.arguments import training_arguments
@@ -62,10 +64,19 @@ def train(
         config.output.mkdir(parents=True, exist_ok=True)
         written = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         (config.output / "train.yaml").write_text(written)
+    done = 0 if resumed is None else checkpoints.step_of(resumed)
+    if config.optimizer.steps is not None and done >= config.optimizer.steps:
+        if (config.output / "model").is_dir():
+            say(f"all {done} steps are done already; the model is in {config.output / 'model'}")
+            return config.output / "model"
     if config.sharding == "zero3" and world_size == 1:
         _alone()
     arguments = training_arguments(config, batches.accumulation)
     say(f"on {arguments.device}")  # asking for it joins the other ranks
+    arguments._n_gpu = (
+        1  # else the Trainer, started alone beside several GPUs, cuts batches in pieces
+    )
+    _check_shared(config.output, resumed)
     if config.sharding == "zero3":
         import deepspeed
 
@@ -80,7 +91,8 @@ def train(
         model, lora=config.lora is not None, tower_trained=config.train_vision_tower
     )
     bar = rank == 0 and sys.stderr.isatty()  # into a file goes a line a step instead
-    meter = Meter(work, config.output / f"left-out-{rank}.jsonl", bar=bar)
+    policy = FaultPolicy(config.data.faults)
+    meter = Meter(work, policy, config.output / f"left-out-{rank}.jsonl", bar=bar)
     trainer = VoCoTrainer(
         model=model,
         args=arguments,
@@ -98,7 +110,6 @@ def train(
     if resumed is not None:
         say(f"goes on from {resumed}")
         if isinstance(batches.loader.dataset, IterableDataset):
-            done = checkpoints.step_of(resumed)
             batches.loader.dataset.skip = done * batches.accumulation
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     saved = _save(trainer, processor, config)
@@ -108,6 +119,27 @@ def train(
         )
     say(f"the model is in {saved}")
     return saved
+
+
+def _check_shared(output: Path, resumed: Path | None) -> None:
+    """Raise ``ValueError`` where ranks don't see one and the same output folder; a collective call.
+
+    Rank 0 declares a checkpoint whole, so it must see the shards of all.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    token = [f"{os.getpid()} {time.time_ns()}", None if resumed is None else resumed.name]
+    dist.broadcast_object_list(token)
+    if dist.get_rank() == 0:
+        (output / "run").write_text(token[0])
+    dist.barrier()
+    seen = (output / "run").read_text() if (output / "run").is_file() else None
+    ours = None if resumed is None else resumed.name
+    if seen != token[0] or ours != token[1]:
+        raise ValueError(
+            f"expected an output folder that all ranks share, got another {output} on rank "
+            f"{dist.get_rank()}; put it on a disk that all nodes see"
+        )
 
 
 def _weights_dtype(config: TrainConfig) -> torch.dtype:
@@ -123,13 +155,15 @@ def _facts(config: TrainConfig, batches: Batches, world_size: int) -> dict:
     return {
         "world_size": world_size,
         "sharding": config.sharding,
+        "model": config.model,
         "global_size": config.batch.global_size,
-        "samples": batches.samples,
+        "data": batches.digest,
         "seed": config.seed,
-        "voco_tokens": config.voco.choices,
-        "epochs": config.optimizer.epochs,
-        "steps": config.optimizer.steps,
-        "lora": None if config.lora is None else config.lora.model_dump(),
+        "voco": config.voco.model_dump(mode="json"),
+        "prompt": config.prompt,
+        "optimizer": config.optimizer.model_dump(mode="json"),
+        "lora": None if config.lora is None else config.lora.model_dump(mode="json"),
+        "train_vision_tower": config.train_vision_tower,
     }
 
 
@@ -170,7 +204,10 @@ def _save(trainer: VoCoTrainer, processor, config: TrainConfig) -> Path:
     partial = config.output / "model.partial"
     if config.lora is not None:
         # Adapters are in the checkpoints; from_pretrained reads the merged model.
-        trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
+        merged = trainer.model.merge_and_unload()
+        for parameter in merged.parameters():  # the projector was trained in float32
+            parameter.data = parameter.data.to(_weights_dtype(config))
+        trainer.model = trainer.model_wrapped = merged
     trainer.save_model(str(partial))
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:

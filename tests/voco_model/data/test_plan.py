@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tests.voco_model import instruction, tiny
 from voco_model.data.collate import STATS, Collator
 from voco_model.data.encode import Encoder
-from voco_model.data.faults import FaultPolicy
 from voco_model.data.index import Samples, Source, make_index
 from voco_model.data.loader import Documents, RankBatches, RankLoader
 from voco_model.data.plan import BatchPlan, packed_accumulation, padded_accumulation
@@ -150,7 +149,7 @@ def data(llava, tmp_path):
         image_token_id=tiny.IMAGE,
     )
     plan = BatchPlan(index.lengths, 5, 2, 2, 2048, 0)
-    return Documents(samples, encoder, FaultPolicy()), collate, plan
+    return Documents(samples, encoder), collate, plan
 
 
 @pytest.mark.parametrize("rank", [0, 1])

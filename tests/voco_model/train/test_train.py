@@ -15,6 +15,7 @@ from transformers import LlavaForConditionalGeneration, TrainerCallback
 import voco_model.attention
 import voco_model.train.run
 from tests.voco_model import instruction, tiny
+from voco_model.data.faults import DataError
 from voco_model.load import load
 from voco_model.prompt import STYLES
 from voco_model.train import checkpoints, make_config, train
@@ -113,6 +114,20 @@ def test_micro_batches_make_no_difference(values):
     assert (one.gradients[0] - many.gradients[0]).norm() <= 1e-5 * one.gradients[0].norm()
 
 
+def test_the_frozen_tower_is_not_gone_through_backwards(values):
+    class Look(TrainerCallback):
+        asked: list[bool] = []
+
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            patches = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+            patches.register_forward_hook(
+                lambda module, inputs, out: self.asked.append(out.requires_grad)
+            )
+
+    train(make_config(values(gradient_checkpointing=True)), callbacks=[Look()])
+    assert Look.asked and not any(Look.asked)
+
+
 @pytest.mark.slow
 def test_compiled_and_checkpointed_under_the_mask(values):
     plain = watched(values(optimizer={"steps": 1}, batch={"max_tokens": 4096}))
@@ -197,7 +212,9 @@ def test_a_run_goes_on_where_it_was_and_refuses_to_be_another(changes, values, t
     assert [p.name for p in checkpoints.folders(output)] == ["checkpoint-2"]
     for other, said in (
         ({"seed": 1}, "seed 42 before, 1 now"),
-        ({"voco": {"tokens": 1}}, r"voco_tokens \[2\] before, \[1\] now"),
+        ({"voco": {"tokens": 1}}, "voco .*'tokens': 2.* before, .*'tokens': 1.* now"),
+        ({"prompt": "chatml"}, "prompt vicuna before, chatml now"),
+        ({"optimizer": {"learning_rate": 0.1}}, "'learning_rate': 0.1"),
         ({"checkpoints": {"resume": False}}, "expected no checkpoints"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -256,6 +273,12 @@ def test_what_is_left_out_is_told(values, data, tmp_path, capsys):
     source = {"sources": [{"path": str(path), "images": str(data.parent)}], "workers": 0}
     with pytest.raises(ValueError, match="missing_file: 1"):
         train(make_config(values(data={**source, "max_length": 320})))
+    with pytest.raises(DataError, match=r"with_faults.json:\d+: broken_image: .*broken.png"):
+        faults = {"missing_file": "skip"}
+        train(
+            make_config(values(data={**source, "workers": 1, "max_length": 320, "faults": faults}))
+        )
+    (tmp_path / "out" / "left-out-0.jsonl").unlink()
     faults = {"missing_file": "skip", "broken_image": "skip"}
     train(make_config(values(data={**source, "max_length": 320, "faults": faults})))
     said = capsys.readouterr().err
@@ -284,6 +307,7 @@ def test_dry_run_touches_no_model(values, capsys, tmp_path):
         ({"data": {"faults": {"over_long": "maybe"}}}, "expected truncate or skip or fatal"),
         ({"data": {"sources": []}}, "data.sources"),
         ({"lora": {}, "sharding": "zero3"}, "expected sharding: none with lora, got zero3"),
+        ({"lora": {}, "train_vision_tower": True}, "expected train_vision_tower: false with lora"),
     ],
 )
 def test_errors_of_a_configuration(values, changes, said):
@@ -306,3 +330,31 @@ def test_errors_of_a_configuration(values, changes, said):
 def test_errors_of_a_run(values, changes, said):
     with pytest.raises(ValueError, match=said):
         train(make_config(values(**changes)))
+
+
+def test_a_missing_image_that_was_put_there_is_found(values, data, tmp_path):
+    records = instruction.records(8)
+    records[1]["image"] = "late.png"
+    path = tmp_path / "late.json"
+    path.write_text(json.dumps(records))
+    found = values(data={"sources": [{"path": str(path), "images": str(tmp_path)}]})
+    with pytest.raises(ValueError, match="missing_file"):
+        train(make_config(found), dry_run=True)
+    for number in range(6):
+        shutil.copy(data.with_name(f"{number}.png"), tmp_path)
+    shutil.copy(tmp_path / "1.png", tmp_path / "late.png")
+    train(make_config(found), dry_run=True)
+
+
+def test_a_trained_tower_leaves_no_parameter_waiting(values):
+    class Look(TrainerCallback):
+        without: list[str] = []
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            Look.without = [name for name, parameter in named if parameter.grad is None]
+            assert any("vision_tower" in name for name, _ in named)
+
+    changes = {"train_vision_tower": True, "optimizer": {"steps": 1}}
+    train(make_config(values(**changes)), callbacks=[Look()])
+    assert not Look.without
