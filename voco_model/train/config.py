@@ -238,8 +238,13 @@ def load_config(path: str | os.PathLike, **changes: Any) -> TrainConfig:
         changes: top-level keys that replace the file's.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: no YAML, or keys and values that a run doesn't have; all of them are named.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"expected a YAML file, got {path}, which isn't there; see configs/"
+        )
     try:
         read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

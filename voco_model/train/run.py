@@ -73,9 +73,8 @@ def train(
         _alone()
     arguments = training_arguments(config, batches.accumulation)
     say(f"on {arguments.device}")  # asking for it joins the other ranks
-    arguments._n_gpu = (
-        1  # else the Trainer, started alone beside several GPUs, cuts batches in pieces
-    )
+    # Started alone beside several GPUs, the Trainer would cut batches in pieces, one for each.
+    arguments._n_gpu = 1
     _check_shared(config.output, resumed)
     if config.sharding == "zero3":
         import deepspeed
