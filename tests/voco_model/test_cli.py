@@ -118,7 +118,7 @@ def test_training_and_conversion_say_what_is_wrong(tmp_path):
     nowhere = str(tmp_path / "run.yaml")
     found = CliRunner().invoke(app, ["train", nowhere])
     assert found.exit_code == 2 and f"expected a YAML file, got {nowhere}" in found.output
-    found = runner.invoke(
-        cli.app, ["convert", "from-authors", str(tmp_path), str(tmp_path / "to"), "--num-voco", "2"]
+    found = CliRunner().invoke(
+        app, ["convert", "from-authors", str(tmp_path), str(tmp_path / "to"), "--num-voco", "2"]
     )
     assert found.exit_code == 2 and "without config.json" in found.output
