@@ -23,6 +23,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest tests first, or one process goes on with them when the others have nothing left.
+    items.sort(key=lambda item: "test_distributed" not in item.nodeid)
     if torch.cuda.is_available():
         return
     for item in items:
