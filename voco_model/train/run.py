@@ -18,7 +18,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from voco_model.attach import name_tokens
 from voco_model.data.faults import FaultPolicy, listed
-from voco_model.load import load_processor
+from voco_model.load import load_processor, model_class
 from voco_model.train import checkpoints
 from voco_model.train.arguments import training_arguments
 from voco_model.train.batches import Batches, make_batches
@@ -44,12 +44,16 @@ def train(
         the folder of the trained model, ``config.output / "model"``; None of a dry run.
 
     Raises:
+        TypeError: a model that ``enable`` doesn't take.
         ValueError: data, batches or a checkpoint that don't fit together.
         OSError: no room for a checkpoint; earlier ones are still there.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     say = _Said(rank)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # many processes read already
+    if config.output.exists() and not config.output.is_dir():
+        raise ValueError(f"expected a folder as output, got a file: {config.output}; name another")
+    model_class(config.model)  # of another model, before its data are looked through
     processor = load_processor(config.model)
     name_tokens(processor.tokenizer, config.voco.most if config.voco.distinct else 1)
     batches = make_batches(

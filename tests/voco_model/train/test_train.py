@@ -358,3 +358,9 @@ def test_a_trained_tower_leaves_no_parameter_waiting(values):
     changes = {"train_vision_tower": True, "optimizer": {"steps": 1}}
     train(make_config(values(**changes)), callbacks=[Look()])
     assert not Look.without
+
+
+def test_an_output_that_is_a_file_is_refused(values, data):
+    found = {**values(), "output": str(data)}
+    with pytest.raises(ValueError, match="expected a folder as output, got a file"):
+        train(make_config(found))

@@ -37,7 +37,6 @@ def _fsdp_on_the_cpu() -> None:
 class Watch(TrainerCallback):
     def __init__(self, sharding: str, die_at: int) -> None:
         self._sharding, self._die_at = sharding, die_at
-        self.states = 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         from accelerate.state import AcceleratorState
