@@ -1,0 +1,297 @@
+"""``Method``: one way to let an image's tokens, or fewer, stand in a language model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, ClassVar
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+from transformers.processing_utils import ProcessorMixin
+
+from voco_model.attach import SUPPORTED, is_enabled
+from voco_model.baselines.cost import Cost, head_flops, layer_flops, token_bytes
+from voco_model.prompt import IMAGE_TOKEN, Turns, image_part, style_in, style_of, text_part
+
+_IN_USE: WeakSet = WeakSet()  # models that a method is applied to
+
+
+class Method(ABC):
+    """A model that answers from ``num_tokens`` tokens an image. Also a context manager that undoes it.
+
+    Args:
+        model: a LLaVA that is not enabled and has no other method applied.
+        processor: its own.
+        num_tokens: that are to stand for an image; by default what the method's class says.
+        style: of prompts, a name of ``voco_model.prompt.STYLES``; by default what the model's config
+            says, else ``"vicuna"``.
+
+    Attributes:
+        name, label: for options, and for tables.
+        source: where the method comes from.
+        trained: whether it has weights to tune.
+        model, processor: the same objects, changed until ``undo``.
+        num_tokens: that stand for an image; None where that depends on the image (``full`` of
+            LLaVA-NeXT).
+
+    Raises:
+        TypeError: another model class or processor.
+        ValueError: a model in use, or an argument out of range. Nothing is changed then.
+    """
+
+    name: ClassVar[str]
+    label: ClassVar[str]
+    source: ClassVar[str]
+    trained: ClassVar[bool]
+
+    def __init__(
+        self,
+        model,
+        processor: ProcessorMixin,
+        num_tokens: int | None = None,
+        *,
+        style: str | None = None,
+    ) -> None:
+        _check_free(model)
+        _check_processor(model, processor)
+        _check_projector(model, self.name)
+        if num_tokens is not None:
+            check_number("num_tokens", num_tokens)
+        if style is not None:
+            style_of(style)
+        self.model = model
+        self.processor = processor
+        self._num_voco = 0  # written behind each image of a prompt
+        with ExitStack() as steps:  # on an error, what was done is undone
+            steps.callback(_IN_USE.discard, model)
+            _IN_USE.add(model)
+            if style is not None:
+                put(steps, model.config, "voco_prompt", style)
+            self.num_tokens = self._install(steps, num_tokens)
+            self._steps = steps.pop_all()
+
+    @abstractmethod
+    def _install(self, steps: ExitStack, num_tokens: int | None) -> int | None:
+        """Change model and processor, put the way back on ``steps``; what ``num_tokens`` becomes."""
+
+    @abstractmethod
+    def cost(self, text_tokens: int, dtype: torch.dtype | None = None) -> Cost:
+        """What the language model does and keeps.
+
+        Args:
+            text_tokens: of the question; BOS and the newline behind the image count among them.
+            dtype: of the keys and values; by default the model's.
+
+        Raises:
+            ValueError: LLaVA-NeXT, where the image decides.
+        """
+
+    def undo(self) -> None:
+        """Put model and processor back as they were. Weights stay as they are now. A second call does
+        nothing."""
+        self._steps.close()
+
+    def __enter__(self) -> Method:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.model).__name__}, num_tokens={self.num_tokens})"
+
+    def prompt(self, turns: Turns, *, add_generation_prompt: bool = True) -> str:
+        """As ``voco_model.prompt`` writes it, with this method's VoCo tokens, or without any.
+
+        Args:
+            turns: a question about one image, or messages, with as many images as they have image parts.
+        """
+        images = images_in(turns)
+        if self._num_voco:
+            image = image_part(self._num_voco, images)
+        else:
+            image = "\n".join([IMAGE_TOKEN] * images)
+        return image + text_part(
+            turns,
+            with_image=images > 0,
+            add_generation_prompt=add_generation_prompt,
+            eos_token=self.processor.tokenizer.eos_token or "",
+            style=style_in(self.model.config),
+        )
+
+    def inputs(self, images: Sequence[Any] | None, turns: Sequence[Turns]) -> dict[str, Tensor]:
+        """What the model is called with: ``input_ids`` and ``attention_mask``, int64 ``[B, S]``, padded
+        on the left, and the pixels in the model's dtype; on the model's device.
+
+        Args:
+            images: those of the first row, then of the second, ...; what the processor takes.
+            turns: a question or messages a row.
+
+        Raises:
+            ValueError: another number of images than the prompts have.
+        """
+        images = check_images(images, turns)
+        made = self.processor(
+            images=images or None,
+            text=[self.prompt(turn) for turn in turns],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        device = self.model.get_input_embeddings().weight.device
+        return {
+            name: value.to(device, self.model.dtype if name == "pixel_values" else None)
+            for name, value in made.items()
+        }
+
+    def generate(
+        self, images: Sequence[Any] | None, turns: Sequence[Turns], **generate_kwargs
+    ) -> Tensor:
+        """The model's own ``generate``.
+
+        Args:
+            images, turns: as for ``inputs``.
+            generate_kwargs: as for ``model.generate``.
+
+        Returns:
+            int64 ``[B, new]``, the new tokens only, padded behind their end.
+
+        Raises:
+            ValueError: a model in training mode, or an option that the method can't be exact with.
+        """
+        self._check_generate(generate_kwargs)
+        inputs = self.inputs(images, turns)
+        return self.model.generate(**inputs, **generate_kwargs)[:, inputs["input_ids"].shape[1] :]
+
+    def answer(
+        self, images: Sequence[Any] | None, turns: Sequence[Turns], **generate_kwargs
+    ) -> list[str]:
+        """``generate``, decoded, without special tokens and surrounding blanks."""
+        tokens = self.generate(images, turns, **generate_kwargs)
+        decoded = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in decoded]
+
+    def _check_generate(self, generate_kwargs: Mapping) -> None:
+        if self.model.training:
+            raise ValueError(
+                "expected a model in eval mode, got one in training; call model.eval()"
+            )
+        if generate_kwargs.get("return_dict_in_generate"):
+            raise ValueError(
+                "expected no return_dict_in_generate, got True; a method returns tokens: call "
+                "method.model.generate with what method.inputs returns"
+            )
+
+    def _vision_tokens(self) -> int:
+        """Of an image, as the processor writes it."""
+        if not isinstance(self.model, LlavaForConditionalGeneration):
+            raise ValueError(
+                "expected LLaVA-1.5, whose images all have the same number of vision tokens, got "
+                f"{type(self.model).__name__}, where that depends on the image's size"
+            )
+        return tokens_written(self.processor)
+
+    def _uniform_cost(
+        self, image: int, kept: int, text_tokens: int, dtype: torch.dtype | None
+    ) -> Cost:
+        """With all layers alike: ``image`` tokens are read, of which text sees ``kept``, which stay."""
+        check_number("text_tokens", text_tokens)
+        text = self.model.config.text_config
+        layers = text.num_hidden_layers
+        again = layers * layer_flops(text, text_tokens, kept) + head_flops(text)
+        return Cost(
+            tokens=kept,
+            cache_bytes=layers * kept * token_bytes(text, dtype or self.model.dtype),
+            flops_first=layers * layer_flops(text, image) + again,
+            flops_again=again,
+        )
+
+
+class Projector(nn.Module):
+    """What a method puts in the projector's place: features ``[images, patches, width]`` of the vision
+    tower -> ``[images, num_tokens, hidden]`` for the language model."""
+
+
+def images_in(turns: Turns) -> int:
+    """How many images a row has: one with a plain question, else the image parts of its messages."""
+    if isinstance(turns, str):
+        return 1
+    parts = [p for m in turns if not isinstance(m.get("content"), str) for p in m["content"]]
+    return sum(part.get("type") == "image" for part in parts)
+
+
+def check_images(images: Sequence[Any] | None, turns: Sequence[Turns]) -> list:
+    """The images as a list; ``ValueError`` if the prompts have another number of them."""
+    if isinstance(turns, str) or not len(turns):
+        raise ValueError(f"expected a list of questions or conversations, got {turns!r}")
+    images = [] if images is None else list(images)
+    wanted = sum(map(images_in, turns))
+    if len(images) != wanted:
+        raise ValueError(
+            f"expected {wanted} images for {len(turns)} prompts, got {len(images)}; a plain question "
+            "has one, messages have as many as they have parts {'type': 'image'}"
+        )
+    return images
+
+
+def check_number(name: str, value: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"expected {name} >= {least}, got {value!r}")
+
+
+def put(steps: ExitStack, owner, name: str, value) -> None:
+    """Set an attribute; ``steps`` bring back what was there, or that nothing was."""
+    if hasattr(owner, name):
+        steps.callback(setattr, owner, name, getattr(owner, name))
+    else:
+        steps.callback(delattr, owner, name)
+    setattr(owner, name, value)
+
+
+def tokens_written(processor: ProcessorMixin) -> int:
+    """Image tokens that a ``LlavaProcessor`` writes for each image."""
+    return processor._get_num_multimodal_tokens([(1, 1)]).num_image_tokens[0]
+
+
+def _check_free(model) -> None:
+    if not isinstance(model, SUPPORTED):
+        names = " or ".join(cls.__name__ for cls in SUPPORTED)
+        raise TypeError(
+            f"expected a {names}, got {type(model).__name__}; apply a method to the model itself, "
+            "before it is wrapped (PEFT, DDP, torch.compile)"
+        )
+    if model in _IN_USE or is_enabled(model):
+        raise ValueError(
+            "expected a model as it was loaded, got one that is enabled or has a method applied; call "
+            "undo() on what enable or apply returned first"
+        )
+
+
+def _check_projector(model, name: str) -> None:
+    made_for = (getattr(model.config, "voco_baseline", None) or {}).get("name")
+    if made_for in (None, "full"):
+        return
+    if made_for != name or not isinstance(model.model.multi_modal_projector, Projector):
+        raise ValueError(
+            f"expected a LLaVA with a projector of its own for {name!r}, got one made for {made_for!r}; "
+            f"load it with voco_model.baselines.load(path), which builds {made_for!r} again"
+        )
+
+
+def _check_processor(model, processor) -> None:
+    tokenizer = getattr(processor, "tokenizer", None)
+    if not isinstance(processor, ProcessorMixin) or tokenizer is None:
+        raise TypeError(
+            "expected a processor with a tokenizer (LlavaProcessor, LlavaNextProcessor), got "
+            f"{type(processor).__name__}"
+        )
+    image_id = tokenizer.convert_tokens_to_ids(processor.image_token)
+    if image_id != model.config.image_token_id:
+        raise ValueError(
+            f"expected the processor's image token to be the model's {model.config.image_token_id}, got "
+            f"{processor.image_token} = {image_id}; they come from different checkpoints"
+        )

@@ -1,0 +1,52 @@
+"""``python -m voco_model explain``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def explain(
+    image: Annotated[Path, typer.Argument(help="a picture", show_default=False)],
+    model: Annotated[str, typer.Option(help="folder or hub name of a VoCo model")],
+    question: Annotated[
+        str, typer.Option(help="about the picture")
+    ] = "Describe this image in one sentence.",
+    output: Annotated[Path, typer.Option(help="a .png, or an .html with every layer")] = Path(
+        "explain.png"
+    ),
+    new_tokens: Annotated[int, typer.Option(help="an answer's length")] = 32,
+    device: Annotated[str, typer.Option(help="such as cuda")] = "cpu",
+) -> None:
+    """Draw what each VoCo token looked at in an image, and what the text took from it."""
+    from PIL import Image
+    from transformers import AutoConfig
+
+    from voco_model import load
+    from voco_model.explain import attention, draw
+    from voco_model.explain.drawing import check_path
+
+    try:
+        check_path(output)
+        with Image.open(image) as opened:
+            picture = opened.convert("RGB")
+        # load would give a plain LLaVA a VoCo token, which has learnt nothing.
+        if getattr(AutoConfig.from_pretrained(model), "num_voco", None) is None:
+            raise ValueError(
+                f"expected a model that was trained with VoCo tokens, got {model}, whose config has no "
+                "num_voco; python -m voco_model train makes one"
+            )
+        loaded, processor = load(model, device=device)
+        found = attention(loaded, picture, question, processor=processor, max_new_tokens=new_tokens)
+        draw(found, output)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("VOCO_TRACEBACK"):
+            raise
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from None
+    print(f"answer: {found.answer}")
+    print(f"written: {output}")

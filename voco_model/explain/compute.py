@@ -1,0 +1,242 @@
+"""``attention``: the attention weights of one question about one image, of chosen rows only.
+
+A fused kernel has no attention weights. One masked pass over the prompt and its answer is run as it is,
+and the queries and keys of each call of the operator under ``masked_attention`` are read on their way:
+nothing of the model is switched, so nothing has to be put back. From these, the softmax of the rows that
+a picture needs is computed a second time, those of VoCo tokens and of the text behind them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlavaForConditionalGeneration
+
+from voco_kernels import MaskLayout
+from voco_model.attach import check_ready
+from voco_model.prompt import prompt, style_in
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Attention weights, the mean over a layer's heads, float32 on the CPU. ``L`` layers, ``n`` VoCo
+    tokens, ``C`` tokens of context that are no image tokens, ``T`` tokens of text, the answer's too.
+
+    The weights of a token sum to 1, in each layer: ``voco_over_image`` with ``voco_over_tiles``,
+    ``voco_over_context`` and ``voco_over_voco``; ``text_over_voco`` with ``text_over_text``.
+
+    Attributes:
+        picture: uint8 ``[height, width, 3]``, as the model saw it, resized and cropped.
+        voco_over_image: ``[L, n, rows, columns]``, over the patches of ``picture``.
+        voco_over_tiles: ``[L, n]``, over the tiles of LLaVA-NeXT, not the whole picture, and the ends
+            of their rows. 0 for LLaVA-1.5.
+        voco_over_context: ``[L, n, C]``, over ``context_tokens``: BOS, often a sink, and the newline.
+        voco_over_voco: ``[L, n, n]``, over the VoCo tokens up to itself.
+        text_over_voco: ``[L, T, n]``.
+        text_over_text: ``[L, T]``, over the text up to itself, its own token too. Nothing else is seen.
+        context_tokens: C decoded tokens.
+        text_tokens: T decoded tokens: what is behind the VoCo tokens, then the answer.
+        answer_start: of ``text_tokens``, the first of the answer. It was written by the token before it,
+            so ``text_tokens[answer_start - 1 :]`` are those that wrote the answer and its end.
+        question, answer: in words.
+    """
+
+    picture: Tensor
+    voco_over_image: Tensor
+    voco_over_tiles: Tensor
+    voco_over_context: Tensor
+    voco_over_voco: Tensor
+    text_over_voco: Tensor
+    text_over_text: Tensor
+    context_tokens: tuple[str, ...]
+    text_tokens: tuple[str, ...]
+    answer_start: int
+    question: str
+    answer: str
+
+    @property
+    def num_layers(self) -> int:
+        return self.voco_over_image.shape[0]
+
+    @property
+    def num_voco(self) -> int:
+        return self.voco_over_image.shape[1]
+
+
+@torch.no_grad()
+def attention(
+    model, image: Any, question: str, *, processor, max_new_tokens: int = 32
+) -> Explanation:
+    """Answer a question, and say where attention went meanwhile.
+
+    The answer is greedy. It ends before a ``<VoCo>`` or an image token, behind which the mask of the
+    whole sequence would be another one.
+
+    Args:
+        model: enabled, in eval mode. Neither it nor its config is changed.
+        image: one image, in any form that the processor takes.
+        processor: the one given to ``enable``.
+        max_new_tokens: of the answer, at least 1.
+
+    Returns:
+        for LLaVA-NeXT, maps over its first tile, which is the whole picture.
+
+    Raises:
+        ValueError: a model that isn't enabled or is in training mode, several images, a processor of
+            another model, or image tokens that aren't the patches of a picture, row by row.
+        RuntimeError: layers whose attention couldn't be read, because they are compiled or replaced.
+    """
+    check_ready(model)
+    if max_new_tokens < 1:
+        raise ValueError(f"expected max_new_tokens >= 1, got {max_new_tokens}")
+    asked, vision = _prepare(model, image, question, processor)
+    patches = _patches(model, asked, vision["pixel_values"])
+    said = _answer(model, asked, vision, max_new_tokens)
+    ids = torch.cat([asked, asked.new_tensor(said)[None]], dim=1)
+    first = int((ids[0] == model.config.voco_token_id).int().argmax())
+    weights = _read(model, ids, vision, first)
+
+    ids, stop, tokenizer = ids[0].cpu(), first + model.config.num_voco, processor.tokenizer
+    is_image = ids == model.config.image_token_id
+    is_context = ~is_image & (torch.arange(len(ids)) < first)
+    of_voco, of_text = weights[:, : stop - first], weights[:, stop - first :]
+    over_map, over_tiles = of_voco[..., is_image].tensor_split([math.prod(patches)], dim=-1)
+    return Explanation(
+        picture=_picture(vision["pixel_values"], processor.image_processor),
+        voco_over_image=over_map.unflatten(-1, patches),
+        voco_over_tiles=over_tiles.sum(-1),
+        voco_over_context=of_voco[..., is_context],
+        voco_over_voco=of_voco[..., first:stop],
+        text_over_voco=of_text[..., first:stop],
+        text_over_text=of_text[..., stop:].sum(-1),
+        context_tokens=_decoded(tokenizer, ids[is_context]),
+        text_tokens=_decoded(tokenizer, ids[stop:]),
+        answer_start=asked.shape[1] - stop,
+        question=question,
+        answer=tokenizer.decode(said, skip_special_tokens=True).strip(),
+    )
+
+
+class ReadAttention(TorchDispatchMode):
+    """While it is entered, keeps the attention weights of each ``masked_attention`` of one row.
+
+    Args:
+        first: of the queries to keep, which go on to the end.
+
+    Attributes:
+        layers: float32 ``[S - first, S]`` on the CPU, one a call: the mean over heads of the softmax.
+    """
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first = first
+        self.layers: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.voco_kernels.attention_forward.default:
+            q, k, _, *layout, scale, _, _ = args
+            visible = MaskLayout.from_tensors(*layout).materialize()[0, self.first :]
+            weights = _softmax(q[0, :, self.first :], k[0], visible, scale)
+            self.layers.append(weights.mean(0).cpu())
+        return func(*args, **(kwargs or {}))
+
+
+def _softmax(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """float32 ``[Hq, Q, K]`` of q ``[Hq, Q, D]``, k ``[Hkv, K, D]``, visible ``[Q, K]``."""
+    k = k.repeat_interleave(q.shape[0] // k.shape[0], dim=0)
+    scores = scale * (q.float() @ k.float().transpose(-1, -2))
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1)
+
+
+def _prepare(model, image: Any, question: str, processor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Token ids ``[1, S]`` of the prompt, and what the vision tower reads, on the model's device."""
+    config = model.config
+    written = prompt(question, config.num_voco, style=style_in(config))
+    inputs = processor(images=image, text=written, return_tensors="pt")
+    found = int((inputs["input_ids"] == config.voco_token_id).sum())
+    if found != config.num_voco:
+        raise ValueError(
+            f"expected {config.num_voco} VoCo tokens (id {config.voco_token_id}) in the prompt, got "
+            f"{found}; pass the processor that was given to enable"
+        )
+    images = inputs["pixel_values"].shape[0]
+    if images != 1:
+        raise ValueError(f"expected one image, got {images}; explain each by itself")
+    device = model.get_input_embeddings().weight.device
+    vision = {
+        name: inputs[name].to(device, model.dtype if name == "pixel_values" else None)
+        for name in ("pixel_values", "image_sizes")
+        if name in inputs
+    }
+    return inputs["input_ids"].to(device), vision
+
+
+def _patches(model, asked: Tensor, pixels: Tensor) -> tuple[int, int]:
+    """Rows and columns of the patches that the first image tokens are."""
+    config = model.config
+    rows, columns = (side // config.vision_config.patch_size for side in pixels.shape[-2:])
+    found = int((asked == config.image_token_id).sum())
+    whole = isinstance(model, LlavaForConditionalGeneration)
+    fits = found == rows * columns if whole else found >= rows * columns
+    strategy = config.vision_feature_select_strategy
+    if strategy != "default" or not fits:
+        raise ValueError(
+            f"expected image tokens that are {rows} x {columns} patches, without a class token, got "
+            f"{found} and vision_feature_select_strategy {strategy!r}; such a model has no map"
+        )
+    return rows, columns
+
+
+def _read(model, ids: Tensor, vision: dict[str, Tensor], first: int) -> Tensor:
+    """float32 ``[L, S - first, S]``: the attention weights of all queries from ``first`` on."""
+    with ReadAttention(first) as read:
+        model.model(input_ids=ids, use_cache=False, **vision)
+    layers = model.config.text_config.num_hidden_layers
+    if len(read.layers) != layers:
+        raise RuntimeError(
+            f"expected to read the attention of {layers} layers, got {len(read.layers)}; explain the "
+            "model as enable left it, not compiled, with all of its layers"
+        )
+    return torch.stack(read.layers)
+
+
+def _answer(model, asked: Tensor, vision: dict[str, Tensor], max_new_tokens: int) -> list[int]:
+    """Token ids of the greedy answer, without its end."""
+    sequences = model.generate(
+        input_ids=asked,
+        attention_mask=torch.ones_like(asked),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        return_dict_in_generate=False,
+        **vision,
+    )
+    ends = model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends or []
+    ends = {*ends, model.config.voco_token_id, model.config.image_token_id}
+    return list(takewhile(lambda token: token not in ends, sequences[0, asked.shape[1] :].tolist()))
+
+
+def _picture(pixels: Tensor, image_processor) -> Tensor:
+    """uint8 ``[height, width, 3]``: what the processor did to colours, undone."""
+    shown = pixels[0].float().cpu()
+    shown = shown[0] if shown.dim() == 4 else shown  # the first tile is the whole picture
+    if image_processor.do_normalize:
+        mean, std = (
+            torch.tensor(getattr(image_processor, name))[:, None, None]
+            for name in ("image_mean", "image_std")
+        )
+        shown = shown * std + mean
+    if image_processor.do_rescale:
+        shown = shown / image_processor.rescale_factor
+    return shown.round().clamp(0, 255).byte().permute(1, 2, 0).contiguous()
+
+
+def _decoded(tokenizer, ids: Tensor) -> tuple[str, ...]:
+    return tuple(tokenizer.decode([token]) for token in ids.tolist())
