@@ -69,10 +69,11 @@ $(VENV)/.made-by-make:
 	touch $@
 
 # torch first and on its own, then Triton where torch brought none, then the rest, which finds both there.
-$(STAMP): $(VENV)/.made-by-make requirements/torch.txt requirements/triton.txt requirements/dev.txt pyproject.toml setup.py
+$(STAMP): $(VENV)/.made-by-make requirements/torch.txt requirements/triton.txt requirements/dev.txt requirements/eval.txt pyproject.toml setup.py
 	$(PY) -m pip install -r requirements/torch.txt
 	$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install -r requirements/triton.txt
 	$(PY) -m pip install -r requirements/dev.txt
+	$(PY) -m pip install --no-deps -r requirements/eval.txt
 	$(PY) -m pip install --no-build-isolation --no-deps -e .
 	touch $@
 

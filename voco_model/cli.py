@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from voco_model.evaluate.cli import evaluate
 from voco_model.explain.cli import explain
 from voco_model.kv_store.disk import KVStore
 from voco_model.kv_store.format import EntryError, check_key
@@ -24,6 +25,7 @@ convert_app = typer.Typer(
 )
 app.add_typer(store_app, name="store")
 app.add_typer(convert_app, name="convert")
+app.command(name="eval")(evaluate)
 app.command()(explain)
 
 # Nothing is put from here, so nothing is evicted, whatever the bound.

@@ -1,0 +1,98 @@
+"""``python -m voco_model eval``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Option(help="folder or hub name of a checkpoint in the Hugging Face layout")
+    ],
+    tasks: Annotated[str, typer.Option(help="names of lmms-eval, with commas between them")],
+    output: Annotated[Path, typer.Option(help="a folder for results and table")],
+    method: Annotated[
+        list[str],
+        typer.Option(
+            help="a name of voco_model.baselines.METHODS, or NAME:TOKENS; may be repeated"
+        ),
+    ] = ["full", "untrained", "voco"],  # noqa: B006
+    num_tokens: Annotated[
+        int | None, typer.Option(help="an image, of methods that come without; not of full")
+    ] = None,
+    upper: Annotated[
+        str | None, typer.Option(help="in place of --model for the bounds, full and untrained")
+    ] = None,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(help="METHOD=PATH, in place of --model for it; may be repeated"),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="METHOD.NAME=VALUE of a method's own, such as fastv.layer=3"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="questions a task; by default all")] = None,
+    batch_size: Annotated[int, typer.Option(help="questions at a time")] = 8,
+    several_images: Annotated[
+        str, typer.Option(help="of one question: refuse, or take the middle one")
+    ] = "refuse",
+    dtype: Annotated[str, typer.Option(help="of the weights, by default as they are")] = "auto",
+    device: Annotated[str | None, typer.Option(help="by default a GPU, if there is one")] = None,
+) -> None:
+    """Measure methods on the paper's benchmarks through lmms-eval; see docs/evaluation.md."""
+    try:
+        checkpoints = dict(_pair(text, "METHOD=PATH") for text in checkpoint or ())
+        options = _options(option or ())
+        from voco_model.evaluate.run import evaluate as run
+
+        table = run(
+            model,
+            [name for name in tasks.split(",") if name],
+            output=output,
+            methods=method,
+            num_tokens=num_tokens,
+            upper=upper,
+            checkpoints=checkpoints,
+            options=options,
+            limit=limit,
+            batch_size=batch_size,
+            several_images=several_images,
+            dtype=dtype,
+            device=device,
+        )
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("VOCO_TRACEBACK"):
+            raise
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from None
+    if table is not None:
+        print(table)
+
+
+def _pair(text: str, form: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise ValueError(f"expected {form}, got {text!r}")
+    return name, value
+
+
+def _options(given: list[str]) -> dict[str, dict]:
+    """``["fastv.layer=3"]`` -> ``{"fastv": {"layer": 3}}``; values are JSON, or else text."""
+    options: dict[str, dict] = {}
+    for text in given:
+        name, value = _pair(text, "METHOD.NAME=VALUE")
+        method, dot, own = name.partition(".")
+        if not (method and dot and own):
+            raise ValueError(f"expected METHOD.NAME=VALUE, got {text!r}")
+        try:
+            value = json.loads(value)
+        except ValueError:
+            pass  # a text
+        options.setdefault(method, {})[own] = value
+    return options

@@ -1,0 +1,78 @@
+"""From what lmms-eval asks to what a model is given, and from its answer to what lmms-eval takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from voco_model.prompt import IMAGE_TOKEN
+
+SEVERAL_IMAGES = ("refuse", "middle")
+# For tasks that name no limit of their own; their answers are an option's letter or a few words.
+MAX_NEW_TOKENS = 128
+
+
+def question_of(context: str) -> str:
+    """A task's text without its ``<image>`` placeholders: a prompt puts the image in front by itself."""
+    return context.replace(IMAGE_TOKEN, "").strip()
+
+
+def turns_of(question: str, with_image: bool) -> list[dict]:
+    """The question as messages, as ``voco_model.prompt`` takes them."""
+    if not with_image:
+        return [{"role": "user", "content": question}]
+    return [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+    ]
+
+
+def image_of(visuals: Iterable | None, several: str, where: str) -> Image.Image | None:
+    """The image of a question, None of a question without one.
+
+    Args:
+        several: what becomes of several images: ``"refuse"`` them, or take the ``"middle"`` one, as
+            LLaVA's authors do with the frames of a video.
+        where: names the question in an error.
+
+    Raises:
+        ValueError: several images that are refused; a video or sound.
+    """
+    visuals = list(visuals or ())
+    if any(not isinstance(visual, Image.Image) for visual in visuals):
+        kinds = sorted({type(visual).__name__ for visual in visuals})
+        raise ValueError(f"expected images, got {', '.join(kinds)} in {where}; leave its task out")
+    if len(visuals) > 1 and several == "refuse":
+        raise ValueError(
+            f"expected one image, got {len(visuals)} in {where}; leave its task out, or take the middle "
+            'one of each question: several_images="middle"'
+        )
+    return visuals[len(visuals) // 2] if visuals else None
+
+
+def generation_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A task's ``generation_kwargs`` as options of ``generate``, and the texts that end an answer.
+
+    Greedy unless the task asks for samples. ``image_aspect_ratio`` is left out: it speaks to the code of
+    LLaVA's authors; here images are prepared as the checkpoint's processor says.
+    """
+    options = {"max_new_tokens": MAX_NEW_TOKENS, **given}
+    options = {name: value for name, value in options.items() if value is not None}
+    options.pop("image_aspect_ratio", None)
+    until = options.pop("until", [])
+    sampled = options.pop("do_sample", options.get("temperature", 0) > 0)
+    if not sampled:
+        for name in ("temperature", "top_p", "top_k"):
+            options.pop(name, None)
+    if options.get("num_beams") == 1:
+        del options["num_beams"]
+    return {**options, "do_sample": sampled}, [until] if isinstance(until, str) else list(until)
+
+
+def cut(answer: str, until: Sequence[str]) -> str:
+    """The answer up to the first of the texts that end it."""
+    for text in until:
+        if text:
+            answer = answer.partition(text)[0]
+    return answer.strip()

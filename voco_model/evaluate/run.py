@@ -1,0 +1,239 @@
+"""``evaluate``: methods of ``voco_model.baselines`` on the paper's benchmarks, through lmms-eval."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import os
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from voco_model import baselines
+from voco_model.evaluate import results
+from voco_model.evaluate.benchmarks import BENCHMARKS, check_tasks
+from voco_model.evaluate.devices import default_device, device_name
+from voco_model.evaluate.paper import model_of
+from voco_model.evaluate.requests import SEVERAL_IMAGES
+from voco_model.evaluate.tables import BOUNDS
+from voco_model.load import model_class
+
+
+def evaluate(
+    model: str | os.PathLike,
+    tasks: Sequence[str],
+    *,
+    output: str | os.PathLike,
+    methods: Sequence[str] = ("full", "untrained", "voco"),
+    num_tokens: int | None = None,
+    upper: str | os.PathLike | None = None,
+    checkpoints: Mapping[str, str | os.PathLike] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    several_images: str = "refuse",
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    task_manager=None,
+) -> str | None:
+    """Measure each method on each task; see ``docs/evaluation.md``.
+
+    A method's results are written as soon as it is done. What the folder has already is in the table
+    too, so a table can be made in several calls.
+
+    Args:
+        model: folder or hub name of a checkpoint in the Hugging Face layout.
+        tasks: names of lmms-eval.
+        output: a folder.
+        methods: names of ``baselines.METHODS``, or with a number of tokens an image: ``"fastv:64"``.
+        num_tokens: an image, for methods that come without; by default what the checkpoint says. Not for
+            ``"full"``, which has all.
+        upper: in place of ``model`` for ``"full"`` and ``"untrained"``: the paper's bounds are of a
+            model that was tuned without the mask.
+        checkpoints: in place of ``model``, by method.
+        options: of ``baselines.apply``, by method.
+        limit: questions a task; by default all.
+        batch_size: questions at a time.
+        several_images: what becomes of a question with several images; see ``requests.image_of``.
+        dtype: of the weights; ``"auto"`` as they are.
+        device: by default ``default_device()``.
+        task_manager: lmms-eval's, where it has other tasks than its own.
+
+    Returns:
+        the folder's table, as Markdown; under torchrun or accelerate on the first process alone.
+
+    Raises:
+        ModuleNotFoundError: no lmms-eval.
+        TypeError: a checkpoint of another model.
+        ValueError: an unknown method, task or option; a checkpoint that wasn't made for its method;
+            results that are there already, or were measured with other questions. Nothing is loaded
+            then.
+    """
+    output = Path(output)
+    options = options or {}
+    _check(tasks, limit, batch_size, several_images)
+    runs = _runs(methods, num_tokens)
+    names = list(dict.fromkeys(name for name, _ in runs.values()))
+    if upper is not None:
+        checkpoints = {**{name: upper for name in BOUNDS if name in names}, **(checkpoints or {})}
+    for name in (*(checkpoints or {}), *options):
+        if name not in names:
+            raise ValueError(
+                f"expected checkpoints and options of {', '.join(names)}, got some of {name}; name it "
+                "among the methods"
+            )
+    for name, given in options.items():
+        _check_options(name, given)
+    paths = {name: str((checkpoints or {}).get(name, model)) for name in names}
+    for name, path in paths.items():
+        _check_made_for(name, path)
+    facts = {
+        "tasks": list(tasks),
+        "limit": limit,
+        "several_images": several_images,
+        "paper_model": model_of(AutoConfig.from_pretrained(model)),
+    }
+    for run in runs:
+        results.check_new(output, run)
+    results.check_comparable(output, facts)
+    task_manager = _checked_manager(task_manager, tasks)
+
+    device = default_device() if device is None else device
+    for run, (name, tokens) in runs.items():
+        given = options.get(name, {})
+        method = baselines.load(
+            paths[name], name, num_tokens=tokens, dtype=dtype, device=device, **given
+        )
+        started = time.monotonic()
+        measured = _measure(method, task_manager, output, facts, batch_size)
+        if measured is not None:
+            record = {
+                "run": run,
+                "method": name,
+                "label": method.label,
+                "num_tokens": method.num_tokens,
+                "options": dict(given),
+                "checkpoint": paths[name],
+                **facts,
+                "batch_size": batch_size,
+                "dtype": str(method.model.dtype).removeprefix("torch."),
+                "device": device_name(method.model.device),
+                "versions": results.versions(),
+                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "seconds": round(time.monotonic() - started, 1),
+                "samples": measured["n-samples"],
+                "results": measured["results"],
+            }
+            results.write(output, record)
+        del method
+        gc.collect()  # two models at a time may not fit
+    return results.table_of(output) if int(os.environ.get("RANK", 0)) == 0 else None
+
+
+def _measure(method, task_manager, output: Path, facts: Mapping, batch_size: int) -> dict | None:
+    """lmms-eval's own results; None on every process but the first."""
+    from lmms_eval.evaluator import simple_evaluate
+
+    from voco_model.evaluate.lmms_model import LMMSModel
+
+    return simple_evaluate(
+        model=LMMSModel(method, batch_size=batch_size, several_images=facts["several_images"]),
+        tasks=list(facts["tasks"]),
+        limit=facts["limit"],
+        batch_size=batch_size,
+        task_manager=task_manager,
+        log_samples=False,
+        bootstrap_iters=0,
+        # Some tasks write files beside their scores, into output_path.
+        cli_args=Namespace(output_path=str(output), process_with_media=False),
+    )
+
+
+def _check(tasks: Sequence[str], limit: int | None, batch_size: int, several_images: str) -> None:
+    check_tasks(tasks)
+    for name, value in {"limit": limit, "batch_size": batch_size}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"expected {name} >= 1, got {value}")
+    if several_images not in SEVERAL_IMAGES:
+        raise ValueError(
+            f"expected several_images as one of {', '.join(SEVERAL_IMAGES)}, got {several_images!r}"
+        )
+    for benchmark in BENCHMARKS.values():
+        for task in benchmark.tasks:
+            if several_images == "refuse" and benchmark.several_images and task in tasks:
+                raise ValueError(
+                    f"expected several_images='middle' for {task}, got 'refuse'; its questions on "
+                    "videos come with several frames, of which the middle one can stand for all, as "
+                    "LLaVA's authors do it"
+                )
+
+
+def _runs(methods: Sequence[str], num_tokens: int | None) -> dict[str, tuple[str, int | None]]:
+    """``["full", "fastv:64"]`` -> method and number of tokens of each."""
+    runs: dict[str, tuple[str, int | None]] = {}
+    for method in methods:
+        name, colon, tokens = method.partition(":")
+        if name not in baselines.METHODS:
+            raise ValueError(f"expected methods of {', '.join(baselines.METHODS)}, got {method!r}")
+        if colon and not (tokens.isdecimal() and int(tokens) >= 1):
+            raise ValueError(f"expected a method as {name}:TOKENS, got {method!r}")
+        number = int(tokens) if colon else None if name == "full" else num_tokens
+        if number is not None and number < 1:
+            raise ValueError(f"expected num_tokens >= 1, got {number}")
+        run = name if number is None else f"{name}:{number}"
+        if run in runs or (name in BOUNDS and name in [known for known, _ in runs.values()]):
+            raise ValueError(f"expected each method once, got {run} again")
+        runs[run] = (name, number)
+    if not runs:
+        raise ValueError("expected at least one method, got none")
+    return runs
+
+
+def _check_options(name: str, given: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(baselines.METHODS[name]).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for option in given:
+        if option not in known:
+            raise ValueError(
+                f"expected an option of {name} ({', '.join(known) or 'it has none'}), got {option!r}"
+            )
+
+
+def _check_made_for(name: str, path: str) -> None:
+    """Raise unless this is a LLaVA, and tuned for the method if that needs it."""
+    model_class(path)
+    config = AutoConfig.from_pretrained(path)
+    saved = getattr(config, "voco_baseline", None) or {}
+    made_for = saved.get("name", "voco" if hasattr(config, "num_voco") else None)
+    # A LLaVA as it is reads all tokens.
+    if baselines.METHODS[name].trained and name not in ("full", made_for):
+        raise ValueError(
+            f"expected a checkpoint that was trained for {name}, got {path}, which is of "
+            f"{made_for or 'a plain LLaVA'}; name one with checkpoints={{{name!r}: ...}}, "
+            f"--checkpoint {name}=PATH"
+        )
+
+
+def _checked_manager(task_manager, tasks: Sequence[str]):
+    try:
+        from lmms_eval.tasks import TaskManager
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"expected lmms-eval, got {error}; pip install 'voco-kernels[eval]'", name=error.name
+        ) from error
+    if task_manager is None:
+        task_manager = TaskManager(verbosity="WARNING", model_name="voco")
+    unknown = [task for task in tasks if task not in task_manager.all_tasks]
+    if unknown:
+        known = dict.fromkeys(task for b in BENCHMARKS.values() for task in b.tasks)
+        raise ValueError(
+            f"expected tasks of lmms-eval, got {', '.join(unknown)}; the paper's are "
+            f"{', '.join(known)}, all are listed by: lmms_eval --tasks list"
+        )
+    return task_manager
