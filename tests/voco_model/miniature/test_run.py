@@ -1,0 +1,131 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+import voco_model
+from voco_model import baselines
+from voco_model.miniature.exam import make_exam, score
+from voco_model.miniature.model import Shape, build_model, build_processor
+from voco_model.miniature.recipe import FULL, QUICK, Job, Recipe, jobs
+from voco_model.miniature.run import run
+from voco_model.miniature.scenes import KINDS
+from voco_model.miniature.training import train_tower
+
+TINY = Recipe(
+    shape=Shape(hidden=32, inner=32, layers=3, tower_layers=1),
+    seeds=1,
+    counts=(1, 2),
+    tower_steps=2,
+    caption_steps=2,
+    start_steps=2,
+    tune_steps=2,
+    long_steps=3,
+    batch=2,
+    questions=2,
+    distinct=(2,),
+    pictures=2,
+)
+
+
+def quiet():
+    return Console(file=open("/dev/null", "w"))  # noqa: SIM115
+
+
+@pytest.mark.slow
+def test_a_run_has_every_row_and_goes_on_where_it_stopped(tmp_path):
+    results = run(TINY, tmp_path, workers=1, device="cpu", console=quiet())
+    found = {(row["row"], row["tokens"]) for row in results["rows"]}
+    assert found == {
+        ("full", 144),
+        *((row, n) for n in (1, 2) for row in ("untrained", "fastv", "random", "voco")),
+        *((row, n) for n in (1, 2) for row in ("voco drawn", "pooling", "qformer")),
+        ("voco distinct", 2),
+        ("qformer long", 1),
+    }
+    for row in results["rows"]:
+        assert set(row["accuracy"]) == set(KINDS)
+    assert (tmp_path / "retention.png").exists()
+    assert "VoCo" in (tmp_path / "tables.md").read_text()
+
+    # What is saved answers as what was examined.
+    (one,) = [r for r in results["rows"] if (r["row"], r["tokens"]) == ("voco", 1)]
+    method = baselines.load(tmp_path / "seed-0/voco-1")
+    assert method.name == "voco" and method.num_tokens == 1
+    assert score(method, make_exam(TINY.pictures)) == one["accuracy"]
+    for name in ("qformer-2", "pooling-1"):
+        loaded = baselines.load(tmp_path / "seed-0" / name)
+        assert name == f"{loaded.name}-{loaded.num_tokens}"
+
+    before = (tmp_path / "seed-0/voco-2/scores.json").stat().st_mtime_ns
+    (tmp_path / "seed-0/qformer-2/scores.json").unlink()
+    again = run(TINY, tmp_path, workers=1, device="cpu", console=quiet())
+    assert (tmp_path / "seed-0/voco-2/scores.json").stat().st_mtime_ns == before
+    assert again["rows"] == results["rows"]  # from the same seed, the same
+
+    with pytest.raises(ValueError, match="another recipe.json"):
+        run(replace(TINY, tune_steps=3), tmp_path, workers=1, device="cpu", console=quiet())
+
+
+def test_all_methods_tune_for_the_same_number_of_steps():
+    for recipe in (FULL, QUICK, TINY):
+        steps = {job.steps for job in jobs(recipe) if job.row not in ("start", "qformer long")}
+        assert steps == {recipe.tune_steps}
+        names = [job.name for job in jobs(recipe)]
+        assert len(names) == len(set(names))
+    assert Job("voco", 2, 1, 5, 5).name == "seed-1/voco-2"
+    assert json.dumps(FULL.to_dict())
+
+
+def test_an_exam_counts_right_answers_only():
+    class Oracle:
+        """Knows all, but says nothing about colours."""
+
+        def __init__(self, exam):
+            self.asked = [question for questions in exam.questions for question in questions]
+
+        def answer(self, pictures, texts, **options):
+            assert options == {"max_new_tokens": 2, "do_sample": False}
+            now, self.asked = self.asked[: len(texts)], self.asked[len(texts) :]
+            assert [question.text for question in now] == texts
+            return ["" if question.kind == "colour" else question.answer for question in now]
+
+    exam = make_exam(5)
+    assert score(Oracle(exam), exam, pictures_at_once=2) == {
+        kind: float(kind != "colour") for kind in KINDS
+    }
+
+
+def test_one_pass_and_two_passes_answer_alike():
+    processor = build_processor()
+    model = build_model(processor, Shape(hidden=32, layers=2, tower_layers=1), 0)
+    exam = make_exam(2)
+    with baselines.apply("voco", model, processor, 2) as method:
+        texts = [question.text for question in exam.questions[0]]
+        pictures = [exam.pictures[0]] * len(texts)
+        two = method.generate(pictures, texts, max_new_tokens=2, do_sample=False)
+        inputs = method.inputs(pictures, texts)
+        one = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert torch.equal(one[:, inputs["input_ids"].shape[1] :], two)
+
+
+def test_the_tower_learns_and_is_then_frozen():
+    processor = build_processor()
+    tower = build_model(processor, Shape(layers=1, tower_layers=1), 0).model.vision_tower
+    losses = []
+    train_tower(
+        tower, 80, seed=0, size=8, rate=8e-3, progress=lambda step, loss: losses.append(loss)
+    )
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert not any(p.requires_grad for p in tower.parameters()) and not tower.training
+
+
+def test_the_model_is_one_that_enable_takes():
+    processor = build_processor()
+    model = build_model(processor, Shape(layers=1, tower_layers=1), 0)
+    rows = model.get_input_embeddings().num_embeddings
+    handle = voco_model.enable(model, processor, 1)
+    assert handle.voco_token_id == processor.tokenizer.voco_token_id
+    assert model.get_input_embeddings().num_embeddings == rows  # the tokenizer knows it already

@@ -1,0 +1,56 @@
+"""Questions about pictures of held-out handwriting, and how many of them a method answers rightly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from voco_model.baselines.base import Method
+from voco_model.miniature.scenes import KINDS, Question, ask, draw_scene, paint
+
+SEED = 20  # of the exam, which is the same for all
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Pictures, and for each of them a question of every kind."""
+
+    pictures: list[Image.Image]
+    questions: list[list[Question]]
+
+
+def make_exam(pictures: int, seed: int = SEED) -> Exam:
+    """Of the digits that no training has seen."""
+    rng = np.random.default_rng(seed)
+    shown, asked = [], []
+    for _ in range(pictures):
+        scene = draw_scene(rng, "test")
+        shown.append(Image.fromarray(paint(scene, "test", rng)))
+        asked.append([ask(scene, kind, rng) for kind in KINDS])
+    return Exam(shown, asked)
+
+
+def score(method: Method, exam: Exam, pictures_at_once: int = 16) -> dict[str, float]:
+    """Share of right answers by kind of question. Each is asked by itself, and right is what has the
+    answer's very letters."""
+    right = dict.fromkeys(KINDS, 0)
+    for start in range(0, len(exam.pictures), pictures_at_once):
+        stop = start + pictures_at_once
+        pairs = [
+            (picture, question)
+            for picture, questions in zip(
+                exam.pictures[start:stop], exam.questions[start:stop], strict=True
+            )
+            for question in questions
+        ]
+        answers = method.answer(
+            [picture for picture, _ in pairs],
+            [question.text for _, question in pairs],
+            max_new_tokens=2,
+            do_sample=False,
+        )
+        for (_, question), answer in zip(pairs, answers, strict=True):
+            right[question.kind] += answer == question.answer
+    return {kind: count / len(exam.pictures) for kind, count in right.items()}

@@ -1,0 +1,130 @@
+"""A run's tables, in Markdown, and its plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from os import PathLike
+
+from voco_model.miniature.results import LABELS, Rows, spread
+
+_PERCENT = 100
+
+
+def tables(results: dict) -> dict[str, str]:
+    """Markdown by name: ``main``, ``retention``, ``kinds``, ``cost`` and ``made``."""
+    rows = Rows(results)
+    return {
+        "main": _by_count(rows, "accuracy, %", rows.accuracy),
+        "retention": _by_count(rows, "retention (x - lower) / (upper - lower), %", rows.retention),
+        "share": _by_count(rows, "share x / upper, %", rows.share),
+        "kinds": _kinds(rows),
+        "cost": _cost(rows),
+        "made": _made(results),
+    }
+
+
+def _by_count(rows: Rows, title: str, numbers) -> str:
+    """A row a method, a column a count of tokens; mean and standard deviation over the seeds."""
+    counts = sorted(
+        {count for name in rows.names() if name != "full" for count in rows.counts(name)}
+    )
+    lines = []
+    for name in rows.names():
+        if name == "full":
+            cells = [_percent(numbers(name, rows.counts(name)[0]))] + [""] * (len(counts) - 1)
+            label = f"{LABELS[name]}: {rows.counts(name)[0]} tokens"
+        else:
+            there = rows.counts(name)
+            cells = [_percent(numbers(name, count)) if count in there else "" for count in counts]
+            label = LABELS[name]
+        lines.append([label, *cells])
+    return f"**{title}**\n\n" + _markdown(["tokens a picture", *map(str, counts)], lines)
+
+
+def _kinds(rows: Rows) -> str:
+    """Accuracy by kind of question."""
+    lines = []
+    for name in rows.names():
+        for count in rows.counts(name):
+            cells = [_percent(rows.accuracy(name, count, kind)) for kind in rows.kinds]
+            lines.append([LABELS[name], str(count), *cells])
+    return "**accuracy by kind of question, %**\n\n" + _markdown(["", "tokens", *rows.kinds], lines)
+
+
+def _cost(rows: Rows) -> str:
+    lines = []
+    for name in rows.names():
+        if name in ("voco drawn", "voco distinct", "qformer long", "untrained"):
+            continue  # as their neighbours
+        for count in rows.counts(name):
+            facts = rows.facts(name, count)
+            lines.append(
+                [
+                    LABELS[name],
+                    str(count),
+                    f"{facts['cache_bytes'] / 1e3:.1f}",
+                    f"{facts['flops_first'] / 1e6:.1f}",
+                    f"{facts['flops_again'] / 1e6:.1f}",
+                ]
+            )
+    head = ["", "tokens", "cache of a picture, kB", "MFLOP, first question", "MFLOP, another"]
+    return "**what a picture costs the language model**\n\n" + _markdown(head, lines)
+
+
+def _made(results: dict) -> str:
+    recipe, machine, seconds = results["recipe"], results["machine"], results["seconds"]
+    return (
+        f"Made on {machine['device']} in {machine['workers']} processes, "
+        f"{seconds['all jobs'] / 60:.0f} minutes of training and asking together; torch "
+        f"{machine['torch']}, transformers {machine['transformers']}, {results['date']}. "
+        f"{recipe['seeds']} seeds; mean ± standard deviation over them. "
+        f"{recipe['pictures']} held-out pictures, {len(results['rows'][0]['accuracy'])} questions each. "
+        f"{recipe['tune_steps']} steps of {recipe['batch']} pictures for every tuned row."
+    )
+
+
+def _percent(values: Sequence[float]) -> str:
+    middle, deviation = spread(values)
+    if math.isnan(middle):
+        return "-"  # a bound is 0, or both are the same
+    if len(values) == 1:
+        return f"{_PERCENT * middle:.1f}"
+    return f"{_PERCENT * middle:.1f} ± {_PERCENT * deviation:.1f}"
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
+
+
+def plot(results: dict, path: str | PathLike) -> None:
+    """Retention over the count of tokens, a line a method, bars of a standard deviation."""
+    from matplotlib.figure import Figure
+
+    rows = Rows(results)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name in rows.names():
+        if name in ("full", "untrained"):
+            continue
+        counts = rows.counts(name)
+        points = [spread(rows.retention(name, count)) for count in counts]
+        axes.errorbar(
+            counts,
+            [_PERCENT * middle for middle, _ in points],
+            [_PERCENT * deviation for _, deviation in points],
+            label=LABELS[name],
+            marker="o",
+            capsize=3,
+            linewidth=2.5 if name == "voco" else 1.2,
+        )
+    counts = rows.counts("untrained")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, list(map(str, counts)))
+    axes.axhline(_PERCENT, color="gray", linewidth=0.8)
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.set_xlabel("tokens a picture")
+    axes.set_ylabel("retention, %")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)

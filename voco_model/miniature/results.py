@@ -1,0 +1,125 @@
+"""What a run has found: rows of all jobs, put together, with what they were measured on."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import torch
+import transformers
+
+from voco_model.miniature.recipe import Recipe, jobs
+
+LABELS = {
+    "full": "All tokens (upper bound)",
+    "voco": "VoCo",
+    "voco drawn": "VoCo, one model for all counts",
+    "voco distinct": "VoCo, a row for each token",
+    "qformer": "Q-Former",
+    "qformer long": "Q-Former, its own schedule",
+    "pooling": "Average pooling + linear",
+    "fastv": "FastV (not trained)",
+    "random": "Random tokens (not trained)",
+    "untrained": "VoCo mask, untrained (lower bound)",
+}
+"""Rows of the tables, in their order."""
+
+
+def collect(recipe: Recipe, output: Path, *, device: str, workers: int, seconds: float) -> dict:
+    """The rows of all jobs, as they lie in the run's folder.
+
+    Returns:
+        ``recipe``, ``machine``, ``seconds`` (of all jobs' processes together, and of this call) and
+        ``rows``: each with its name, tokens, seed, accuracy by kind of question, cache bytes and FLOPs.
+    """
+    done = [json.loads((output / job.name / "scores.json").read_text()) for job in jobs(recipe)]
+    return {
+        "recipe": recipe.to_dict(),
+        "date": date.today().isoformat(),
+        "machine": {
+            "device": torch.cuda.get_device_name() if device.startswith("cuda") else _cpu(),
+            "workers": workers,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "seconds": {
+            "this call": round(seconds),
+            "all jobs": round(sum(j["seconds"] for j in done)),
+        },
+        "jobs": {j["job"]: {"steps": j["steps"], "seconds": j["seconds"]} for j in done},
+        "rows": [row for j in done for row in j["rows"]],
+    }
+
+
+def save(results: dict, output: Path) -> None:
+    """``results.json``, ``tables.md`` and ``retention.png``."""
+    from voco_model.miniature.report import plot, tables
+
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (output / "tables.md").write_text("\n\n".join(tables(results).values()) + "\n")
+    plot(results, output / "retention.png")
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+class Rows:
+    """The rows of a result, to ask for numbers by name, tokens and seed."""
+
+    def __init__(self, results: dict) -> None:
+        self._rows = {(r["row"], r["tokens"], r["seed"]): r for r in results["rows"]}
+        self.seeds = sorted({r["seed"] for r in results["rows"]})
+        self.kinds = list(results["rows"][0]["accuracy"])
+        self._full = next(r["tokens"] for r in results["rows"] if r["row"] == "full")
+        self._least = min(r["tokens"] for r in results["rows"] if r["row"] == "untrained")
+
+    def names(self) -> list[str]:
+        there = {name for name, _, _ in self._rows}
+        return [name for name in LABELS if name in there]
+
+    def counts(self, name: str) -> list[int]:
+        return sorted({tokens for row, tokens, _ in self._rows if row == name})
+
+    def facts(self, name: str, tokens: int) -> dict:
+        return self._rows[name, tokens, self.seeds[0]]
+
+    def accuracy(self, name: str, tokens: int, kind: str | None = None) -> list[float]:
+        """One for each seed: of a kind of question, or the mean over all kinds."""
+        return [self._accuracy(name, tokens, seed, kind) for seed in self.seeds]
+
+    def retention(self, name: str, tokens: int, kind: str | None = None) -> list[float]:
+        """``(x - lower) / (upper - lower)`` for each seed, between its bounds (section 4.1 of the
+        paper). The lower one is that of the fewest tokens. NaN where the bounds are the same."""
+        found = []
+        for seed in self.seeds:
+            upper = self._accuracy("full", self._full, seed, kind)
+            lower = self._accuracy("untrained", self._least, seed, kind)
+            kept = self._accuracy(name, tokens, seed, kind) - lower
+            found.append(kept / (upper - lower) if upper != lower else math.nan)
+        return found
+
+    def share(self, name: str, tokens: int) -> list[float]:
+        """``x / upper`` for each seed (the supplement's Table 4)."""
+        upper = self.accuracy("full", self._full)
+        pairs = zip(self.accuracy(name, tokens), upper, strict=True)
+        return [x / u if u else math.nan for x, u in pairs]
+
+    def _accuracy(self, name: str, tokens: int, seed: int, kind: str | None) -> float:
+        by_kind = self._rows[name, tokens, seed]["accuracy"]
+        return mean(by_kind.values()) if kind is None else by_kind[kind]
+
+
+def spread(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and standard deviation over the seeds."""
+    values = np.array(list(values))
+    return float(values.mean()), float(values.std())

@@ -1,0 +1,207 @@
+"""Pictures of handwritten digits, and questions about them.
+
+A picture is 48 x 48 pixels in four quarters. Two to four of these hold a digit in one of four colours:
+one of scikit-learn's 1,797 (8 x 8 pixels, the UCI Machine Learning Repository's "Optical Recognition of
+Handwritten Digits"), enlarged to 16 x 16, somewhere in its quarter. 1,437 digits are for training, 360
+others for evaluation: no model is asked about handwriting that it has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import permutations
+
+import numpy as np
+from PIL import Image
+
+SIZE = 48
+QUARTER = SIZE // 2
+DIGIT = 16  # pixels, of a digit's side
+STEP = (
+    4  # pixels, between the places that a digit can have in its quarter: the vision tower's patch
+)
+NOISE = 10.0  # standard deviation of the pixels' noise, of 255
+TRAINING_DIGITS = 1437
+
+COLOURS = {
+    "red": (255, 64, 64),
+    "green": (64, 230, 64),
+    "blue": (90, 120, 255),
+    "yellow": (255, 230, 64),
+}
+PLACES = ("northwest", "northeast", "southwest", "southeast")
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Handwriting: ``images`` float32 ``[N, 16, 16]`` from 0 to 1, ``labels`` int ``[N]``."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@cache
+def digits(split: str) -> Digits:
+    """scikit-learn's digits, enlarged.
+
+    Args:
+        split: ``"train"`` (1,437 of them) or ``"test"`` (the other 360), the same each time.
+
+    Raises:
+        ModuleNotFoundError: without the extra ``miniature``.
+        ValueError: another split.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"expected the extra 'miniature' for handwritten digits, got no {error.name}; "
+            "pip install 'voco-kernels[miniature]'"
+        ) from error
+    if split not in ("train", "test"):
+        raise ValueError(f"expected split 'train' or 'test', got {split!r}")
+    found = load_digits()
+    order = np.random.RandomState(0).permutation(len(found.target))
+    chosen = order[:TRAINING_DIGITS] if split == "train" else order[TRAINING_DIGITS:]
+    small = (found.images[chosen] * (255 / 16)).astype(np.uint8)
+    large = [Image.fromarray(image).resize((DIGIT, DIGIT), Image.BILINEAR) for image in small]
+    return Digits(np.stack(large).astype(np.float32) / 255, found.target[chosen])
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A digit in its quarter: which handwriting, its label, its colour's name, its corner's offset."""
+
+    index: int
+    label: int
+    colour: str
+    down: int
+    right: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: for each of ``PLACES`` a digit, or None."""
+
+    quarters: tuple[Drawn | None, Drawn | None, Drawn | None, Drawn | None]
+
+    def drawn(self) -> list[Drawn]:
+        return [digit for digit in self.quarters if digit is not None]
+
+
+def draw_scene(rng: np.random.Generator, split: str, least: int = 2) -> Scene:
+    """At random, from ``least`` digits of the split to four."""
+    labels = digits(split).labels
+    colours = list(COLOURS)
+    count = rng.integers(least, 5)
+    filled = set(rng.permutation(4)[:count].tolist())
+    room = (QUARTER - DIGIT) // STEP + 1
+    quarters = []
+    for place in range(4):
+        if place not in filled:
+            quarters.append(None)
+            continue
+        index = int(rng.integers(len(labels)))
+        down, right = (STEP * rng.integers(0, room, 2)).tolist()
+        colour = colours[rng.integers(len(colours))]
+        quarters.append(Drawn(index, int(labels[index]), colour, down, right))
+    return Scene(tuple(quarters))
+
+
+def paint(scene: Scene, split: str, rng: np.random.Generator) -> np.ndarray:
+    """The picture, uint8 ``[48, 48, 3]``; the generator draws its noise."""
+    canvas = np.zeros((SIZE, SIZE, 3), dtype=np.float32)
+    images = digits(split).images
+    for place, digit in enumerate(scene.quarters):
+        if digit is not None:
+            top = QUARTER * (place // 2) + digit.down
+            left = QUARTER * (place % 2) + digit.right
+            ink = images[digit.index][:, :, None] * np.array(COLOURS[digit.colour], np.float32)
+            canvas[top : top + DIGIT, left : left + DIGIT] = ink
+    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * NOISE
+    return canvas.clip(0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its answer, both as text, and its kind, a key of ``KINDS``."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+def _digit(scene: Scene) -> list[tuple[str, str]]:
+    return [
+        (f"Which digit is in the {place}?", "none" if digit is None else str(digit.label))
+        for place, digit in zip(PLACES, scene.quarters, strict=True)
+    ]
+
+
+def _colour(scene: Scene) -> list[tuple[str, str]]:
+    return [
+        (f"Which colour is in the {place}?", "none" if digit is None else digit.colour)
+        for place, digit in zip(PLACES, scene.quarters, strict=True)
+    ]
+
+
+def _count(scene: Scene) -> list[tuple[str, str]]:
+    return [("How many digits?", str(len(scene.drawn())))]
+
+
+def _largest(scene: Scene) -> list[tuple[str, str]]:
+    return [("Which digit is largest?", str(max(digit.label for digit in scene.drawn())))]
+
+
+def _greater(scene: Scene) -> list[tuple[str, str]]:
+    there = [pair for pair in zip(PLACES, scene.quarters, strict=True) if pair[1] is not None]
+    return [
+        (f"Is the {one} greater than the {two}?", "yes" if first.label > second.label else "no")
+        for (one, first), (two, second) in permutations(there, 2)
+    ]
+
+
+def _same(scene: Scene) -> list[tuple[str, str]]:
+    colours = [digit.colour for digit in scene.drawn()]
+    return [("Do two colours match?", "yes" if len(set(colours)) < len(colours) else "no")]
+
+
+KINDS: dict[str, Callable[[Scene], list[tuple[str, str]]]] = {
+    "digit": _digit,
+    "colour": _colour,
+    "count": _count,
+    "largest": _largest,
+    "greater": _greater,
+    "same colour": _same,
+}
+"""Kinds of questions; each function gives all of them about a scene, with their answers."""
+
+
+def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question:
+    """One question of this kind, drawn from all that there are."""
+    known = KINDS[kind](scene)
+    return Question(kind, *known[rng.integers(len(known))])
+
+
+def ask_many(scene: Scene, count: int, rng: np.random.Generator) -> list[Question]:
+    """``count`` different questions in random order: of all that there are, but for most of the pairs
+    that "greater" compares."""
+    known = []
+    for kind, questions in KINDS.items():
+        every = [Question(kind, *each) for each in questions(scene)]
+        if kind == "greater":
+            every = [every[i] for i in rng.permutation(len(every))[:2].tolist()]
+        known += every
+    return [known[i] for i in rng.permutation(len(known))[:count].tolist()]
+
+
+def describe(scene: Scene, rng: np.random.Generator) -> Question:
+    """A caption, of the quarters in random order: "southwest red 7, northeast none, ..."."""
+    parts = []
+    for place in rng.permutation(4).tolist():
+        digit = scene.quarters[place]
+        shown = "none" if digit is None else f"{digit.colour} {digit.label}"
+        parts.append(f"{PLACES[place]} {shown}")
+    return Question("caption", "Describe the picture.", ", ".join(parts))

@@ -1,0 +1,128 @@
+"""The training loops: of a vision tower that knows digits, of a language model that answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from voco_model.data.encode import IGNORE
+from voco_model.miniature.batches import Batch, pixels
+from voco_model.miniature.scenes import COLOURS, Scene, draw_scene, paint
+
+Progress = Callable[[int, float], None]
+"""Called after each step with the steps done and the loss."""
+
+
+class _Schedule:
+    """AdamW on these weights; learning rate up over ``warmup`` steps, then down along a cosine to 0."""
+
+    def __init__(self, weights: list[nn.Parameter], rate: float, steps: int, warmup: int = 50):
+        self._weights = weights
+        self._optimizer = torch.optim.AdamW(weights, rate, betas=(0.9, 0.98), weight_decay=0.01)
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer,
+            lambda step: min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2,
+        )
+
+    def step(self, loss: Tensor) -> None:
+        self._optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._weights, 1.0)
+        self._optimizer.step()
+        self._scheduler.step()
+
+
+def train_tower(
+    tower: nn.Module, steps: int, *, seed: int, size: int, rate: float, progress: Progress
+) -> None:
+    """Teach a CLIP vision tower what is in each quarter, from labels.
+
+    It stands for CLIP's pretraining, which has seen the world before LLaVA gets it. A learned query for
+    each quarter reads the patches' features by one step of attention, so these must tell where they are,
+    and two linear layers tell digit and colour. All that is thrown away then.
+
+    Args:
+        tower: of the model, changed in place.
+        size: pictures a step.
+    """
+    device = next(tower.parameters()).device
+    torch.manual_seed(seed)
+    reader = QuarterReader(tower.config.hidden_size).to(device)
+    schedule = _Schedule([*tower.parameters(), *reader.parameters()], rate, steps)
+    tower.train().requires_grad_(True)
+    for step, (pictures, digit, colour) in enumerate(islice(_labelled(seed, size), steps), 1):
+        features = tower(pixel_values=pictures.to(device)).last_hidden_state
+        digits, colours = reader(features[:, 1:])  # without the class token
+        loss = F.cross_entropy(digits.flatten(0, 1), digit.to(device).flatten())
+        loss += F.cross_entropy(colours.flatten(0, 1), colour.to(device).flatten())
+        schedule.step(loss)
+        progress(step, loss.item())
+    tower.eval().requires_grad_(False)
+
+
+class QuarterReader(nn.Module):
+    """Features ``[B, patches, width]`` -> logits of digit ``[B, 4, 11]`` and colour ``[B, 4, 5]``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(0.1 * torch.randn(4, width))
+        self.digit, self.colour = nn.Linear(width, 11), nn.Linear(width, 5)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        weights = torch.softmax(self.queries @ features.transpose(1, 2), dim=-1)
+        read = weights @ features
+        return self.digit(read), self.colour(read)
+
+
+def _labelled(seed: int, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Pictures, and for each quarter its digit (10: none) and its colour (4: none), int64 ``[B, 4]``."""
+    rng = np.random.default_rng(seed)
+    while True:
+        scenes = [draw_scene(rng, "train", least=3) for _ in range(size)]
+        pictures = pixels([paint(scene, "train", rng) for scene in scenes])
+        yield pictures, *labels_of(scenes)
+
+
+def labels_of(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
+    colours = list(COLOURS)
+    digit = [[10 if d is None else d.label for d in scene.quarters] for scene in scenes]
+    colour = [
+        [4 if d is None else colours.index(d.colour) for d in scene.quarters] for scene in scenes
+    ]
+    return torch.tensor(digit), torch.tensor(colour)
+
+
+def tune(
+    model: LlavaForConditionalGeneration,
+    batches: Iterable[Batch],
+    steps: int,
+    *,
+    rate: float,
+    progress: Progress,
+) -> None:
+    """Train all but the vision tower on answers; the model is in eval mode afterwards."""
+    model.train().requires_grad_(True)
+    model.model.vision_tower.eval().requires_grad_(False)
+    schedule = _Schedule([p for p in model.parameters() if p.requires_grad], rate, steps)
+    for step, batch in enumerate(islice(batches, steps), 1):
+        loss = answer_loss(model, batch.to(model.device))
+        schedule.step(loss)
+        progress(step, loss.item())
+    model.eval()
+
+
+def answer_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Tensor:
+    """Cross-entropy of the answers' tokens. The head reads these only, of a few hundred a row."""
+    hidden = model.model(
+        input_ids=batch.input_ids, pixel_values=batch.pixel_values, use_cache=False
+    ).last_hidden_state
+    wanted = batch.labels[:, 1:]
+    learnt = wanted != IGNORE
+    return F.cross_entropy(model.lm_head(hidden[:, :-1][learnt]), wanted[learnt])

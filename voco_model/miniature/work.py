@@ -1,0 +1,157 @@
+"""One job of a run: train, save, examine."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from voco_model import baselines
+from voco_model.baselines.base import Method
+from voco_model.miniature.batches import batches
+from voco_model.miniature.exam import make_exam, score
+from voco_model.miniature.model import build_model, build_processor
+from voco_model.miniature.recipe import Job, Recipe
+from voco_model.miniature.training import Progress, train_tower, tune
+from voco_model.prompt import text_part
+
+TEXT = "Is top left greater than bottom right?"
+"""The question whose cost is counted."""
+
+
+def do(job: Job, recipe: Recipe, folder: Path, device: str, progress: Progress) -> None:
+    """Train what the job says and leave in ``folder / job.name`` a checkpoint and ``scores.json``.
+
+    Args:
+        progress: hears of each step, with the loss.
+    """
+    begun = time.perf_counter()
+    target = folder / job.name
+    if job.row == "start":
+        model, processor = _start(job, recipe, device, progress)
+        rows = []
+    else:
+        model = LlavaForConditionalGeneration.from_pretrained(folder / f"seed-{job.seed}/start")
+        model.to(device)
+        processor = build_processor()
+        rows = _tuned(job, recipe, model, processor, progress)
+    model.save_pretrained(target)
+    processor.save_pretrained(target)
+    seconds = time.perf_counter() - begun
+    facts = {"job": job.name, "steps": job.steps, "seconds": round(seconds, 1), "rows": rows}
+    # Last, and in one piece: a job with this file is done.
+    partial = target / "scores.json.part"
+    partial.write_text(json.dumps(facts, indent=1) + "\n")
+    partial.replace(target / "scores.json")
+
+
+def _start(
+    job: Job, recipe: Recipe, device: str, progress: Progress
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A LLaVA from nothing: its tower first, which is frozen from then on."""
+    processor = build_processor()
+    model = build_model(processor, recipe.shape, job.seed).to(device)
+    train_tower(
+        model.model.vision_tower,
+        recipe.tower_steps,
+        seed=1000 + job.seed,
+        size=recipe.batch,
+        rate=recipe.tower_rate,
+        progress=progress,
+    )
+    # As LLaVA: captions first, then conversations.
+    before = recipe.tower_steps
+    for seed, steps, questions in (
+        (2000 + job.seed, recipe.caption_steps, 0),
+        (3000 + job.seed, recipe.start_steps, recipe.questions),
+    ):
+        tune(
+            model,
+            batches(processor, seed, recipe.batch, questions, counts=(0,)),
+            steps,
+            rate=recipe.rate,
+            progress=lambda step, loss, before=before: progress(before + step, loss),
+        )
+        before += steps
+    return model, processor
+
+
+def _tuned(
+    job: Job,
+    recipe: Recipe,
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    progress: Progress,
+) -> list[dict]:
+    """Tune by the job's method and examine; for ``save_pretrained`` the method stays applied."""
+    torch.manual_seed(4000 + job.seed)  # of fresh rows and modules
+    counts = recipe.counts
+    method, drawn = None, (0,)
+    if job.row == "full":
+        # Under the plain causal mask, with and without VoCo tokens in the prompt: upper and lower bound.
+        drawn = (0, *counts)
+    elif job.row == "voco drawn":
+        method, drawn = baselines.apply("voco", model, processor, max(counts)), counts
+    elif job.row in ("voco", "voco distinct"):
+        distinct = job.row == "voco distinct"
+        method = baselines.apply("voco", model, processor, job.count, distinct=distinct)
+        drawn = (job.count,)
+    elif job.row == "pooling":
+        method = baselines.apply("pooling", model, processor, job.count)
+    else:
+        method = baselines.apply(
+            "qformer",
+            model,
+            processor,
+            job.count,
+            layers=2,
+            width=recipe.shape.hidden,
+            heads=2,
+            initializer_range=recipe.shape.hidden**-0.5,
+            dropout=0.0,
+        )
+    made = batches(processor, 5000 + job.seed, recipe.batch, recipe.questions, drawn)
+    tune(model, made, job.steps, rate=recipe.rate, progress=progress)
+
+    exam = make_exam(recipe.pictures)
+
+    def row(name: str, tokens: int, method: Method) -> dict:
+        text = text_part(TEXT)
+        cost = method.cost(len(processor.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        return {
+            "row": name,
+            "tokens": tokens,
+            "seed": job.seed,
+            "accuracy": score(method, exam),
+            "cache_bytes": cost.cache_bytes,
+            "flops_first": cost.flops_first,
+            "flops_again": cost.flops_again,
+        }
+
+    if method is not None and job.row != "voco drawn":
+        return [row(job.row, job.count, method)]
+    if method is not None:
+        method.undo()
+    rows = []
+    for name, tokens, options in _untuned(job.row, recipe):
+        with baselines.apply(name, model, processor, tokens, **options) as other:
+            shown = job.row if name == "voco" else name
+            rows.append(row(shown, other.num_tokens, other))
+    if job.row == "voco drawn":  # saved as the model of the largest count
+        baselines.apply("voco", model, processor, max(counts))
+    return rows
+
+
+def _untuned(row: str, recipe: Recipe) -> list[tuple[str, int | None, dict]]:
+    """What is examined on the model of one job: method, tokens, options."""
+    if row == "voco drawn":
+        return [("voco", count, {}) for count in recipe.counts]
+    found: list[tuple[str, int | None, dict]] = [("full", None, {})]
+    for count in recipe.counts:
+        found.append(("untrained", count, {}))
+        found.append(("fastv", count, {"layer": recipe.fastv_layer}))
+        found.append(("random", count, {}))
+    return found
