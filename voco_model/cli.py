@@ -17,6 +17,7 @@ from voco_model.evaluate.cli import evaluate
 from voco_model.explain.cli import explain
 from voco_model.kv_store.disk import KVStore
 from voco_model.kv_store.format import EntryError, check_key
+from voco_model.miniature.cli import miniature
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 store_app = typer.Typer(no_args_is_help=True, help="Look into a store of compact entries.")
@@ -27,6 +28,7 @@ app.add_typer(store_app, name="store")
 app.add_typer(convert_app, name="convert")
 app.command(name="eval")(evaluate)
 app.command()(explain)
+app.command()(miniature)
 
 # Nothing is put from here, so nothing is evicted, whatever the bound.
 _NO_BOUND = 1 << 62

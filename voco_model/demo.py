@@ -1,9 +1,11 @@
-"""``make demo``: a small LLaVA on the CPU is asked three questions about one photograph.
+"""``make demo``: digits before and after compression, and a photograph that is read once, on the CPU.
 
-``TwoPassEngine`` reads the photograph for the first question and finds it in a store for the others; its
-stages are shown side by side. Each answer is compared, token by token, with that of one masked pass over
-the whole prompt, and timed against a plain LLaVA that reads the photograph for each question. Needs the
-extra ``bench`` (matplotlib, rich).
+First the trained miniature answers questions about handwritten digits, from all vision tokens and
+through one VoCo token. Then a LLaVA of random weights, but of CLIP's real geometry, is asked three
+questions about a photograph: ``TwoPassEngine`` reads it for the first question and finds it in a store
+for the others; its stages are shown side by side. Each answer is compared, token by token, with that of
+one masked pass over the whole prompt, and timed against a plain LLaVA that reads the photograph for each
+question. Needs the extra ``miniature`` (matplotlib, scikit-learn).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from transformers import (
 
 import voco_model
 from voco_kernels import MaskLayout
+from voco_model.miniature.show import show
 
 try:
     from matplotlib import cbook
@@ -39,7 +42,8 @@ try:
     from rich.table import Table
 except ImportError as error:
     raise ImportError(
-        f"expected the extra 'bench' for the demo, got no {error.name}; pip install -e '.[bench]'"
+        f"expected the extra 'miniature' for the demo, got no {error.name}; "
+        "pip install -e '.[miniature]'"
     ) from error
 
 IMAGE_SIZE, PATCH_SIZE = 336, 14
@@ -376,6 +380,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m voco_model.demo", description=__doc__.splitlines()[0].split(": ", 1)[1]
     )
+    parser.add_argument(
+        "--ask",
+        action="append",
+        default=[],
+        help="a question about the digits; may be given several times",
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=2, help="of digits; 0 for none (default: 2)"
+    )
     parser.add_argument("--image", help="a picture of yours; by default a portrait of Grace Hopper")
     parser.add_argument("--question", action="append", help="may be given several times")
     parser.add_argument("--num-voco", type=int, default=1, help="VoCo tokens (default: 1)")
@@ -384,10 +397,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of mask.png")
     given = parser.parse_args(arguments)
-    if given.num_voco < 1 or given.new_tokens < 1:
+    if given.num_voco < 1 or given.new_tokens < 1 or given.pictures < 0:
         parser.error(
-            "expected --num-voco and --new-tokens >= 1, got "
-            f"{given.num_voco} and {given.new_tokens}"
+            "expected --num-voco and --new-tokens >= 1 and --pictures >= 0, got "
+            f"{given.num_voco}, {given.new_tokens} and {given.pictures}"
         )
     try:
         picture = load_photograph(given.image)
@@ -395,11 +408,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"expected --image to be a picture, got {given.image}: {error}")
     questions = given.question or QUESTIONS
     try:
-        for question in questions:
+        for question in [*questions, *given.ask]:
             voco_model.prompt(question, given.num_voco)
     except ValueError as error:  # a question with <image> in it
         parser.error(str(error))
     console = Console()
+    if given.pictures:
+        show(console, given.out, given.pictures, given.ask)
+        console.rule("A photograph, read once")
     agreed = run(console, picture, questions, given.num_voco, given.new_tokens, given.out)
     return 0 if agreed else 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 
 import numpy as np
 import torch
@@ -104,22 +105,24 @@ def batches(
     size: int,
     questions: int,
     counts: tuple[int, ...],
+    captions: int = 0,
 ) -> Iterator[Batch]:
     """Without end, of the training digits.
 
     Args:
         size: conversations in a batch, each about a picture of its own.
-        questions: in a conversation; 0 for a caption in their place.
+        questions: in a conversation.
         counts: of VoCo tokens; a batch has one of them, drawn at random. 0 for none.
+        captions: the first so many batches have a caption in place of each conversation.
     """
     conversations = Conversations(processor)
     rng = np.random.default_rng(seed)
-    while True:
+    for number in count():
         num_voco = int(rng.choice(counts))
         pictures, rows = [], []
         for _ in range(size):
             scene = draw_scene(rng, "train")
             pictures.append(paint(scene, "train", rng))
-            asked = ask_many(scene, questions, rng) if questions else [describe(scene, rng)]
+            asked = [describe(scene, rng)] if number < captions else ask_many(scene, questions, rng)
             rows.append(conversations.encode(asked, num_voco))
         yield Batch(*conversations.pad(rows), pixels(pictures))

@@ -34,20 +34,21 @@ CORPUS = (
     "USER: Which colour is in the place? ASSISTANT: none",
     "USER: How many digits? ASSISTANT: none",
     "USER: Which digit is largest? ASSISTANT: none",
-    "USER: Is the place greater than the place? ASSISTANT: yes no",
-    "USER: Do two colours match? ASSISTANT: yes no",
+    "USER: Is there a red digit? ASSISTANT: yes no",
     " ".join(["", *PLACES, *COLOURS, *map(str, range(10))]),
 )
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the language model; the vision tower is as wide."""
+    """Sizes of the language model, and of the vision tower."""
 
     hidden: int = 64
     inner: int = 128
-    layers: int = 8
-    heads: int = 2
+    layers: int = 6
+    heads: int = 4
+    head_dim: int = 32
+    tower_hidden: int = 64
     tower_layers: int = 2
     tower_heads: int = 2
 
@@ -98,8 +99,8 @@ def build_model(
         vision_config=CLIPVisionConfig(
             image_size=SIZE,
             patch_size=PATCH,
-            hidden_size=shape.hidden,
-            intermediate_size=2 * shape.hidden,
+            hidden_size=shape.tower_hidden,
+            intermediate_size=2 * shape.tower_hidden,
             num_hidden_layers=shape.tower_layers,
             num_attention_heads=shape.tower_heads,
         ),
@@ -110,7 +111,10 @@ def build_model(
             num_hidden_layers=shape.layers,
             num_attention_heads=shape.heads,
             num_key_value_heads=shape.heads,
+            head_dim=shape.head_dim,
             max_position_embeddings=1024,
+            # Slow rotation in most of a head's few dimensions: these are for what a token is.
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             initializer_range=shape.hidden**-0.5,  # 0.02 is for widths of thousands
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
@@ -14,12 +15,14 @@ class Recipe:
 
     Attributes:
         shape: of the model.
-        seeds: how often everything is done, from other random numbers.
+        seeds: how often everything behind the vision tower is done, from other random numbers.
         counts: of tokens that stand for a picture.
-        tower_steps, caption_steps, start_steps: from nothing to the LLaVA that all methods start from.
-        tune_steps: of each method, the upper bound too.
-        long_steps: of the Q-Former's own, longer training; 0 for none.
-        batch: pictures a step; ``questions`` about each.
+        tower_steps: of the vision tower, which all share as LLaVAs share CLIP.
+        start: steps on captions, then on conversations, to the LLaVA that all methods start from.
+        tune: the same for each method, the upper bound too.
+        long: how many times as long the Q-Former's own schedule is; 0 for none.
+        tower_batch, batch: pictures a step.
+        questions: about each, in a conversation.
         tower_rate, rate: peak learning rates, of the tower and of everything else.
         drawn: also one VoCo model for all counts. ``distinct``: counts of VoCo models with a row each.
         fastv_layer: in front of which FastV drops vision tokens.
@@ -29,78 +32,92 @@ class Recipe:
     shape: Shape = field(default_factory=Shape)
     seeds: int = 3
     counts: tuple[int, ...] = (1, 2, 4, 8)
-    tower_steps: int = 1500
-    caption_steps: int = 400
-    start_steps: int = 600
-    tune_steps: int = 300
-    long_steps: int = 900
+    tower_steps: int = 1000
+    start: tuple[int, int] = (200, 250)
+    tune: tuple[int, int] = (200, 250)
+    long: int = 3
+    tower_batch: int = 32
     batch: int = 16
     questions: int = 12
-    tower_rate: float = 4e-3
-    rate: float = 3e-3
+    tower_rate: float = 1e-2
+    rate: float = 8e-3
     drawn: bool = True
-    distinct: tuple[int, ...] = (4, 8)
+    distinct: tuple[int, ...] = (8,)
     fastv_layer: int = 2
-    pictures: int = 150
+    pictures: int = 100
 
     def to_dict(self) -> dict:
-        return asdict(self) | {"counts": list(self.counts), "distinct": list(self.distinct)}
+        return json.loads(json.dumps(asdict(self)))
 
 
 FULL = Recipe()
 QUICK = Recipe(
     seeds=1,
     counts=(1,),
-    tower_steps=700,
-    caption_steps=250,
-    start_steps=300,
-    tune_steps=150,
-    long_steps=0,
+    tower_steps=600,
+    start=(150, 150),
+    tune=(150, 100),
+    long=0,
     drawn=False,
     distinct=(),
-    pictures=60,
+    pictures=50,
 )
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model to train from where ``start`` has brought it, or ``start`` itself.
+    """Something to train.
 
     Attributes:
-        row: ``"start"``, or the row of the tables that it is for; ``"full"`` stands for all that need no
-            training of their own too (FastV, random tokens, the lower bound).
+        row: ``"tower"``, the vision tower; ``"start"``, the LLaVA that all else starts from; or the row
+            of the tables that it is for, where ``"full"`` stands for all that need no training of their
+            own too (FastV, random tokens, the lower bound).
         count: of tokens a picture; 0 where that is all of them, or drawn.
-        work: in steps of one that reads a whole picture.
+        seed: None for the tower.
+        steps: on captions, then on conversations; of the tower on labels.
+        work: in steps that read all of a picture and a conversation.
     """
 
     row: str
     count: int
-    seed: int
-    steps: int
+    seed: int | None
+    steps: tuple[int, int]
     work: float
 
     @property
     def name(self) -> str:
+        if self.seed is None:
+            return self.row
         return f"seed-{self.seed}/{self.row}" + (f"-{self.count}" if self.count else "")
+
+    @property
+    def needs(self) -> str | None:
+        """The name of the job whose model it goes on from."""
+        if self.row == "tower":
+            return None
+        return "tower" if self.row == "start" else f"seed-{self.seed}/start"
 
 
 def jobs(recipe: Recipe) -> Iterator[Job]:
-    """All trainings, of each seed the start first."""
+    """All trainings, each behind what it needs."""
+
+    def work(steps: tuple[int, int], share: float = 1.0) -> float:
+        return share * (0.6 * steps[0] + steps[1])
+
+    yield Job("tower", 0, None, (recipe.tower_steps, 0), recipe.tower_steps / 5)
     for seed in range(recipe.seeds):
-        steps = recipe.tower_steps + recipe.caption_steps + recipe.start_steps
-        work = recipe.tower_steps / 3 + recipe.caption_steps / 2 + recipe.start_steps
-        yield Job("start", 0, seed, steps, work)
-        tune = recipe.tune_steps
-        yield Job("full", 0, seed, tune, tune)
+        yield Job("start", 0, seed, recipe.start, work(recipe.start))
+        yield Job("full", 0, seed, recipe.tune, work(recipe.tune))
         for count in recipe.counts:
-            yield Job("voco", count, seed, tune, tune)
+            yield Job("voco", count, seed, recipe.tune, work(recipe.tune))
         if recipe.drawn:
-            yield Job("voco drawn", 0, seed, tune, tune)
+            yield Job("voco drawn", 0, seed, recipe.tune, work(recipe.tune))
         for count in recipe.distinct:
-            yield Job("voco distinct", count, seed, tune, tune)
+            yield Job("voco distinct", count, seed, recipe.tune, work(recipe.tune))
         # Their language model reads a few tokens in place of a whole picture.
         for row in ("pooling", "qformer"):
             for count in recipe.counts:
-                yield Job(row, count, seed, tune, tune / 2)
-        if recipe.long_steps:
-            yield Job("qformer long", recipe.counts[0], seed, recipe.long_steps, tune)
+                yield Job(row, count, seed, recipe.tune, work(recipe.tune, 0.5))
+        if recipe.long:
+            steps = (recipe.long * recipe.tune[0], recipe.long * recipe.tune[1])
+            yield Job("qformer long", recipe.counts[0], seed, steps, work(steps, 0.5))

@@ -58,7 +58,7 @@ def run(
     digits("train")  # without scikit-learn nothing begins
     output = Path(output)
     _claim(output, recipe)
-    todo = [job for job in jobs(recipe) if not is_done(output, job)]
+    todo = [job for job in jobs(recipe) if not is_done(output, job.name)]
     begun = time.perf_counter()
     if todo:
         _run_all(todo, recipe, output, workers, device, console)
@@ -68,19 +68,22 @@ def run(
     return results
 
 
-def is_done(output: Path, job: Job) -> bool:
-    return (output / job.name / "scores.json").exists()
+def is_done(output: Path, name: str) -> bool:
+    """Whether a job of this name has been finished."""
+    return (output / name / "scores.json").exists()
 
 
 def _claim(output: Path, recipe: Recipe) -> None:
-    path, written = output / "recipe.json", json.dumps(recipe.to_dict(), indent=1) + "\n"
+    """More seeds may be added to a run, nothing else may be different."""
+    path = output / "recipe.json"
+    written = json.dumps(recipe.to_dict(), indent=1) + "\n"
     if path.exists():
-        if path.read_text() != written:
+        before = json.loads(path.read_text())
+        if before | {"seeds": recipe.seeds} != recipe.to_dict():
             raise ValueError(
                 f"expected an empty folder or one with a run of the same recipe, got {output} with "
                 "another recipe.json; choose another --output"
             )
-        return
     output.mkdir(parents=True, exist_ok=True)
     path.write_text(written)
 
@@ -104,15 +107,13 @@ def _run_all(
         with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
             waiting, running = list(todo), {}
             while waiting or running:
-                # Longest first, but a seed's start before all that stands on it.
                 for job in list(waiting):
-                    start = Job("start", 0, job.seed, 0, 0.0)
-                    ready = job.row == "start" or is_done(output, start)
+                    ready = job.needs is None or is_done(output, job.needs)
                     if ready and len(running) < workers:
                         waiting.remove(job)
                         future = pool.submit(_work, job, recipe, output, device, heard)
                         running[future] = job
-                        shown[job.name] = (bar.add_task(job.name, total=job.steps), job)
+                        shown[job.name] = (bar.add_task(job.name, total=sum(job.steps)), job)
                 _drain(heard, bar, whole, shown)
                 done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -137,7 +138,7 @@ def _drain(heard: queue.Queue, bar: Progress, whole: int, shown: dict) -> None:
             return
         task, job = shown[name]
         bar.update(task, advance=steps, description=f"{name} {loss:.2f}")
-        bar.update(whole, advance=job.work * steps / job.steps)
+        bar.update(whole, advance=job.work * steps / sum(job.steps))
         if bar.tasks[bar.task_ids.index(task)].finished:
             bar.update(task, visible=False)
 
@@ -150,7 +151,7 @@ def _work(job: Job, recipe: Recipe, output: Path, device: str, heard) -> None:
     from voco_model.miniature.work import do
 
     def progress(step: int, loss: float) -> None:
-        if step % _REPORT_EVERY == 0 or step == job.steps:
+        if step % _REPORT_EVERY == 0 or step == sum(job.steps):
             heard.put((job.name, step % _REPORT_EVERY or _REPORT_EVERY, loss))
 
     do(job, recipe, output, device, progress)

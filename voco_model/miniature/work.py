@@ -18,7 +18,7 @@ from voco_model.miniature.recipe import Job, Recipe
 from voco_model.miniature.training import Progress, train_tower, tune
 from voco_model.prompt import text_part
 
-TEXT = "Is top left greater than bottom right?"
+TEXT = "Which digit is in the northwest?"
 """The question whose cost is counted."""
 
 
@@ -30,53 +30,51 @@ def do(job: Job, recipe: Recipe, folder: Path, device: str, progress: Progress) 
     """
     begun = time.perf_counter()
     target = folder / job.name
-    if job.row == "start":
-        model, processor = _start(job, recipe, device, progress)
-        rows = []
+    processor = build_processor()
+    if job.row == "tower":
+        model, rows = build_model(processor, recipe.shape, seed=0).to(device), []
+        train_tower(
+            model.model.vision_tower,
+            recipe.tower_steps,
+            seed=1000,
+            size=recipe.tower_batch,
+            rate=recipe.tower_rate,
+            progress=progress,
+        )
+    elif job.row == "start":
+        model, rows = build_model(processor, recipe.shape, 1 + job.seed), []
+        trained = LlavaForConditionalGeneration.from_pretrained(folder / job.needs)
+        tower = trained.model.vision_tower.state_dict()
+        model.model.vision_tower.load_state_dict(tower)
+        _tune(job, recipe, model.to(device), processor, (0,), 2000, progress)
     else:
-        model = LlavaForConditionalGeneration.from_pretrained(folder / f"seed-{job.seed}/start")
-        model.to(device)
-        processor = build_processor()
+        model = LlavaForConditionalGeneration.from_pretrained(folder / job.needs).to(device)
         rows = _tuned(job, recipe, model, processor, progress)
     model.save_pretrained(target)
     processor.save_pretrained(target)
     seconds = time.perf_counter() - begun
-    facts = {"job": job.name, "steps": job.steps, "seconds": round(seconds, 1), "rows": rows}
+    facts = {"job": job.name, "steps": sum(job.steps), "seconds": round(seconds, 1), "rows": rows}
     # Last, and in one piece: a job with this file is done.
     partial = target / "scores.json.part"
     partial.write_text(json.dumps(facts, indent=1) + "\n")
     partial.replace(target / "scores.json")
 
 
-def _start(
-    job: Job, recipe: Recipe, device: str, progress: Progress
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A LLaVA from nothing: its tower first, which is frozen from then on."""
-    processor = build_processor()
-    model = build_model(processor, recipe.shape, job.seed).to(device)
-    train_tower(
-        model.model.vision_tower,
-        recipe.tower_steps,
-        seed=1000 + job.seed,
-        size=recipe.batch,
-        rate=recipe.tower_rate,
-        progress=progress,
+def _tune(
+    job: Job,
+    recipe: Recipe,
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    counts: tuple[int, ...],
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Captions first, then conversations, as LLaVA's two stages. All methods of a seed see the same."""
+    captions, conversations = job.steps
+    made = batches(
+        processor, seed + job.seed, recipe.batch, recipe.questions, counts, captions=captions
     )
-    # As LLaVA: captions first, then conversations.
-    before = recipe.tower_steps
-    for seed, steps, questions in (
-        (2000 + job.seed, recipe.caption_steps, 0),
-        (3000 + job.seed, recipe.start_steps, recipe.questions),
-    ):
-        tune(
-            model,
-            batches(processor, seed, recipe.batch, questions, counts=(0,)),
-            steps,
-            rate=recipe.rate,
-            progress=lambda step, loss, before=before: progress(before + step, loss),
-        )
-        before += steps
-    return model, processor
+    tune(model, made, captions + conversations, rate=recipe.rate, progress=progress)
 
 
 def _tuned(
@@ -113,8 +111,7 @@ def _tuned(
             initializer_range=recipe.shape.hidden**-0.5,
             dropout=0.0,
         )
-    made = batches(processor, 5000 + job.seed, recipe.batch, recipe.questions, drawn)
-    tune(model, made, job.steps, rate=recipe.rate, progress=progress)
+    _tune(job, recipe, model, processor, drawn, 5000, progress)
 
     exam = make_exam(recipe.pictures)
 

@@ -85,3 +85,11 @@ def test_batches_draw_their_count_of_voco_tokens(processor):
         int((next(made).input_ids == processor.tokenizer.voco_token_id).sum()) for _ in range(20)
     }
     assert found == {0, 2, 8}
+
+
+def test_captions_come_first(processor):
+    made = batches(processor, 0, 2, 3, (0,), captions=2)
+    described = [
+        "Describe" in processor.tokenizer.decode(next(made).input_ids[0]) for _ in range(4)
+    ]
+    assert described == [True, True, False, False]

@@ -15,14 +15,14 @@ from voco_model.miniature.scenes import KINDS
 from voco_model.miniature.training import train_tower
 
 TINY = Recipe(
-    shape=Shape(hidden=32, inner=32, layers=3, tower_layers=1),
+    shape=Shape(hidden=32, inner=32, layers=3, heads=2, tower_hidden=32, tower_layers=1),
     seeds=1,
     counts=(1, 2),
     tower_steps=2,
-    caption_steps=2,
-    start_steps=2,
-    tune_steps=2,
-    long_steps=3,
+    start=(1, 1),
+    tune=(1, 1),
+    long=2,
+    tower_batch=2,
     batch=2,
     questions=2,
     distinct=(2,),
@@ -66,16 +66,18 @@ def test_a_run_has_every_row_and_goes_on_where_it_stopped(tmp_path):
     assert again["rows"] == results["rows"]  # from the same seed, the same
 
     with pytest.raises(ValueError, match="another recipe.json"):
-        run(replace(TINY, tune_steps=3), tmp_path, workers=1, device="cpu", console=quiet())
+        run(replace(TINY, tune=(1, 2)), tmp_path, workers=1, device="cpu", console=quiet())
 
 
 def test_all_methods_tune_for_the_same_number_of_steps():
     for recipe in (FULL, QUICK, TINY):
-        steps = {job.steps for job in jobs(recipe) if job.row not in ("start", "qformer long")}
-        assert steps == {recipe.tune_steps}
+        tuned = [j for j in jobs(recipe) if j.row not in ("tower", "start", "qformer long")]
+        assert {job.steps for job in tuned} == {recipe.tune}
         names = [job.name for job in jobs(recipe)]
         assert len(names) == len(set(names))
-    assert Job("voco", 2, 1, 5, 5).name == "seed-1/voco-2"
+        for number, job in enumerate(jobs(recipe)):
+            assert job.needs is None or job.needs in names[:number]
+    assert Job("voco", 2, 1, (5, 5), 5).name == "seed-1/voco-2"
     assert json.dumps(FULL.to_dict())
 
 
@@ -100,7 +102,7 @@ def test_an_exam_counts_right_answers_only():
 
 def test_one_pass_and_two_passes_answer_alike():
     processor = build_processor()
-    model = build_model(processor, Shape(hidden=32, layers=2, tower_layers=1), 0)
+    model = build_model(processor, Shape(hidden=32, heads=2, layers=2, tower_layers=1), 0)
     exam = make_exam(2)
     with baselines.apply("voco", model, processor, 2) as method:
         texts = [question.text for question in exam.questions[0]]
@@ -116,7 +118,7 @@ def test_the_tower_learns_and_is_then_frozen():
     tower = build_model(processor, Shape(layers=1, tower_layers=1), 0).model.vision_tower
     losses = []
     train_tower(
-        tower, 80, seed=0, size=8, rate=8e-3, progress=lambda step, loss: losses.append(loss)
+        tower, 160, seed=0, size=8, rate=8e-3, progress=lambda step, loss: losses.append(loss)
     )
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert not any(p.requires_grad for p in tower.parameters()) and not tower.training

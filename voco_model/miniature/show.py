@@ -1,0 +1,116 @@
+"""The trained miniature at work: handwriting it hasn't seen, before and after compression."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.columns import Columns
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from voco_model import baselines
+from voco_model.baselines.base import Method
+from voco_model.miniature.exam import make_exam
+from voco_model.miniature.scenes import SIZE, Question
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+"""``full`` and ``voco``, tuned for the same number of steps from the same start; ``docs/quality.md``
+tells by which command."""
+
+_SEED = 7  # of the pictures shown
+_ENLARGED = 8
+
+
+def load_pair() -> tuple[Method, Method]:
+    """Before compression: all vision tokens. After: one VoCo token, by two passes."""
+    return baselines.load(CHECKPOINTS / "full", "full"), baselines.load(CHECKPOINTS / "voco")
+
+
+def show(console: Console, out: Path, pictures: int = 2, asked: Sequence[str] = ()) -> None:
+    """Print pictures, questions, and both models' answers side by side; write ``digits.png``.
+
+    Args:
+        out: folder of ``digits.png``, the pictures side by side.
+        pictures: of held-out digits.
+        asked: questions of the user's own, about each picture; in a terminal more are asked for.
+    """
+    exam = make_exam(pictures, seed=_SEED)
+    before, after = load_pair()
+    out.mkdir(parents=True, exist_ok=True)
+    save(exam.pictures, out / "digits.png")
+    layers = before.model.config.text_config.num_hidden_layers
+    console.print(
+        f"[bold]Handwritten digits[/] that no training has seen, and a LLaVA of {layers} layers and "
+        f"{before.model.num_parameters() / 1e6:.1f} M\nweights, trained from nothing on others: with "
+        f"all {before.num_tokens} vision tokens, and through {after.num_tokens} VoCo\ntoken. "
+        f"Drawn in {out / 'digits.png'}.",
+        highlight=False,
+    )
+    for number, (picture, questions) in enumerate(
+        zip(exam.pictures, exam.questions, strict=True), start=1
+    ):
+        own = [Question("yours", text, "") for text in asked]
+        table = answers(before, after, picture, [*questions, *own])
+        table.title = f"Picture {number}"
+        console.print(Columns([as_text(picture), table]))
+    if sys.stdin.isatty() and console.is_terminal:
+        _converse(console, before, after, exam.pictures[-1])
+
+
+def answers(
+    before: Method, after: Method, picture: Image.Image, questions: Sequence[Question]
+) -> Table:
+    """Both models' answers; those that are known to be wrong in red."""
+    texts = [question.text for question in questions]
+    said = [
+        method.answer([picture] * len(texts), texts, max_new_tokens=4, do_sample=False)
+        for method in (before, after)
+    ]
+    table = Table(
+        "question", "in truth", f"{before.num_tokens} tokens", f"{after.num_tokens} VoCo token"
+    )
+    for question, one, other in zip(questions, *said, strict=True):
+        wrong = [bool(question.answer) and text != question.answer for text in (one, other)]
+        cells = [
+            Text(text, style="red" if is_wrong else "green" if question.answer else "")
+            for text, is_wrong in zip((one, other), wrong, strict=True)
+        ]
+        table.add_row(Text(question.text), question.answer or "?", *cells)
+    return table
+
+
+def as_text(picture: Image.Image) -> Text:
+    """A picture in characters, each of them two pixels, one above the other."""
+    pixels = np.asarray(picture.resize((SIZE, SIZE)))
+    drawn = Text()
+    for upper, lower in zip(pixels[::2], pixels[1::2], strict=True):
+        for one, other in zip(upper.tolist(), lower.tolist(), strict=True):
+            drawn.append(
+                "▀",
+                style=f"rgb({one[0]},{one[1]},{one[2]}) on rgb({other[0]},{other[1]},{other[2]})",
+            )
+        drawn.append("\n")
+    return drawn
+
+
+def save(pictures: Sequence[Image.Image], path: Path) -> None:
+    """Side by side, enlarged."""
+    joined = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures], axis=1))
+    side = (joined.width * _ENLARGED, joined.height * _ENLARGED)
+    joined.resize(side, Image.NEAREST).save(path)
+
+
+def _converse(console: Console, before: Method, after: Method, picture: Image.Image) -> None:
+    console.print(
+        "Ask about the last picture, in such words as above; an empty line goes on.", style="bold"
+    )
+    while text := console.input("> ").strip():
+        try:
+            console.print(answers(before, after, picture, [Question("yours", text, "")]))
+        except ValueError as error:  # a question with <image> in it
+            console.print(str(error), style="red", markup=False)
