@@ -11,12 +11,14 @@ under its roof), ``layout`` (making a layout against making a BlockMask), ``shap
 are), ``tiles`` (the visible share of what kernels multiply), ``kv`` and ``kv-cpu`` (goals and tables
 of bench/kv.py on a GPU and on a CPU), ``kv-plot`` (its plots), ``two-pass``, ``two-pass-cpu`` and
 ``two-pass-plot`` (likewise of bench/two_pass.py), ``train`` and ``train-cpu`` (tables of
-bench/train.py). A figure that no record holds is "not measured".
+bench/train.py), ``miniature-...`` (what ``python -m voco_model miniature`` has found). A figure that no
+record holds is "not measured".
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -41,6 +43,7 @@ from bench import (
 )
 from bench.markdown import NOT_MEASURED
 from bench.shapes import SIZES
+from voco_model.miniature import report as miniature_report
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = re.compile(r"^<!-- bench:([a-z0-9-]+):(start|end) -->$", re.MULTILINE)
@@ -97,6 +100,7 @@ def tables_for(results: Records, text_folder: Path, results_folder: Path) -> dic
     two_pass = {name: record for name, record in results.items() if record["bench"] == "two_pass"}
     train = {name: record for name, record in results.items() if record["bench"] == "train"}
     return {
+        **miniature_tables(results_folder),
         "attn": lambda: attention_tables(on_gpu, "full"),
         "attn-cpu": lambda: attention_tables(on_cpu, "small"),
         "attn-plot": lambda: plot_links(attn, text_folder, results_folder),
@@ -113,6 +117,15 @@ def tables_for(results: Records, text_folder: Path, results_folder: Path) -> dic
         "train": lambda: train_report.tables(train, "cuda"),
         "train-cpu": lambda: train_report.tables(train, "cpu"),
     }
+
+
+def miniature_tables(results_folder: Path) -> dict[str, Callable[[], str]]:
+    """Those of results/miniature/results.json; none where there is no such file."""
+    path = results_folder / "miniature/results.json"
+    if not path.exists():
+        return {}
+    made = miniature_report.tables(json.loads(path.read_text()))
+    return {f"miniature-{name}": lambda text=text: text for name, text in made.items()}
 
 
 def attention_tables(results: Records, size: str) -> str:
@@ -374,7 +387,20 @@ def update(root: Path, results_folder: Path, *, check: bool) -> list[Path]:
                 stale.append(picture)
                 if not check:
                     plot(record, picture, metadata={PLOT_SOURCE: digest})
-    return stale
+    return stale + _update_miniature(results_folder / "miniature", check=check)
+
+
+def _update_miniature(folder: Path, *, check: bool) -> list[Path]:
+    path, picture = folder / "results.json", folder / "retention.png"
+    if not path.exists():
+        return []
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if plot_source(picture) == digest:
+        return []
+    if not check:
+        results = json.loads(path.read_text())
+        miniature_report.plot(results, picture, metadata={PLOT_SOURCE: digest})
+    return [picture]
 
 
 def _update_two_pass(record: dict, path: Path, *, check: bool) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 
 from voco_model.miniature.results import LABELS, Rows, spread
@@ -12,7 +12,7 @@ _PERCENT = 100
 
 
 def tables(results: dict) -> dict[str, str]:
-    """Markdown by name: ``main``, ``retention``, ``kinds``, ``cost`` and ``made``."""
+    """Markdown by name: ``main``, ``retention``, ``share``, ``kinds``, ``cost`` and ``made``."""
     rows = Rows(results)
     return {
         "main": _by_count(rows, "accuracy, %", rows.accuracy),
@@ -98,8 +98,12 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
 
 
-def plot(results: dict, path: str | PathLike) -> None:
-    """Retention over the count of tokens, a line a method, bars of a standard deviation."""
+def plot(results: dict, path: str | PathLike, metadata: Mapping[str, str] | None = None) -> None:
+    """Retention over the count of tokens, a line a method, bars of a standard deviation.
+
+    Args:
+        metadata: text entries of the PNG.
+    """
     from matplotlib.figure import Figure
 
     rows = Rows(results)
@@ -127,4 +131,4 @@ def plot(results: dict, path: str | PathLike) -> None:
     axes.set_xlabel("tokens a picture")
     axes.set_ylabel("retention, %")
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata=metadata)

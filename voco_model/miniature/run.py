@@ -19,6 +19,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from voco_model.miniature.recipe import Job, Recipe, jobs
 from voco_model.miniature.results import collect, save
@@ -104,7 +105,7 @@ def _run_all(
         heard = manager.Queue()
         whole = bar.add_task(f"{len(todo)} trainings", total=sum(job.work for job in todo))
         shown = {}
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
             waiting, running = list(todo), {}
             while waiting or running:
                 for job in list(waiting):
@@ -143,8 +144,9 @@ def _drain(heard: queue.Queue, bar: Progress, whole: int, shown: dict) -> None:
             bar.update(task, visible=False)
 
 
-def _one_thread() -> None:
+def _prepare_worker() -> None:
     torch.set_num_threads(1)
+    disable_progress_bar()  # of reading and writing checkpoints
 
 
 def _work(job: Job, recipe: Recipe, output: Path, device: str, heard) -> None:
