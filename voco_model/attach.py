@@ -123,6 +123,9 @@ def enable(
             "voco_distinct": distinct,
             "voco_prompt": style,
         }
+        # A model tuned as the upper bound says so; tuned or saved from here on, it is a VoCo model.
+        if getattr(model.config, "voco_baseline", None) is not None:
+            facts["voco_baseline"] = None
         for name, value in facts.items():
             _remember(steps, model.config, name)
             setattr(model.config, name, value)

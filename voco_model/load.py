@@ -37,6 +37,7 @@ def load(
 
     Raises:
         TypeError: a checkpoint of another model.
+        ValueError: one whose projector is a baseline's: ``voco_model.baselines.load`` reads these.
     """
     model = model_class(path).from_pretrained(path, dtype=dtype, **options).eval()
     if device is not None:
@@ -51,13 +52,24 @@ def load_processor(path: str | os.PathLike):
     return AutoProcessor.from_pretrained(path)
 
 
-def model_class(path: str | os.PathLike) -> type:
+def model_class(path: str | os.PathLike, *, replaced_projector: bool = False) -> type:
     """The class of a checkpoint.
+
+    Args:
+        replaced_projector: whether it may be one of a baseline with another projector, whose weights the
+            class itself would leave unread.
 
     Raises:
         TypeError: none that ``enable`` takes.
+        ValueError: a baseline's projector where there may be none.
     """
     config = AutoConfig.from_pretrained(path)
+    baseline = (getattr(config, "voco_baseline", None) or {}).get("name", "full")
+    if baseline != "full" and not replaced_projector:
+        raise ValueError(
+            f"expected a LLaVA with its own projector, got {path}, made for {baseline!r}; load it with "
+            "voco_model.baselines.load"
+        )
     classes = {cls.config_class: cls for cls in SUPPORTED}
     if type(config) not in classes:
         names = " or ".join(cls.__name__ for cls in SUPPORTED)

@@ -40,7 +40,7 @@ def load(
     name = name or made_for
     if name is None:
         raise ValueError(f"expected a method's name for the plain model {path}, got None")
-    cls, loaded_class = method_class(name), model_class(path)
+    cls, loaded_class = method_class(name), model_class(path, replaced_projector=True)
     if saved and issubclass(method_class(made_for), Replaced):
         if name != made_for:
             raise ValueError(

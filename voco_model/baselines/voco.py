@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from voco_model.attach import enable
-from voco_model.baselines.base import Method, check_images, images_in, put
+from voco_model.baselines.base import Method, check_images, images_in
 from voco_model.baselines.cost import Cost
 from voco_model.prompt import Turns
 from voco_model.two_pass import compress, generate
@@ -48,9 +48,6 @@ class VoCo(Method):
         handle = steps.enter_context(
             enable(self.model, self.processor, num_tokens, **self._options)
         )
-        # A model tuned as the upper bound says so in its config; saved from here on, it is a VoCo model.
-        if hasattr(self.model.config, "voco_baseline"):
-            put(steps, self.model.config, "voco_baseline", None)
         self._num_voco = handle.num_voco
         return handle.num_voco
 

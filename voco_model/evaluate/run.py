@@ -207,7 +207,7 @@ def _check_options(name: str, given: Mapping[str, Any]) -> None:
 
 def _check_made_for(name: str, path: str) -> None:
     """Raise unless this is a LLaVA, and tuned for the method if that needs it."""
-    model_class(path)
+    model_class(path, replaced_projector=True)
     config = AutoConfig.from_pretrained(path)
     saved = getattr(config, "voco_baseline", None) or {}
     made_for = saved.get("name", "voco" if hasattr(config, "num_voco") else None)

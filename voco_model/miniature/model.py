@@ -34,7 +34,8 @@ CORPUS = (
     "USER: Which colour is in the place? ASSISTANT: none",
     "USER: How many digits? ASSISTANT: none",
     "USER: Which digit is largest? ASSISTANT: none",
-    "USER: Is there a red digit? ASSISTANT: yes no",
+    "USER: Which digit is smallest? ASSISTANT: none",
+    "USER: How many colours? ASSISTANT: none",
     " ".join(["", *PLACES, *COLOURS, *map(str, range(10))]),
 )
 

@@ -32,19 +32,19 @@ class Recipe:
     shape: Shape = field(default_factory=Shape)
     seeds: int = 3
     counts: tuple[int, ...] = (1, 2, 4, 8)
-    tower_steps: int = 1000
+    tower_steps: int = 1500
     start: tuple[int, int] = (200, 250)
-    tune: tuple[int, int] = (200, 250)
+    tune: tuple[int, int] = (160, 190)
     long: int = 3
     tower_batch: int = 32
     batch: int = 16
     questions: int = 12
-    tower_rate: float = 1e-2
+    tower_rate: float = 4e-3
     rate: float = 8e-3
     drawn: bool = True
     distinct: tuple[int, ...] = (8,)
     fastv_layer: int = 2
-    pictures: int = 100
+    pictures: int = 60
 
     def to_dict(self) -> dict:
         return json.loads(json.dumps(asdict(self)))

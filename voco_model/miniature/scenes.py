@@ -154,16 +154,12 @@ def _largest(scene: Scene) -> list[tuple[str, str]]:
     return [("Which digit is largest?", str(max(digit.label for digit in scene.drawn())))]
 
 
-def _has_colour(scene: Scene) -> list[tuple[str, str]]:
-    there = {digit.colour for digit in scene.drawn()}
-    return [
-        (f"Is there a {colour} digit?", "yes" if colour in there else "no") for colour in COLOURS
-    ]
+def _smallest(scene: Scene) -> list[tuple[str, str]]:
+    return [("Which digit is smallest?", str(min(digit.label for digit in scene.drawn())))]
 
 
-def _has_digit(scene: Scene) -> list[tuple[str, str]]:
-    there = {digit.label for digit in scene.drawn()}
-    return [(f"Is there a {label}?", "yes" if label in there else "no") for label in range(10)]
+def _colours(scene: Scene) -> list[tuple[str, str]]:
+    return [("How many colours?", str(len({digit.colour for digit in scene.drawn()})))]
 
 
 KINDS: dict[str, Callable[[Scene], list[tuple[str, str]]]] = {
@@ -171,32 +167,22 @@ KINDS: dict[str, Callable[[Scene], list[tuple[str, str]]]] = {
     "colour": _colour,
     "count": _count,
     "largest": _largest,
-    "has colour": _has_colour,
-    "has digit": _has_digit,
+    "smallest": _smallest,
+    "colours": _colours,
 }
 """Kinds of questions; each function gives all of them about a scene, with their answers."""
 
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question:
-    """One question of this kind, drawn at random; "yes" and "no" are equally likely."""
-    return _some(scene, kind, rng)[0]
+    """One question of this kind, drawn from all that there are."""
+    known = KINDS[kind](scene)
+    return Question(kind, *known[rng.integers(len(known))])
 
 
 def ask_many(scene: Scene, count: int, rng: np.random.Generator) -> list[Question]:
-    """``count`` different questions in random order, drawn from all but those that are answered "yes" or
-    "no": of these one each."""
-    known = [question for kind in KINDS for question in _some(scene, kind, rng)]
+    """``count`` different questions, or all 12, in random order."""
+    known = [Question(kind, *each) for kind, all_of in KINDS.items() for each in all_of(scene)]
     return [known[i] for i in rng.permutation(len(known))[:count].tolist()]
-
-
-def _some(scene: Scene, kind: str, rng: np.random.Generator) -> list[Question]:
-    """Of this kind, in random order; of those with "yes" and "no" one each, if there are any."""
-    every = [Question(kind, *each) for each in KINDS[kind](scene)]
-    every = [every[i] for i in rng.permutation(len(every)).tolist()]
-    if {question.answer for question in every} <= {"yes", "no"}:
-        first = {question.answer: question for question in reversed(every)}
-        every = [first[answer] for answer in rng.permutation(sorted(first)).tolist()]
-    return every
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> Question:

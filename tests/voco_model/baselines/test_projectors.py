@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+import voco_model
 from tests.voco_model import tiny
 from voco_model import baselines
 from voco_model.baselines.pooling import fields
@@ -166,3 +167,10 @@ def test_refuses_llava_next(name):
     model, processor = tiny.tiny_llava("next"), tiny.tiny_processor("next")
     with pytest.raises(ValueError, match="expected LLaVA-1.5, got LlavaNext"):
         baselines.apply(name, model, processor, 2)
+
+
+def test_other_loaders_refuse_a_replaced_projector(tmp_path, fresh, llava_processor):
+    with baselines.apply("qformer", fresh, llava_processor, 2, **SMALL):
+        fresh.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="made for 'qformer'; load it with voco_model.baselines.load"):
+        voco_model.load(tmp_path)

@@ -64,25 +64,13 @@ def test_questions_about_a_place(shown, kind, expected):
         assert found[text] == answer
 
 
-@pytest.mark.parametrize(("kind", "three", "four"), [("count", "3", "4"), ("largest", "7", "9")])
+@pytest.mark.parametrize(
+    ("kind", "three", "four"),
+    [("count", "3", "4"), ("largest", "7", "9"), ("smallest", "2", "1"), ("colours", "2", "4")],
+)
 def test_questions_about_the_whole(kind, three, four):
     assert set(answers(THREE, kind).values()) == {three}
     assert set(answers(FOUR, kind).values()) == {four}
-
-
-@pytest.mark.parametrize(
-    ("kind", "there", "count"), [("has colour", ["red", "blue"], 4), ("has digit", "72", 10)]
-)
-def test_yes_and_no_are_equally_likely(kind, there, count):
-    found = answers(THREE, kind, 300)
-    assert len(found) == count
-    for text, answer in found.items():
-        assert answer == ("yes" if any(word in text for word in there) else "no")
-    rng = np.random.default_rng(5)
-    said = [ask(THREE, kind, rng).answer for _ in range(400)]
-    assert 160 < said.count("yes") < 240
-    # All four colours are there: nothing can be denied.
-    assert {ask(FOUR, "has colour", rng).answer for _ in range(20)} == {"yes"}
 
 
 def test_scenes_are_drawn_as_they_are_painted():
@@ -123,7 +111,7 @@ def test_the_same_generator_draws_the_same():
 
 def test_a_conversation_never_asks_twice():
     rng = np.random.default_rng(0)
-    for shown, most in ((THREE, 14), (FOUR, 13)):
+    for shown, most in ((THREE, 12), (FOUR, 12)):
         asked = ask_many(shown, 100, rng)
         assert len({question.text for question in asked}) == len(asked) == most
         assert {question.kind for question in asked} == set(KINDS)
