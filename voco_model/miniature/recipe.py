@@ -33,12 +33,12 @@ class Recipe:
     seeds: int = 3
     counts: tuple[int, ...] = (1, 2, 4, 8)
     tower_steps: int = 1500
-    start: tuple[int, int] = (200, 250)
-    tune: tuple[int, int] = (160, 190)
+    start: tuple[int, int] = (250, 250)
+    tune: tuple[int, int] = (240, 200)
     long: int = 3
     tower_batch: int = 32
     batch: int = 16
-    questions: int = 12
+    questions: int = 8
     tower_rate: float = 4e-3
     rate: float = 8e-3
     drawn: bool = True
