@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import ExitStack
 from functools import partial
+from weakref import WeakSet
 
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from transformers.processing_utils import ProcessorMixin
@@ -14,6 +15,7 @@ from voco_model.prompt import VOCO_TOKEN, chat_template, style_of
 from voco_model.voco_embeddings import name_of_row, number_rows
 
 SUPPORTED = (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration)
+IN_USE: WeakSet = WeakSet()  # models that a method of voco_model.baselines is applied to
 
 
 class Enabled:
@@ -92,8 +94,9 @@ def enable(
 
     Raises:
         TypeError: another model class, or no processor where one is expected.
-        ValueError: a model that is enabled already, sliding-window attention, attention dropout or
-            soft-capping, an unknown token id, or ids that don't fit together. Nothing is changed then.
+        ValueError: a model that is enabled already, has a method of ``voco_model.baselines`` applied or
+            the projector of one, sliding-window attention, attention dropout or soft-capping, an unknown
+            token id, or ids that don't fit together. Nothing is changed then.
     """
     _check_model(model)
     tokenizer = _checked_tokenizer(model, processor)
@@ -169,6 +172,17 @@ def _check_model(model) -> None:
         raise ValueError(
             "expected a model that is not enabled, got one that is, with "
             f"num_voco={model.config.num_voco}; call undo() on what enable returned first"
+        )
+    baseline = (getattr(model.config, "voco_baseline", None) or {}).get("name", "full")
+    if baseline != "full":
+        raise ValueError(
+            f"expected a LLaVA with its own projector, got one made for {baseline!r}; call undo() on "
+            "what apply returned, or load it with voco_model.baselines.load"
+        )
+    if model in IN_USE:
+        raise ValueError(
+            "expected a model as it was loaded, got one that a method of voco_model.baselines is "
+            "applied to; call undo() on what apply returned first"
         )
     text = model.config.text_config
     window = getattr(text, "sliding_window", None)

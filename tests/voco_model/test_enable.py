@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import voco_model
 from tests.voco_model import tiny
+from voco_model import baselines
 
 
 def snapshot(model, processor) -> dict:
@@ -168,3 +169,49 @@ def test_an_error_midway_undoes_what_was_done(kind, monkeypatch):
     monkeypatch.setattr(model, "set_attn_implementation", lambda implementation: None)
     refused("whose attention can be switched, got (Llama|Mistral)Model", model, processor)
     assert_same(before, snapshot(model, processor))
+
+
+@pytest.mark.parametrize(
+    "name, num_tokens, options",
+    [
+        ("full", None, {}),
+        ("full", None, {"num_voco": 2}),
+        ("random", 4, {}),
+        ("fastv", 4, {"layer": 1}),
+    ],
+)
+def test_refuses_a_model_that_a_method_is_applied_to(name, num_tokens, options):
+    model, processor = tiny.tiny_llava("llava"), tiny.tiny_processor("llava")
+    with baselines.apply(name, model, processor, num_tokens, **options):
+        before = snapshot(model, processor)
+        refused("that a method of voco_model.baselines is applied to; call undo", model, processor)
+        assert_same(before, snapshot(model, processor))
+    with voco_model.enable(model, processor):
+        pass
+
+
+def test_refuses_the_projector_of_a_baseline(tmp_path):
+    model, processor = tiny.tiny_llava("llava"), tiny.tiny_processor("llava")
+    message = "with its own projector, got one made for 'pooling'; call undo.*baselines.load"
+    with baselines.apply("pooling", model, processor, 4):
+        refused(message, model, processor)
+        assert model.config.voco_baseline["name"] == "pooling"
+        model.save_pretrained(tmp_path)
+    with voco_model.enable(model, processor):
+        pass
+    refused(message, type(model).from_pretrained(tmp_path), processor)  # a projector made up
+
+
+def test_an_upper_bound_becomes_a_voco_model(tmp_path):
+    model, processor = tiny.tiny_llava("llava"), tiny.tiny_processor("llava")
+    for name in ("upper", "tuned"):
+        if name == "upper":
+            baselines.apply("full", model, processor, num_voco=2)
+        else:
+            model = type(model).from_pretrained(tmp_path / "upper")
+            assert model.config.voco_baseline["name"] == "full"
+            voco_model.enable(model, processor)
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    loaded = baselines.load(tmp_path / "tuned")
+    assert (loaded.name, loaded.num_tokens) == ("voco", 2)

@@ -6,18 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.processing_utils import ProcessorMixin
 
-from voco_model.attach import SUPPORTED, is_enabled
+from voco_model.attach import IN_USE, SUPPORTED, is_enabled
 from voco_model.baselines.cost import Cost, head_flops, layer_flops, token_bytes
 from voco_model.prompt import IMAGE_TOKEN, Turns, image_part, style_in, style_of, text_part
-
-_IN_USE: WeakSet = WeakSet()  # models that a method is applied to
 
 
 class Method(ABC):
@@ -67,11 +64,11 @@ class Method(ABC):
         self.processor = processor
         self._num_voco = 0  # written behind each image of a prompt
         with ExitStack() as steps:  # on an error, what was done is undone
-            steps.callback(_IN_USE.discard, model)
-            _IN_USE.add(model)
             if style is not None:
                 put(steps, model.config, "voco_prompt", style)
             self.num_tokens = self._install(steps, num_tokens)
+            steps.callback(IN_USE.discard, model)
+            IN_USE.add(model)  # not before: some methods call enable, which refuses a model in use
             self._steps = steps.pop_all()
 
     @abstractmethod
@@ -264,7 +261,7 @@ def _check_free(model) -> None:
             f"expected a {names}, got {type(model).__name__}; apply a method to the model itself, "
             "before it is wrapped (PEFT, DDP, torch.compile)"
         )
-    if model in _IN_USE or is_enabled(model):
+    if model in IN_USE or is_enabled(model):
         raise ValueError(
             "expected a model as it was loaded, got one that is enabled or has a method applied; call "
             "undo() on what enable or apply returned first"

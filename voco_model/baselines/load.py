@@ -40,6 +40,11 @@ def load(
     name = name or made_for
     if name is None:
         raise ValueError(f"expected a method's name for the plain model {path}, got None")
+    if (name, made_for) == ("untrained", "voco"):
+        raise ValueError(
+            f"expected for untrained a model that wasn't trained to compress, got {path}, which is of "
+            "voco; load the upper bound, or a plain LLaVA"
+        )
     cls, loaded_class = method_class(name), model_class(path, replaced_projector=True)
     if saved and issubclass(method_class(made_for), Replaced):
         if name != made_for:

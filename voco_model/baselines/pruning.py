@@ -42,21 +42,23 @@ class Selection:
         real: bool ``[B, W]``, False for padding, which is on the left.
         length: S, of the prompt with its padding.
         padded: whether any row is.
+        last: int64 ``[B or 1, 1]``, the position of the prompt's last token, if who prunes gave it.
     """
 
     columns: Tensor
     real: Tensor
     length: int
     padded: bool
+    last: Tensor | None = None
 
     @classmethod
-    def of(cls, keep: Tensor) -> Selection:
+    def of(cls, keep: Tensor, last: Tensor | None = None) -> Selection:
         """From bool ``[B, S]``."""
         count = keep.sum(1, keepdim=True)
         width = int(count.max())
         real = torch.arange(width, device=keep.device) >= width - count
         columns = keep.long().argsort(dim=1, stable=True)[:, keep.shape[1] - width :]
-        return cls(columns, real, keep.shape[1], not bool(real.all()))
+        return cls(columns, real, keep.shape[1], not bool(real.all()), last)
 
     def gather(self, x: Tensor) -> Tensor:
         """``[B or 1, S, ...]`` -> ``[B, W, ...]``."""
@@ -92,9 +94,9 @@ class Prompt:
     cache: Cache | None
     selection: Selection | None = None
 
-    def keep(self, chosen: Tensor) -> None:
+    def keep(self, chosen: Tensor, last: Tensor | None = None) -> None:
         """Make the selection: these vision tokens, bool ``[B, S]``, and everything else that is real."""
-        self.selection = Selection.of(self.real & (chosen | ~self.is_image))
+        self.selection = Selection.of(self.real & (chosen | ~self.is_image), last)
         if self.cache is not None:
             self.cache.voco_pruned = self.selection
 

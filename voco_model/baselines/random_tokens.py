@@ -13,6 +13,7 @@ from transformers import LlavaForConditionalGeneration
 from voco_model.baselines.base import check_number
 from voco_model.baselines.cost import Cost
 from voco_model.baselines.pruning import Prompt, Pruning, Selection
+from voco_model.caches import CACHE_ARGUMENT
 
 
 class RandomTokens(Pruning):
@@ -78,13 +79,17 @@ class RandomTokens(Pruning):
             return None
         kwargs = {name: value for name, value in kwargs.items() if name != "voco_pruning"}
         if isinstance(pruning, Selection):
-            steps = kwargs["attention_mask"].shape[1] - pruning.length
+            # The cache has no entries of what was dropped: its length is no position.
+            steps = kwargs[CACHE_ARGUMENT].get_seq_length() + 1 - pruning.columns.shape[1]
+            if kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = pruning.last.expand(len(pruning.columns), 1) + steps
             kwargs["attention_mask"] = F.pad(pruning.real, (0, steps), value=True).long()
             return args, kwargs
-        pruning.keep(self._chosen(pruning))
-        selection, position_ids = pruning.selection, kwargs.get("position_ids")
+        position_ids = kwargs.get("position_ids")
         if position_ids is None:
-            position_ids = torch.arange(selection.length, device=selection.columns.device)[None]
+            position_ids = torch.arange(pruning.real.shape[1], device=pruning.real.device)[None]
+        pruning.keep(self._chosen(pruning), last=position_ids[:, -1:])
+        selection = pruning.selection
         kwargs["inputs_embeds"] = selection.gather(kwargs["inputs_embeds"])
         kwargs["position_ids"] = selection.gather(position_ids)
         kwargs["attention_mask"] = selection.real.long()

@@ -27,7 +27,8 @@ def evaluate(
         int | None, typer.Option(help="an image, of methods that come without; not of full")
     ] = None,
     upper: Annotated[
-        str | None, typer.Option(help="in place of --model for the bounds, full and untrained")
+        str | None,
+        typer.Option(help="in place of --model for the methods that aren't tuned to compress"),
     ] = None,
     checkpoint: Annotated[
         list[str] | None,
@@ -46,6 +47,8 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="by default a GPU, if there is one")] = None,
 ) -> None:
     """Measure methods on the paper's benchmarks through lmms-eval; see docs/evaluation.md."""
+    # lmms-eval's logger reads it when it is imported, and would say much before a line that matters.
+    os.environ.setdefault("LOGURU_LEVEL", "WARNING")
     try:
         checkpoints = dict(_pair(text, "METHOD=PATH") for text in checkpoint or ())
         options = _options(option or ())
@@ -53,7 +56,7 @@ def evaluate(
 
         table = run(
             model,
-            [name for name in tasks.split(",") if name],
+            [name.strip() for name in tasks.split(",") if name.strip()],
             output=output,
             methods=method,
             num_tokens=num_tokens,
@@ -66,7 +69,7 @@ def evaluate(
             dtype=dtype,
             device=device,
         )
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError) as error:
         if os.environ.get("VOCO_TRACEBACK"):
             raise
         print(error, file=sys.stderr)

@@ -56,7 +56,7 @@ class LMMSModel(lmms):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
     ) -> LMMSModel:
-        """For ``lmms_eval --model voco --model_args pretrained=...,method=...,num_tokens=...``.
+        """For ``lmms-eval --model voco --model_args pretrained=...,method=...,num_tokens=...``.
 
         ``method`` is by default what the checkpoint was made for. Further arguments: ``dtype``,
         ``device``, ``several_images``, and the method's own options.

@@ -1,4 +1,4 @@
-"""The entry point ``lmms_eval.models``: what makes ``lmms_eval --model voco`` find ``LMMSModel``."""
+"""The entry point ``lmms_eval.models``: what makes ``lmms-eval --model voco`` find ``LMMSModel``."""
 
 from __future__ import annotations
 

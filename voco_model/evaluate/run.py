@@ -24,6 +24,11 @@ from voco_model.evaluate.requests import SEVERAL_IMAGES
 from voco_model.evaluate.tables import BOUNDS
 from voco_model.load import model_class
 
+# Not tuned to compress: measured on the model that was tuned without the mask.
+ON_UPPER = (*BOUNDS, "fastv", "random")
+# What LLaVAs were trained with that aren't LLaVA-1.5, by the paper's names; their configs don't say.
+_OWN_STYLES = {"LLaVA-1.6-7B": "mistral", "LLaVA-1.6-34B": "chatml"}
+
 
 def evaluate(
     model: str | os.PathLike,
@@ -54,10 +59,12 @@ def evaluate(
         methods: names of ``baselines.METHODS``, or with a number of tokens an image: ``"fastv:64"``.
         num_tokens: an image, for methods that come without; by default what the checkpoint says. Not for
             ``"full"``, which has all.
-        upper: in place of ``model`` for ``"full"`` and ``"untrained"``: the paper's bounds are of a
-            model that was tuned without the mask.
+        upper: in place of ``model`` for the methods that aren't tuned to compress, ``ON_UPPER``: the
+            paper's bounds are of a model that was tuned without the mask.
         checkpoints: in place of ``model``, by method.
-        options: of ``baselines.apply``, by method.
+        options: of ``baselines.apply``, by method. The ``style`` of prompts is by default what the
+            method's checkpoint was tuned with; of a plain LLaVA what ``model``'s config says, else what
+            LLaVA-1.6 was trained with, else ``"vicuna"``.
         limit: questions a task; by default all.
         batch_size: questions at a time.
         several_images: what becomes of a question with several images; see ``requests.image_of``.
@@ -70,18 +77,25 @@ def evaluate(
 
     Raises:
         ModuleNotFoundError: no lmms-eval.
+        OSError: data sets that can't be had.
         TypeError: a checkpoint of another model.
         ValueError: an unknown method, task or option; a checkpoint that wasn't made for its method;
-            results that are there already, or were measured with other questions. Nothing is loaded
-            then.
+            results that are there already, or were measured with other questions; a folder that can't
+            be written to. Nothing is loaded then.
     """
     output = Path(output)
     options = options or {}
     _check(tasks, limit, batch_size, several_images)
-    runs = _runs(methods, num_tokens)
-    names = list(dict.fromkeys(name for name, _ in runs.values()))
+    named = _named(methods, num_tokens)
+    names = list(dict.fromkeys(name for name, _ in named))
     if upper is not None:
-        checkpoints = {**{name: upper for name in BOUNDS if name in names}, **(checkpoints or {})}
+        measured_on_it = [name for name in ON_UPPER if name in names]
+        if not measured_on_it:
+            raise ValueError(
+                f"expected upper with one of {', '.join(ON_UPPER)}, got it with {', '.join(names)}; "
+                "name one among the methods, or leave upper out"
+            )
+        checkpoints = {**dict.fromkeys(measured_on_it, upper), **(checkpoints or {})}
     for name in (*(checkpoints or {}), *options):
         if name not in names:
             raise ValueError(
@@ -93,6 +107,8 @@ def evaluate(
     paths = {name: str((checkpoints or {}).get(name, model)) for name in names}
     for name, path in paths.items():
         _check_made_for(name, path)
+    runs = _runs([(name, _tokens(name, number, paths[name])) for name, number in named])
+    options = {name: _with_style(options.get(name, {}), paths[name], model) for name in names}
     facts = {
         "tasks": list(tasks),
         "limit": limit,
@@ -103,10 +119,11 @@ def evaluate(
         results.check_new(output, run)
     results.check_comparable(output, facts)
     task_manager = _checked_manager(task_manager, tasks)
+    _check_writable(output)
 
     device = default_device() if device is None else device
     for run, (name, tokens) in runs.items():
-        given = options.get(name, {})
+        given = options[name]
         method = baselines.load(
             paths[name], name, num_tokens=tokens, dtype=dtype, device=device, **given
         )
@@ -139,20 +156,28 @@ def evaluate(
 def _measure(method, task_manager, output: Path, facts: Mapping, batch_size: int) -> dict | None:
     """lmms-eval's own results; None on every process but the first."""
     from lmms_eval.evaluator import simple_evaluate
+    from tenacity import RetryError
 
     from voco_model.evaluate.lmms_model import LMMSModel
 
-    return simple_evaluate(
-        model=LMMSModel(method, batch_size=batch_size, several_images=facts["several_images"]),
-        tasks=list(facts["tasks"]),
-        limit=facts["limit"],
-        batch_size=batch_size,
-        task_manager=task_manager,
-        log_samples=False,
-        bootstrap_iters=0,
-        # Some tasks write files beside their scores, into output_path.
-        cli_args=Namespace(output_path=str(output), process_with_media=False),
-    )
+    try:
+        return simple_evaluate(
+            model=LMMSModel(method, batch_size=batch_size, several_images=facts["several_images"]),
+            tasks=list(facts["tasks"]),
+            limit=facts["limit"],
+            batch_size=batch_size,
+            task_manager=task_manager,
+            log_samples=False,
+            bootstrap_iters=0,
+            # Some tasks write files beside their scores, into output_path.
+            cli_args=Namespace(output_path=str(output), process_with_media=False),
+        )
+    except RetryError as error:  # lmms-eval tries to get a data set several times
+        cause = error.last_attempt.exception()
+        raise OSError(
+            f"expected the data sets of {', '.join(facts['tasks'])}, got {type(cause).__name__}: "
+            f"{cause}; most want a login: hf auth login"
+        ) from error
 
 
 def _check(tasks: Sequence[str], limit: int | None, batch_size: int, several_images: str) -> None:
@@ -174,9 +199,9 @@ def _check(tasks: Sequence[str], limit: int | None, batch_size: int, several_ima
                 )
 
 
-def _runs(methods: Sequence[str], num_tokens: int | None) -> dict[str, tuple[str, int | None]]:
+def _named(methods: Sequence[str], num_tokens: int | None) -> list[tuple[str, int | None]]:
     """``["full", "fastv:64"]`` -> method and number of tokens of each."""
-    runs: dict[str, tuple[str, int | None]] = {}
+    named = []
     for method in methods:
         name, colon, tokens = method.partition(":")
         if name not in baselines.METHODS:
@@ -186,13 +211,48 @@ def _runs(methods: Sequence[str], num_tokens: int | None) -> dict[str, tuple[str
         number = int(tokens) if colon else None if name == "full" else num_tokens
         if number is not None and number < 1:
             raise ValueError(f"expected num_tokens >= 1, got {number}")
+        named.append((name, number))
+    if not named:
+        raise ValueError("expected at least one method, got none")
+    return named
+
+
+def _tokens(name: str, number: int | None, path: str) -> int | None:
+    """Of an image: the number given, else what ``baselines.load`` takes from the checkpoint."""
+    config = AutoConfig.from_pretrained(path)
+    if number is not None or name == "full":
+        return number
+    if name in ("voco", "untrained"):
+        return getattr(config, "num_voco", None) or 1
+    saved = getattr(config, "voco_baseline", None) or {}
+    if saved.get("name") != name:
+        raise ValueError(
+            f"expected a number of tokens for {name}, got none; write {name}:64, or num_tokens=64, "
+            "--num-tokens 64"
+        )
+    return saved["num_tokens"]
+
+
+def _runs(named: Sequence[tuple[str, int | None]]) -> dict[str, tuple[str, int | None]]:
+    """By the names of their results."""
+    runs: dict[str, tuple[str, int | None]] = {}
+    for name, number in named:
         run = name if number is None else f"{name}:{number}"
         if run in runs or (name in BOUNDS and name in [known for known, _ in runs.values()]):
             raise ValueError(f"expected each method once, got {run} again")
         runs[run] = (name, number)
-    if not runs:
-        raise ValueError("expected at least one method, got none")
     return runs
+
+
+def _with_style(given: Mapping[str, Any], path: str, model: str | os.PathLike) -> dict[str, Any]:
+    """A method's options, with the style of prompts where its checkpoint is a plain LLaVA."""
+    config = AutoConfig.from_pretrained(path)
+    tuned = ("num_voco", "voco_baseline", "voco_prompt")
+    style = getattr(AutoConfig.from_pretrained(model), "voco_prompt", None)
+    style = style or _OWN_STYLES.get(model_of(config))
+    if style is None or any(getattr(config, name, None) for name in tuned):
+        return dict(given)
+    return {"style": style, **given}
 
 
 def _check_options(name: str, given: Mapping[str, Any]) -> None:
@@ -218,6 +278,24 @@ def _check_made_for(name: str, path: str) -> None:
             f"{made_for or 'a plain LLaVA'}; name one with checkpoints={{{name!r}: ...}}, "
             f"--checkpoint {name}=PATH"
         )
+    if made_for not in (None, "full", name):
+        raise ValueError(
+            f"expected for {name} a model that wasn't trained to compress, got {path}, which is of "
+            f"{made_for}; name one with upper=..., --upper PATH, or --checkpoint {name}=PATH"
+        )
+
+
+def _check_writable(output: Path) -> None:
+    """Make the folder: results would be lost after hours."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"expected a folder for results, got {output}: {error}") from None
+    if not os.access(output, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"expected a folder that can be written to, got {output}; name another with output=..., "
+            "--output PATH"
+        )
 
 
 def _checked_manager(task_manager, tasks: Sequence[str]):
@@ -234,6 +312,6 @@ def _checked_manager(task_manager, tasks: Sequence[str]):
         known = dict.fromkeys(task for b in BENCHMARKS.values() for task in b.tasks)
         raise ValueError(
             f"expected tasks of lmms-eval, got {', '.join(unknown)}; the paper's are "
-            f"{', '.join(known)}, all are listed by: lmms_eval --tasks list"
+            f"{', '.join(known)}, all are listed by: lmms-eval --tasks list"
         )
     return task_manager

@@ -35,10 +35,17 @@ def explain(
         with Image.open(image) as opened:
             picture = opened.convert("RGB")
         # load would give a plain LLaVA a VoCo token, which has learnt nothing.
-        if getattr(AutoConfig.from_pretrained(model), "num_voco", None) is None:
+        config = AutoConfig.from_pretrained(model)
+        if getattr(config, "num_voco", None) is None:
             raise ValueError(
                 f"expected a model that was trained with VoCo tokens, got {model}, whose config has no "
                 "num_voco; python -m voco_model train makes one"
+            )
+        baseline = getattr(config, "voco_baseline", None)
+        if baseline is not None:
+            raise ValueError(
+                f"expected a model that was trained with VoCo's mask, got {model}, made for "
+                f"{baseline['name']!r}; name one that python -m voco_model train has made"
             )
         loaded, processor = load(model, device=device)
         found = attention(loaded, picture, question, processor=processor, max_new_tokens=new_tokens)

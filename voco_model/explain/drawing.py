@@ -47,7 +47,7 @@ def draw(explanation: Explanation, path: str | PathLike) -> None:
     text. An ``.html`` holds the same, then each layer with all VoCo tokens; it needs no other file.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: another suffix, or no such folder.
         ImportError: matplotlib is not installed.
     """
     suffix = check_path(path)
@@ -64,6 +64,10 @@ def check_path(path: str | PathLike) -> str:
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"expected a file {' or '.join(SUFFIXES)}, got {str(path)!r}")
+    if not Path(path).parent.is_dir():
+        raise ValueError(
+            f"expected a file in a folder that is there, got {str(path)!r}; make it first"
+        )
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

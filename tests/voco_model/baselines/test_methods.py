@@ -134,6 +134,8 @@ def test_loads_what_a_training_run_left(tmp_path):
         processor.save_pretrained(tmp_path)
     method = baselines.load(tmp_path)
     assert (method.name, method.num_tokens, method.model.training) == ("voco", 3, False)
+    with pytest.raises(ValueError, match="wasn't trained to compress, got .*, which is of voco"):
+        baselines.load(tmp_path, "untrained")
 
 
 def test_refuses_wrong_arguments(model, processor):

@@ -172,5 +172,7 @@ def test_refuses_llava_next(name):
 def test_other_loaders_refuse_a_replaced_projector(tmp_path, fresh, llava_processor):
     with baselines.apply("qformer", fresh, llava_processor, 2, **SMALL):
         fresh.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="made for 'qformer'; load it with voco_model.baselines.load"):
+    with pytest.raises(
+        ValueError, match="made for 'qformer'; load it with voco_model.baselines.load"
+    ):
         voco_model.load(tmp_path)

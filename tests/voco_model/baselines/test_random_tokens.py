@@ -51,6 +51,33 @@ def test_equals_a_model_that_never_sees_the_others(llava, llava_processor):
     assert len(copies) == 6
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("given", [(), ("position_ids",), ("attention_mask",)])
+def test_decoding_outside_generate(llava, llava_processor, given):
+    with baselines.apply("random", llava, llava_processor, KEPT) as method:
+        inputs = method.inputs(PICTURES, ["what is it?", "why"])  # the second row is padded
+        mask = inputs["attention_mask"]
+        made = llava.generate(
+            **inputs,
+            max_new_tokens=STEPS,
+            min_new_tokens=STEPS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        step = dict(inputs)
+        if "position_ids" in given:
+            step["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=llava.config.text_config)
+        for expected, token in zip(made.logits, made.sequences[:, -STEPS:].T, strict=True):
+            logits = llava(**step, **{CACHE_ARGUMENT: cache}).logits[:, -1]
+            assert (logits - expected).abs().max() < 1e-5
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            step = {"input_ids": token[:, None]}
+            if "attention_mask" in given:
+                step["attention_mask"] = mask
+
+
 def test_an_image_keeps_its_set(llava, llava_processor):
     first, second = PICTURES
     with baselines.apply("random", llava, llava_processor, KEPT) as method:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import voco_model
 from tests.voco_model import tiny
 from tests.voco_model.instruction import write_checkpoint
 from voco_model import baselines
-from voco_model.evaluate import results
+from voco_model.evaluate import results, run
 from voco_model.evaluate.cli import evaluate as command
 from voco_model.evaluate.run import evaluate
 
@@ -66,6 +67,7 @@ def expect_error(match: str, model: Path, tmp_path: Path, **changes) -> None:
         ({"methods": ["fastv:8", "fastv"], "num_tokens": 8}, "each method once, got fastv:8 again"),
         ({"methods": ["untrained:1", "untrained:2"]}, "each method once, got untrained:2 again"),
         ({"methods": ["fastv"], "num_tokens": 0}, "num_tokens >= 1, got 0"),
+        ({"methods": ["full", "fastv"]}, "expected a number of tokens for fastv, got none"),
         ({"methods": ["voco"]}, "trained for voco, got .* a plain LLaVA.*--checkpoint voco=PATH"),
         ({"methods": ["qformer"]}, "trained for qformer"),
         ({"tasks": ["gqa", "gqa"]}, "each task once"),
@@ -106,7 +108,81 @@ def test_a_folder_holds_what_can_be_compared(plain, tmp_path):
             evaluate(plain, ["gqa"], output=tmp_path, **arguments)
     (tmp_path / "other.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match="results of format 1 in .*other.json"):
-        evaluate(plain, ["gqa"], methods=["fastv"], output=tmp_path, limit=4)
+        evaluate(plain, ["gqa"], methods=["fastv:4"], output=tmp_path, limit=4)
+
+
+@pytest.mark.parametrize("method", ["full", "untrained", "fastv:4", "random:4"])
+def test_a_voco_model_is_measured_as_nothing_else(method, tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "load", None)
+    match = "wasn't trained to compress, got .*, which is of voco; name one with upper=..., --upper PATH"
+    expect_error(match, tuned, tmp_path, methods=["voco", method])
+
+
+def test_a_baseline_is_measured_as_nothing_else(tmp_path, monkeypatch):
+    model, processor = tiny.tiny_llava("llava"), tiny.tiny_processor("llava")
+    with baselines.apply("pooling", model, processor, 4):
+        model.save_pretrained(tmp_path / "pooling")
+    monkeypatch.setattr(baselines, "load", None)
+    expect_error("expected for full .*, which is of pooling", tmp_path / "pooling", tmp_path)
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> list[tuple]:
+    """What ``baselines.load`` is asked for, in a run that loads and asks nothing."""
+    seen = []
+
+    def load(path, name, *, num_tokens, dtype, device, **given):
+        seen.append((name, num_tokens, path, given))
+        model = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
+        return SimpleNamespace(label=name, num_tokens=num_tokens, model=model)
+
+    measured = {"n-samples": {}, "results": {"gqa": {"exact_match,none": 0.5}}}
+    monkeypatch.setattr(baselines, "load", load)
+    monkeypatch.setattr(run, "_checked_manager", lambda manager, tasks: manager)
+    monkeypatch.setattr(run, "_measure", lambda *arguments: measured)
+    return seen
+
+
+def test_upper_is_for_all_that_is_not_tuned(plain, tuned, tmp_path, loaded):
+    methods = ["full", "untrained", "fastv:4", "random:4", "voco"]
+    evaluate(tuned, ["gqa"], methods=methods, upper=plain, output=tmp_path / "out")
+    upper, style = str(plain), {"style": "vicuna"}  # which the tuned model's config names
+    assert loaded == [
+        ("full", None, upper, style),
+        ("untrained", 1, upper, style),
+        ("fastv", 4, upper, style),
+        ("random", 4, upper, style),
+        ("voco", 2, str(tuned), {}),
+    ]
+    assert json.loads((tmp_path / "out/fastv-4.json").read_text())["options"] == style
+    with pytest.raises(ValueError, match="no results of voco:2 yet, got .*voco-2.json"):
+        evaluate(tuned, ["gqa"], methods=["voco:2"], output=tmp_path / "out")
+    expect_error("once, got voco:2 again", tuned, tmp_path / "new", methods=["voco", "voco:2"])
+    match = "expected upper with one of full, untrained, fastv, random, got it with voco"
+    expect_error(match, tuned, tmp_path / "new", methods=["voco"], upper=plain)
+
+
+def test_llava_next_is_asked_in_its_own_style(plain, tmp_path, loaded, monkeypatch):
+    for name, style in (("LLaVA-1.6-7B", "mistral"), ("LLaVA-1.6-34B", "chatml")):
+        monkeypatch.setattr(run, "model_of", lambda config, name=name: name)
+        methods = ["full", "fastv:4"]
+        options = {"fastv": {"style": "authors"}}
+        evaluate(plain, ["gqa"], methods=methods, options=options, output=tmp_path / style)
+        assert [given for *_, given in loaded[-2:]] == [{"style": style}, {"style": "authors"}]
+        assert json.loads((tmp_path / style / "full.json").read_text())["options"] == {
+            "style": style
+        }
+
+
+def test_an_unusable_output_is_refused_first(plain, tmp_path, loaded, monkeypatch):
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        with pytest.raises(ValueError, match="expected a folder for results, got .*file"):
+            evaluate(plain, ["gqa"], methods=["full"], output=tmp_path / place)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="expected a folder that can be written to, got .*closed"):
+        evaluate(plain, ["gqa"], methods=["full"], output=tmp_path / "closed")
+    assert not loaded
 
 
 def run_command(*arguments) -> tuple[int, str]:
@@ -135,7 +211,7 @@ def test_command_hands_its_arguments_on(monkeypatch, tmp_path):
         "voco_model.evaluate.run.evaluate", lambda *args, **given: seen.update(given, args=args)
     )
     code, _ = run_command(
-        *("--model", "m", "--tasks", "gqa,pope", "--output", tmp_path, "--method", "fastv:64"),
+        *("--model", "m", "--tasks", "gqa, pope,", "--output", tmp_path, "--method", "fastv:64"),
         *("--method", "qformer", "--checkpoint", "qformer=q", "--option", "fastv.layer=3"),
         *("--option", "fastv.style=mistral", "--upper", "u", "--limit", 8, "--num-tokens", 1),
     )
@@ -144,6 +220,17 @@ def test_command_hands_its_arguments_on(monkeypatch, tmp_path):
     assert seen["methods"] == ["fastv:64", "qformer"] and seen["num_tokens"] == 1
     assert seen["options"] == {"fastv": {"layer": 3, "style": "mistral"}}
     assert seen["checkpoints"] == {"qformer": "q"} and seen["upper"] == "u" and seen["limit"] == 8
+
+
+def test_command_says_what_torch_says_of_a_device(monkeypatch, tmp_path):
+    def fail(*arguments, **given):
+        torch.device("nonsense")
+
+    monkeypatch.setattr("voco_model.evaluate.run.evaluate", fail)
+    monkeypatch.delenv("LOGURU_LEVEL", raising=False)
+    code, text = run_command("--model", "m", "--tasks", "gqa", "--output", tmp_path)
+    assert code == 2 and "nonsense" in text and "Traceback" not in text
+    assert os.environ["LOGURU_LEVEL"] == "WARNING"  # of lmms-eval's lines, no others
 
 
 # From here on with lmms-eval.
@@ -240,14 +327,13 @@ def test_a_whole_run(plain, tuned, tmp_path, monkeypatch):
     output = tmp_path / "out"
     arguments = {
         "output": output,
-        "upper": plain,
         "batch_size": 2,
         "device": "cpu",
         "task_manager": TaskManager(
             include_path=str(tmp_path / "task"), include_defaults=False, model_name="voco"
         ),
     }
-    text = evaluate(tuned, ["gqa"], methods=["full"], **arguments)
+    text = evaluate(tuned, ["gqa"], methods=["full"], upper=plain, **arguments)
     assert (output / results.TABLE).read_text() == text + "\n" and len(text.splitlines()) == 3
     text = evaluate(tuned, ["gqa"], methods=["voco:2"], **arguments)  # later, into the same folder
     right = {
@@ -274,6 +360,20 @@ def test_a_whole_run(plain, tuned, tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="expected tasks of lmms-eval, got pope; the paper's are"):
         evaluate(plain, ["pope"], methods=["fastv:4"], **{**arguments, "output": tmp_path / "new"})
+
+
+def test_data_that_cannot_be_had_is_named(tmp_path, monkeypatch):
+    pytest.importorskip("lmms_eval", reason="needs lmms-eval")
+    from tenacity import Future, RetryError
+
+    def simple_evaluate(**given):
+        raise RetryError(Future.construct(3, PermissionError("401 of the hub"), True))
+
+    monkeypatch.setattr("lmms_eval.evaluator.simple_evaluate", simple_evaluate)
+    facts = {"tasks": ["gqa"], "limit": None, "several_images": "refuse"}
+    match = "the data sets of gqa, got PermissionError: 401 of the hub; .*hf auth login"
+    with pytest.raises(OSError, match=match):
+        run._measure(None, None, tmp_path, facts, 1)
 
 
 @pytest.fixture

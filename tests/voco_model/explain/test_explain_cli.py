@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 import voco_model
 from tests.voco_model import tiny
+from voco_model import baselines
 from voco_model.explain.cli import explain
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: the extra bench has it")
@@ -15,11 +16,14 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed: the extra
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """``plain`` and ``voco``, two checkpoints, and ``photo.jpg``."""
+    """``plain``, ``full`` and ``voco``, three checkpoints, and ``photo.jpg``."""
     folder = tmp_path_factory.mktemp("explain")
     model, processor = tiny.tiny_llava("llava"), tiny.tiny_processor("llava")
-    for name in ("plain", "voco"):
+    for name in ("plain", "full", "voco"):
+        if name == "full":
+            upper = baselines.apply("full", model, processor, num_voco=2)
         if name == "voco":
+            upper.undo()
             voco_model.enable(model, processor, num_voco=2)
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
@@ -49,8 +53,10 @@ def test_a_picture_is_written(folder, tmp_path):
         ("missing.jpg", "voco", "out.png", "missing.jpg"),
         ("voco/config.json", "voco", "out.png", "cannot identify image file"),
         ("photo.jpg", "plain", "out.png", "expected a model that was trained with VoCo tokens"),
+        ("photo.jpg", "full", "out.png", "trained with VoCo's mask"),
         ("photo.jpg", "missing", "out.png", "missing"),
         ("photo.jpg", "voco", "out.gif", "expected a file .png or .html"),
+        ("photo.jpg", "missing", "folder/out.png", "expected a file in a folder that is there"),
     ],
 )
 def test_errors(folder, tmp_path, image, model, output, message):

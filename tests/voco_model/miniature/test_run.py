@@ -1,17 +1,20 @@
 import json
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
 import voco_model
 from voco_model import baselines
+from voco_model.cli import app
 from voco_model.miniature.exam import make_exam, score
 from voco_model.miniature.model import Shape, build_model, build_processor
 from voco_model.miniature.recipe import FULL, QUICK, Job, Recipe, jobs
 from voco_model.miniature.run import run
-from voco_model.miniature.scenes import KINDS
+from voco_model.miniature.scenes import KINDS, digits
 from voco_model.miniature.training import train_tower
 
 TINY = Recipe(
@@ -131,3 +134,19 @@ def test_the_model_is_one_that_enable_takes():
     handle = voco_model.enable(model, processor, 1)
     assert handle.voco_token_id == processor.tokenizer.voco_token_id
     assert model.get_input_embeddings().num_embeddings == rows  # the tokenizer knows it already
+
+
+def test_the_command_refuses_the_folder_of_another_run(tmp_path):
+    (tmp_path / "recipe.json").write_text("{}")
+    result = CliRunner().invoke(app, ["miniature", "--quick", "--output", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "with another recipe.json; choose another --output" in " ".join(result.stderr.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
+def test_without_scikit_learn_the_extra_is_named(tmp_path, monkeypatch):
+    digits.cache_clear()
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    result = CliRunner().invoke(app, ["miniature", "--output", str(tmp_path / "new")])
+    assert result.exit_code == 2 and "pip install 'voco-kernels[miniature]'" in result.stderr
+    assert not (tmp_path / "new").exists()
