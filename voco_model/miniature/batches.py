@@ -113,16 +113,18 @@ def batches(
         size: conversations in a batch, each about a picture of its own.
         questions: in a conversation.
         counts: of VoCo tokens; a batch has one of them, drawn at random. 0 for none.
-        captions: the first so many batches have a caption in place of each conversation.
+        captions: in the first so many batches captions stand for conversations, in the first one surely,
+            then less and less often.
     """
     conversations = Conversations(processor)
     rng = np.random.default_rng(seed)
     for number in count():
         num_voco = int(rng.choice(counts))
+        captioned = number + captions * rng.random() < captions
         pictures, rows = [], []
         for _ in range(size):
             scene = draw_scene(rng, "train")
             pictures.append(paint(scene, "train", rng))
-            asked = [describe(scene, rng)] if number < captions else ask_many(scene, questions, rng)
+            asked = [describe(scene, rng)] if captioned else ask_many(scene, questions, rng)
             rows.append(conversations.encode(asked, num_voco))
         yield Batch(*conversations.pad(rows), pixels(pictures))

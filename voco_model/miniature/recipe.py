@@ -18,12 +18,12 @@ class Recipe:
         seeds: how often everything behind the vision tower is done, from other random numbers.
         counts: of tokens that stand for a picture.
         tower_steps: of the vision tower, which all share as LLaVAs share CLIP.
-        start: steps on captions, then on conversations, to the LLaVA that all methods start from.
-        tune: the same for each method, the upper bound too.
+        start_steps: to the LLaVA that all methods start from.
+        tune_steps: of each method, the upper bound too.
         long: how many times as long the Q-Former's own schedule is; 0 for none.
         tower_batch, batch: pictures a step.
         questions: about each, in a conversation.
-        tower_rate, rate: peak learning rates, of the tower and of everything else.
+        tower_rate, start_rate, tune_rate: peak learning rates.
         drawn: also one VoCo model for all counts. ``distinct``: counts of VoCo models with a row each.
         fastv_layer: in front of which FastV drops vision tokens.
         pictures: in the exam, each with a question of every kind.
@@ -33,14 +33,15 @@ class Recipe:
     seeds: int = 3
     counts: tuple[int, ...] = (1, 2, 4, 8)
     tower_steps: int = 1500
-    start: tuple[int, int] = (250, 250)
-    tune: tuple[int, int] = (240, 200)
+    start_steps: int = 650
+    tune_steps: int = 700
     long: int = 3
     tower_batch: int = 32
     batch: int = 16
     questions: int = 8
     tower_rate: float = 4e-3
-    rate: float = 8e-3
+    start_rate: float = 8e-3
+    tune_rate: float = 5e-3
     drawn: bool = True
     distinct: tuple[int, ...] = (8,)
     fastv_layer: int = 2
@@ -55,8 +56,8 @@ QUICK = Recipe(
     seeds=1,
     counts=(1,),
     tower_steps=600,
-    start=(150, 150),
-    tune=(150, 100),
+    start_steps=350,
+    tune_steps=300,
     long=0,
     drawn=False,
     distinct=(),
@@ -74,14 +75,14 @@ class Job:
             own too (FastV, random tokens, the lower bound).
         count: of tokens a picture; 0 where that is all of them, or drawn.
         seed: None for the tower.
-        steps: on captions, then on conversations; of the tower on labels.
-        work: in steps that read all of a picture and a conversation.
+        steps: of training.
+        work: in steps that read all of a picture.
     """
 
     row: str
     count: int
     seed: int | None
-    steps: tuple[int, int]
+    steps: int
     work: float
 
     @property
@@ -101,23 +102,21 @@ class Job:
 def jobs(recipe: Recipe) -> Iterator[Job]:
     """All trainings, each behind what it needs."""
 
-    def work(steps: tuple[int, int], share: float = 1.0) -> float:
-        return share * (0.6 * steps[0] + steps[1])
-
-    yield Job("tower", 0, None, (recipe.tower_steps, 0), recipe.tower_steps / 5)
+    yield Job("tower", 0, None, recipe.tower_steps, recipe.tower_steps / 4)
     for seed in range(recipe.seeds):
-        yield Job("start", 0, seed, recipe.start, work(recipe.start))
-        yield Job("full", 0, seed, recipe.tune, work(recipe.tune))
+        yield Job("start", 0, seed, recipe.start_steps, recipe.start_steps)
+        tune = recipe.tune_steps
+        yield Job("full", 0, seed, tune, tune)
         for count in recipe.counts:
-            yield Job("voco", count, seed, recipe.tune, work(recipe.tune))
+            yield Job("voco", count, seed, tune, tune)
         if recipe.drawn:
-            yield Job("voco drawn", 0, seed, recipe.tune, work(recipe.tune))
+            yield Job("voco drawn", 0, seed, tune, tune)
         for count in recipe.distinct:
-            yield Job("voco distinct", count, seed, recipe.tune, work(recipe.tune))
+            yield Job("voco distinct", count, seed, tune, tune)
         # Their language model reads a few tokens in place of a whole picture.
         for row in ("pooling", "qformer"):
             for count in recipe.counts:
-                yield Job(row, count, seed, recipe.tune, work(recipe.tune, 0.5))
+                yield Job(row, count, seed, tune, tune / 2)
         if recipe.long:
-            steps = (recipe.long * recipe.tune[0], recipe.long * recipe.tune[1])
-            yield Job("qformer long", recipe.counts[0], seed, steps, work(steps, 0.5))
+            steps = recipe.long * tune
+            yield Job("qformer long", recipe.counts[0], seed, steps, steps / 2)

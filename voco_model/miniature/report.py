@@ -80,7 +80,7 @@ def _made(results: dict) -> str:
         f"{machine['torch']}, transformers {machine['transformers']}, {results['date']}. "
         f"{recipe['seeds']} seeds; mean ± standard deviation over them. "
         f"{recipe['pictures']} held-out pictures, {len(results['rows'][0]['accuracy'])} questions each. "
-        f"{sum(recipe['tune'])} steps of {recipe['batch']} pictures for every tuned row."
+        f"{recipe['tune_steps']} steps of {recipe['batch']} pictures for every tuned row."
     )
 
 

@@ -114,7 +114,7 @@ def _run_all(
                         waiting.remove(job)
                         future = pool.submit(_work, job, recipe, output, device, heard)
                         running[future] = job
-                        shown[job.name] = (bar.add_task(job.name, total=sum(job.steps)), job)
+                        shown[job.name] = (bar.add_task(job.name, total=job.steps), job)
                 _drain(heard, bar, whole, shown)
                 done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -139,7 +139,7 @@ def _drain(heard: queue.Queue, bar: Progress, whole: int, shown: dict) -> None:
             return
         task, job = shown[name]
         bar.update(task, advance=steps, description=f"{name} {loss:.2f}")
-        bar.update(whole, advance=job.work * steps / sum(job.steps))
+        bar.update(whole, advance=job.work * steps / job.steps)
         if bar.tasks[bar.task_ids.index(task)].finished:
             bar.update(task, visible=False)
 
@@ -153,7 +153,7 @@ def _work(job: Job, recipe: Recipe, output: Path, device: str, heard) -> None:
     from voco_model.miniature.work import do
 
     def progress(step: int, loss: float) -> None:
-        if step % _REPORT_EVERY == 0 or step == sum(job.steps):
+        if step % _REPORT_EVERY == 0 or step == job.steps:
             heard.put((job.name, step % _REPORT_EVERY or _REPORT_EVERY, loss))
 
     do(job, recipe, output, device, progress)

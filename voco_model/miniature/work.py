@@ -53,7 +53,7 @@ def do(job: Job, recipe: Recipe, folder: Path, device: str, progress: Progress) 
     model.save_pretrained(target)
     processor.save_pretrained(target)
     seconds = time.perf_counter() - begun
-    facts = {"job": job.name, "steps": sum(job.steps), "seconds": round(seconds, 1), "rows": rows}
+    facts = {"job": job.name, "steps": job.steps, "seconds": round(seconds, 1), "rows": rows}
     # Last, and in one piece: a job with this file is done.
     partial = target / "scores.json.part"
     partial.write_text(json.dumps(facts, indent=1) + "\n")
@@ -69,12 +69,17 @@ def _tune(
     seed: int,
     progress: Progress,
 ) -> None:
-    """Captions first, then conversations, as LLaVA's two stages. All methods of a seed see the same."""
-    captions, conversations = job.steps
+    """From captions to conversations, as LLaVA's two stages. All methods of a seed see the same."""
     made = batches(
-        processor, seed + job.seed, recipe.batch, recipe.questions, counts, captions=captions
+        processor,
+        seed + job.seed,
+        recipe.batch,
+        recipe.questions,
+        counts,
+        captions=job.steps * 3 // 4,
     )
-    tune(model, made, captions + conversations, rate=recipe.rate, progress=progress)
+    rate = recipe.start_rate if job.row == "start" else recipe.tune_rate
+    tune(model, made, job.steps, rate=rate, progress=progress)
 
 
 def _tuned(

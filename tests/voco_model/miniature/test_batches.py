@@ -87,9 +87,13 @@ def test_batches_draw_their_count_of_voco_tokens(processor):
     assert found == {0, 2, 8}
 
 
-def test_captions_come_first(processor):
-    made = batches(processor, 0, 2, 3, (0,), captions=2)
+def test_captions_give_way_to_conversations(processor):
+    made = batches(processor, 0, 1, 3, (0,), captions=60)
     described = [
-        "Describe" in processor.tokenizer.decode(next(made).input_ids[0]) for _ in range(4)
+        "Describe" in processor.tokenizer.decode(next(made).input_ids[0]) for _ in range(80)
     ]
-    assert described == [True, True, False, False]
+    early, middle, late = described[:20], described[20:40], described[40:60]
+    assert described[0] and sum(early) > sum(middle) > sum(late) > 0
+    assert not any(described[60:])
+    plain = batches(processor, 0, 1, 3, (0,))
+    assert "Describe" not in processor.tokenizer.decode(next(plain).input_ids[0])

@@ -22,8 +22,8 @@ TINY = Recipe(
     seeds=1,
     counts=(1, 2),
     tower_steps=2,
-    start=(1, 1),
-    tune=(1, 1),
+    start_steps=2,
+    tune_steps=2,
     long=2,
     tower_batch=2,
     batch=2,
@@ -69,18 +69,18 @@ def test_a_run_has_every_row_and_goes_on_where_it_stopped(tmp_path):
     assert again["rows"] == results["rows"]  # from the same seed, the same
 
     with pytest.raises(ValueError, match="another recipe.json"):
-        run(replace(TINY, tune=(1, 2)), tmp_path, workers=1, device="cpu", console=quiet())
+        run(replace(TINY, tune_steps=3), tmp_path, workers=1, device="cpu", console=quiet())
 
 
 def test_all_methods_tune_for_the_same_number_of_steps():
     for recipe in (FULL, QUICK, TINY):
         tuned = [j for j in jobs(recipe) if j.row not in ("tower", "start", "qformer long")]
-        assert {job.steps for job in tuned} == {recipe.tune}
+        assert {job.steps for job in tuned} == {recipe.tune_steps}
         names = [job.name for job in jobs(recipe)]
         assert len(names) == len(set(names))
         for number, job in enumerate(jobs(recipe)):
             assert job.needs is None or job.needs in names[:number]
-    assert Job("voco", 2, 1, (5, 5), 5).name == "seed-1/voco-2"
+    assert Job("voco", 2, 1, 5, 5).name == "seed-1/voco-2"
     assert json.dumps(FULL.to_dict())
 
 
