@@ -1,7 +1,7 @@
 """``make demo``: digits before and after compression, and a photograph that is read once, on the CPU.
 
 First the trained miniature answers questions about handwritten digits, from all vision tokens and
-through one VoCo token. Then a LLaVA of random weights, but of CLIP's real geometry, is asked three
+through four VoCo tokens. Then a LLaVA of random weights, but of CLIP's real geometry, is asked three
 questions about a photograph: ``TwoPassEngine`` reads it for the first question and finds it in a store
 for the others; its stages are shown side by side. Each answer is compared, token by token, with that of
 one masked pass over the whole prompt, and timed against a plain LLaVA that reads the photograph for each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import records, report
+from voco_model.miniature import report as miniature_report
 
 README = """# Title
 
@@ -189,8 +191,26 @@ def test_show_prints_one_record(checkout, record):
 def test_the_checkout_itself_is_up_to_date(tmp_path):
     """What CI asks, on a copy: the committed texts and results agree."""
     root = report.ROOT
-    for path in [*report.texts(root), *(root / "bench" / "results").iterdir()]:
+    for path in [*report.texts(root), *(root / "bench" / "results").rglob("*.*")]:
         target = tmp_path / path.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
     assert report.update(tmp_path, tmp_path / "bench" / "results", check=True) == []
+
+
+def test_the_miniatures_tables_and_plot_follow_its_results(checkout):
+    folder = checkout / "bench/results/miniature"
+    folder.mkdir()
+    shutil.copy(report.ROOT / "bench/results/miniature/results.json", folder)
+    page = checkout / "docs/quality.md"
+    page.write_text("<!-- bench:miniature-main:start -->\n<!-- bench:miniature-main:end -->\n")
+    assert run(checkout).exit_code == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert miniature_report.tables(results)["main"] in page.read_text()
+    assert run(checkout, "--check").exit_code == 0
+
+    results["rows"][0]["accuracy"]["digit"] = 0.5
+    (folder / "results.json").write_text(json.dumps(results))
+    stale = run(checkout, "--check")
+    assert stale.exit_code == 1
+    assert "docs/quality.md" in stale.output and "miniature/retention.png" in stale.output

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("matplotlib", reason="the demo needs the extra 'bench'")
-pytest.importorskip("rich", reason="the demo needs the extra 'bench'")
+pytest.importorskip("matplotlib", reason="the demo needs the extra 'miniature'")
+pytest.importorskip("sklearn", reason="the demo needs the extra 'miniature'")
 
 from PIL import Image  # noqa: E402
 
@@ -31,7 +31,8 @@ def row_of(printed: str, name: str) -> list[str]:
 
 def test_the_second_question_is_answered_from_the_store_as_in_one_pass(tmp_path, capsys):
     questions = ["--question", "Who?", "--question", "Where?"]
-    status = demo.main(["--new-tokens", "3", *questions, "--out", str(tmp_path)])
+    options = ["--new-tokens", "3", "--pictures", "1", "--ask", "How many digits?"]
+    status = demo.main([*options, *questions, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert status == 0
     assert "identical, token by token: yes (2 x 3 tokens)" in printed
@@ -42,6 +43,7 @@ def test_the_second_question_is_answered_from_the_store_as_in_one_pass(tmp_path,
         assert float(first) > 0 and second == "-"
     for name in ("entry loaded", "prefill", "decode", "engine, in all", "plain LLaVA"):
         assert all(float(cell) > 0 for cell in row_of(printed, name))
+    assert "How many digits?" in printed and (tmp_path / "digits-1.png").exists()
     assert "302 MB" in printed and "0.52 MB" in printed
     with Image.open(tmp_path / "mask.png") as drawing:
         assert drawing.format == "PNG" and min(drawing.size) > 200
@@ -54,7 +56,9 @@ def test_an_answer_that_differs_is_shown_and_fails(tmp_path, capsys, monkeypatch
 
     answer_in_one_pass = demo.answer_in_one_pass
     monkeypatch.setattr(demo, "answer_in_one_pass", another)
-    status = demo.main(["--new-tokens", "2", "--question", "Who?", "--out", str(tmp_path)])
+    status = demo.main(
+        ["--new-tokens", "2", "--question", "Who?", "--pictures", "0", "--out", str(tmp_path)]
+    )
     assert status == 1
     assert "token by token: NO (1 x 2 tokens)" in capsys.readouterr().out
 
@@ -63,7 +67,9 @@ def test_an_answer_that_differs_is_shown_and_fails(tmp_path, capsys, monkeypatch
     "arguments, message",
     [
         (["--image", "no-such-file.jpg"], "no-such-file.jpg"),
-        (["--num-voco", "0"], "got 0 and 16"),
+        (["--num-voco", "0"], "got 0, 16 and 2"),
+        (["--pictures", "-1"], "got 1, 16 and -1"),
+        (["--ask", "What is <image>?"], "expected text without <image>"),
         (["--question", "What is <image>?"], "expected text without <image>"),
     ],
 )

@@ -74,13 +74,18 @@ def _cost(rows: Rows) -> str:
 
 def _made(results: dict) -> str:
     recipe, machine, seconds = results["recipe"], results["machine"], results["seconds"]
+    seeds = (
+        "one seed"
+        if recipe["seeds"] == 1
+        else f"{recipe['seeds']} seeds, mean ± deviation over them"
+    )
+    shape = recipe["shape"]
     return (
-        f"Made on {machine['device']} in {machine['workers']} processes, "
-        f"{seconds['all jobs'] / 60:.0f} minutes of training and asking together; torch "
-        f"{machine['torch']}, transformers {machine['transformers']}, {results['date']}. "
-        f"{recipe['seeds']} seeds; mean ± standard deviation over them. "
-        f"{recipe['pictures']} held-out pictures, {len(results['rows'][0]['accuracy'])} questions each. "
-        f"{recipe['tune_steps']} steps of {recipe['batch']} pictures for every tuned row."
+        f"Made on {machine['device']}, {seconds['all jobs'] / 60:.0f} minutes of one core in all; "
+        f"torch {machine['torch']}, transformers {machine['transformers']}, {results['date']}. "
+        f"{shape['layers']} layers, {shape['hidden']} wide; {seeds}; {recipe['tune_steps']} steps of "
+        f"{recipe['batch']} pictures for every tuned row; {recipe['pictures']} held-out pictures, "
+        f"{len(results['rows'][0]['accuracy'])} questions each."
     )
 
 

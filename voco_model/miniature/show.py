@@ -27,28 +27,27 @@ _ENLARGED = 8
 
 
 def load_pair() -> tuple[Method, Method]:
-    """Before compression: all vision tokens. After: one VoCo token, by two passes."""
+    """Before compression: all vision tokens. After: a few VoCo tokens, by two passes."""
     return baselines.load(CHECKPOINTS / "full", "full"), baselines.load(CHECKPOINTS / "voco")
 
 
 def show(console: Console, out: Path, pictures: int = 2, asked: Sequence[str] = ()) -> None:
-    """Print pictures, questions, and both models' answers side by side; write ``digits.png``.
+    """Print pictures, questions, and both models' answers side by side.
 
     Args:
-        out: folder of ``digits.png``, the pictures side by side.
+        out: folder of the pictures: ``digits-1.png``, ``digits-2.png``, ...
         pictures: of held-out digits.
         asked: questions of the user's own, about each picture; in a terminal more are asked for.
     """
     exam = make_exam(pictures, seed=_SEED)
     before, after = load_pair()
     out.mkdir(parents=True, exist_ok=True)
-    save(exam.pictures, out / "digits.png")
     layers = before.model.config.text_config.num_hidden_layers
     console.print(
         f"[bold]Handwritten digits[/] that no training has seen, and a LLaVA of {layers} layers and "
         f"{before.model.num_parameters() / 1e6:.1f} M\nweights, trained from nothing on others: with "
-        f"all {before.num_tokens} vision tokens, and through {after.num_tokens} VoCo\ntoken. "
-        f"Drawn in {out / 'digits.png'}.",
+        f"all {before.num_tokens} vision tokens, and through {after.num_tokens} VoCo\ntokens. "
+        f"The pictures are in {out / 'digits-*.png'}.",
         highlight=False,
     )
     for number, (picture, questions) in enumerate(
@@ -56,8 +55,11 @@ def show(console: Console, out: Path, pictures: int = 2, asked: Sequence[str] = 
     ):
         own = [Question("yours", text, "") for text in asked]
         table = answers(before, after, picture, [*questions, *own])
-        table.title = f"Picture {number}"
-        console.print(Columns([as_text(picture), table]))
+        table.title = f"digits-{number}.png"
+        enlarged = (_ENLARGED * SIZE, _ENLARGED * SIZE)
+        picture.resize(enlarged, Image.NEAREST).save(out / table.title)
+        shown = [as_text(picture)] if console.color_system else []
+        console.print(Columns([*shown, table]))
     if sys.stdin.isatty() and console.is_terminal:
         _converse(console, before, after, exam.pictures[-1])
 
@@ -72,7 +74,7 @@ def answers(
         for method in (before, after)
     ]
     table = Table(
-        "question", "in truth", f"{before.num_tokens} tokens", f"{after.num_tokens} VoCo token"
+        "question", "in truth", f"{before.num_tokens} tokens", f"{after.num_tokens} VoCo tokens"
     )
     for question, one, other in zip(questions, *said, strict=True):
         wrong = [bool(question.answer) and text != question.answer for text in (one, other)]
@@ -96,13 +98,6 @@ def as_text(picture: Image.Image) -> Text:
             )
         drawn.append("\n")
     return drawn
-
-
-def save(pictures: Sequence[Image.Image], path: Path) -> None:
-    """Side by side, enlarged."""
-    joined = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures], axis=1))
-    side = (joined.width * _ENLARGED, joined.height * _ENLARGED)
-    joined.resize(side, Image.NEAREST).save(path)
 
 
 def _converse(console: Console, before: Method, after: Method, picture: Image.Image) -> None:

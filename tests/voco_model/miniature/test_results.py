@@ -31,7 +31,13 @@ def results():
             row("qformer", 1, seed, 0.4, 0.2),
         ]
     return {
-        "recipe": {"seeds": 2, "pictures": 10, "tune_steps": 5, "batch": 4},
+        "recipe": {
+            "seeds": 2,
+            "pictures": 10,
+            "tune_steps": 5,
+            "batch": 4,
+            "shape": {"layers": 3, "hidden": 8},
+        },
         "date": "2026-01-01",
         "machine": {"device": "a CPU", "workers": 2, "torch": "2.13", "transformers": "5.17"},
         "seconds": {"this call": 60, "all jobs": 120},
