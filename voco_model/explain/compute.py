@@ -158,6 +158,8 @@ def _prepare(model, image: Any, question: str, processor) -> tuple[Tensor, dict[
     """Token ids ``[1, S]`` of the prompt, and what the vision tower reads, on the model's device."""
     config = model.config
     written = prompt(question, config.num_voco, style=style_in(config))
+    if isinstance(image, (list, tuple)) and len(image) != 1:
+        raise ValueError(f"expected one image, got {len(image)}; explain each by itself")
     inputs = processor(images=image, text=written, return_tensors="pt")
     found = int((inputs["input_ids"] == config.voco_token_id).sum())
     if found != config.num_voco:
@@ -166,7 +168,7 @@ def _prepare(model, image: Any, question: str, processor) -> tuple[Tensor, dict[
             f"{found}; pass the processor that was given to enable"
         )
     images = inputs["pixel_values"].shape[0]
-    if images != 1:
+    if images != 1:  # an array or a tensor of several
         raise ValueError(f"expected one image, got {images}; explain each by itself")
     device = model.get_input_embeddings().weight.device
     vision = {
