@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from PIL import ImageFile
 
+_AS_IT_WAS = ImageFile.LOAD_TRUNCATED_IMAGES
+
 
 @pytest.fixture(autouse=True)
 def strict_pillow():
     """Importing a task may set ``LOAD_TRUNCATED_IMAGES``: half an image would then be no error."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
     yield
-    ImageFile.LOAD_TRUNCATED_IMAGES = before
+    ImageFile.LOAD_TRUNCATED_IMAGES = _AS_IT_WAS
