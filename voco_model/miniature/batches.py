@@ -118,8 +118,11 @@ def batches(
     """
     conversations = Conversations(processor)
     rng = np.random.default_rng(seed)
+    drawn = np.random.default_rng(
+        seed + 1
+    )  # apart: pictures and questions are the same for any counts
     for number in count():
-        num_voco = int(rng.choice(counts))
+        num_voco = int(drawn.choice(counts))
         captioned = number + captions * rng.random() < captions
         pictures, rows = [], []
         for _ in range(size):

@@ -97,3 +97,14 @@ def test_captions_give_way_to_conversations(processor):
     assert not any(described[60:])
     plain = batches(processor, 0, 1, 3, (0,))
     assert "Describe" not in processor.tokenizer.decode(next(plain).input_ids[0])
+
+
+def test_all_methods_of_a_seed_see_the_same_pictures(processor):
+    """However many VoCo tokens they have, or draw from."""
+    one, several = batches(processor, 3, 2, 4, (1,)), batches(processor, 3, 2, 4, (0, 2, 8))
+    for _ in range(4):
+        first, other = next(one), next(several)
+        assert torch.equal(first.pixel_values, other.pixel_values)
+        assert torch.equal(
+            first.labels[first.labels != IGNORE], other.labels[other.labels != IGNORE]
+        )
