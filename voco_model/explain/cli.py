@@ -32,8 +32,11 @@ def explain(
 
     try:
         check_path(output)
-        with Image.open(image) as opened:
-            picture = opened.convert("RGB")
+        try:
+            with Image.open(image) as opened:
+                picture = opened.convert("RGB")
+        except OSError as error:  # missing, or no picture
+            raise ValueError(f"expected IMAGE to be a picture, got {image}: {error}") from None
         # load would give a plain LLaVA a VoCo token, which has learnt nothing.
         config = AutoConfig.from_pretrained(model)
         if getattr(config, "num_voco", None) is None:

@@ -47,11 +47,18 @@ def run(
         what is in ``results.json``; see ``results.collect``.
 
     Raises:
-        ValueError: a folder with a run of another recipe, or workers < 1.
+        ValueError: a folder with a run of another recipe, no folder, an unknown device, or workers < 1.
+            Nothing is written then.
         ModuleNotFoundError: without the extra ``miniature``.
     """
     console = console or Console()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown, or not there
+        raise ValueError(
+            f"expected a device such as cpu or cuda, got {device!r}: {error}"
+        ) from None
     if workers is None:
         workers = 1 if device.startswith("cuda") else len(os.sched_getaffinity(0))
     if workers < 1:
@@ -78,8 +85,13 @@ def _claim(output: Path, recipe: Recipe) -> None:
     """More seeds may be added to a run, nothing else may be different."""
     path = output / "recipe.json"
     written = json.dumps(recipe.to_dict(), indent=1) + "\n"
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"expected a folder, got the file {output}; choose another --output")
     if path.exists():
-        before = json.loads(path.read_text())
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"expected a recipe of an earlier run, got {path}: {error}") from None
         if before | {"seeds": recipe.seeds} != recipe.to_dict():
             raise ValueError(
                 f"expected an empty folder or one with a run of the same recipe, got {output} with "

@@ -150,3 +150,24 @@ def test_without_scikit_learn_the_extra_is_named(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["miniature", "--output", str(tmp_path / "new")])
     assert result.exit_code == 2 and "pip install 'voco-kernels[miniature]'" in result.stderr
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "written", "message"),
+    [
+        (["--device", "cudaa"], None, "expected a device such as cpu or cuda, got 'cudaa'"),
+        ([], "a file", "expected a folder, got the file"),
+        ([], {"recipe.json": "{"}, "expected a recipe of an earlier run"),
+    ],
+)
+def test_the_command_refuses_before_anything_is_written(tmp_path, options, written, message):
+    output = tmp_path / "run"
+    if isinstance(written, str):
+        output.write_text(written)
+    elif written:
+        output.mkdir()
+        (output / "recipe.json").write_text(written["recipe.json"])
+    before = sorted(tmp_path.rglob("*"))
+    result = CliRunner().invoke(app, ["miniature", "--output", str(output), *options])
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split())
+    assert sorted(tmp_path.rglob("*")) == before
