@@ -32,7 +32,7 @@ CPP := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: $(READY)  ## a photograph, three questions: pass 1 once, then from the store; times side by side
+demo: $(READY)  ## digits before and after compression; a photograph, read once and asked three times
 	$(PY) -m voco_model.demo $(ARGS)
 
 test: lint  ## ruff, then every test that this machine can run

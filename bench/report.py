@@ -100,7 +100,6 @@ def tables_for(results: Records, text_folder: Path, results_folder: Path) -> dic
     two_pass = {name: record for name, record in results.items() if record["bench"] == "two_pass"}
     train = {name: record for name, record in results.items() if record["bench"] == "train"}
     return {
-        **miniature_tables(results_folder),
         "attn": lambda: attention_tables(on_gpu, "full"),
         "attn-cpu": lambda: attention_tables(on_cpu, "small"),
         "attn-plot": lambda: plot_links(attn, text_folder, results_folder),
@@ -116,14 +115,15 @@ def tables_for(results: Records, text_folder: Path, results_folder: Path) -> dic
         "two-pass-plot": lambda: two_pass_plot_links(two_pass, text_folder, results_folder),
         "train": lambda: train_report.tables(train, "cuda"),
         "train-cpu": lambda: train_report.tables(train, "cpu"),
+        **miniature_tables(results_folder),
     }
 
 
 def miniature_tables(results_folder: Path) -> dict[str, Callable[[], str]]:
-    """Those of results/miniature/results.json; none where there is no such file."""
+    """Those of results/miniature/results.json; "not measured" where there is no such file."""
     path = results_folder / "miniature/results.json"
     if not path.exists():
-        return {}
+        return {f"miniature-{name}": lambda: "not measured" for name in miniature_report.TABLES}
     made = miniature_report.tables(json.loads(path.read_text()))
     return {f"miniature-{name}": lambda text=text: text for name, text in made.items()}
 

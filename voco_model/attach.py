@@ -83,8 +83,8 @@ def enable(
             whatever images it is shown with. A model must be trained as it is used. By default what the
             model's config says, else False. With one image it makes no difference.
         distinct: whether the VoCo tokens of an image have an embedding row each, from the token's id on,
-            in place of the paper's one row for all. Prompts stay the same. By default what the model's
-            config says, else False.
+            in place of the paper's one row for all. Prompts stay the same. On a small model that kept
+            much more (``docs/quality.md``). By default what the model's config says, else False.
         prompt: the style of prompts, a name of ``voco_model.prompt.STYLES``: ``"vicuna"`` (Listing 1),
             ``"mistral"``, ``"chatml"`` or ``"authors"``. By default what the model's config says, else
             ``"vicuna"``.

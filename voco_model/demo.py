@@ -34,12 +34,14 @@ from transformers import (
 
 import voco_model
 from voco_kernels import MaskLayout
+from voco_model.miniature.scenes import digits
 from voco_model.miniature.show import show
 
 try:
     from matplotlib import cbook
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 except ImportError as error:
     raise ImportError(
         f"expected the extra 'miniature' for the demo, got no {error.name}; "
@@ -257,7 +259,7 @@ def run(
 
         asked = []
         for question in questions:
-            console.print(f"Asking: {question}")
+            console.print(f"Asking: {question}", markup=False)
             gc.collect()  # now, and not in the midst of what is timed
             answer, stages = ask(engine, picture, question)
             one = answer_in_one_pass(model, processor, picture, question, new_tokens)
@@ -300,7 +302,7 @@ def cast_table(picture: Image.Image, model, layout: MaskLayout, drawing: Path) -
         f"{IMAGE_SIZE} pixels in patches of {PATCH_SIZE}, {VISION_TOKENS} vision tokens. "
         "Untrained, so its answers are noise; that both routes make the same noise is the point.",
     )
-    table.add_row("[bold]mask[/]", f"{layout}, drawn in {drawing}")
+    table.add_row("[bold]mask[/]", Text(f"{layout}, drawn in {drawing}"))
     table.add_row()
     return table
 
@@ -313,7 +315,7 @@ def answers_table(processor, asked: Sequence[Asked]) -> Table:
             for tokens in (each.one_pass.tokens, each.answer.tokens)
         )
         same = "[green]yes[/]" if each.identical else "[red]NO[/]"
-        table.add_row(str(number), each.question, *said, same)
+        table.add_row(str(number), Text(each.question), *map(Text, said), same)
     return table
 
 
@@ -389,13 +391,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pictures", type=int, default=2, help="of digits; 0 for none (default: 2)"
     )
-    parser.add_argument("--image", help="a picture of yours; by default a portrait of Grace Hopper")
-    parser.add_argument("--question", action="append", help="may be given several times")
-    parser.add_argument("--num-voco", type=int, default=1, help="VoCo tokens (default: 1)")
+    parser.add_argument(
+        "--image", help="a photograph of yours; by default a portrait of Grace Hopper"
+    )
+    parser.add_argument(
+        "--question", action="append", help="about the photograph; may be given several times"
+    )
+    parser.add_argument(
+        "--num-voco", type=int, default=1, help="VoCo tokens of the photograph (default: 1)"
+    )
     parser.add_argument(
         "--new-tokens", type=int, default=16, help="an answer's length (default: 16)"
     )
-    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of mask.png")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-output"), help="folder of the drawings"
+    )
     given = parser.parse_args(arguments)
     if given.num_voco < 1 or given.new_tokens < 1 or given.pictures < 0:
         parser.error(
@@ -411,6 +421,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for question in [*questions, *given.ask]:
             voco_model.prompt(question, given.num_voco)
     except ValueError as error:  # a question with <image> in it
+        parser.error(str(error))
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"expected --out to be a folder, got {given.out}: {error}")
+    try:
+        digits("test")
+    except ModuleNotFoundError as error:
         parser.error(str(error))
     console = Console()
     if given.pictures:

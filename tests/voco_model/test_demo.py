@@ -30,7 +30,7 @@ def row_of(printed: str, name: str) -> list[str]:
 
 
 def test_the_second_question_is_answered_from_the_store_as_in_one_pass(tmp_path, capsys):
-    questions = ["--question", "Who?", "--question", "Where?"]
+    questions = ["--question", "Who [/b]?", "--question", "Where?"]  # no markup for the console
     options = ["--new-tokens", "3", "--pictures", "1", "--ask", "How many digits?"]
     status = demo.main([*options, *questions, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -44,7 +44,7 @@ def test_the_second_question_is_answered_from_the_store_as_in_one_pass(tmp_path,
     for name in ("entry loaded", "prefill", "decode", "engine, in all", "plain LLaVA"):
         assert all(float(cell) > 0 for cell in row_of(printed, name))
     assert "How many digits?" in printed and (tmp_path / "digits-1.png").exists()
-    assert "302 MB" in printed and "0.52 MB" in printed
+    assert "Who [/b]?" in printed and "302 MB" in printed and "0.52 MB" in printed
     with Image.open(tmp_path / "mask.png") as drawing:
         assert drawing.format == "PNG" and min(drawing.size) > 200
 
@@ -69,6 +69,7 @@ def test_an_answer_that_differs_is_shown_and_fails(tmp_path, capsys, monkeypatch
         (["--image", "no-such-file.jpg"], "no-such-file.jpg"),
         (["--num-voco", "0"], "got 0, 16 and 2"),
         (["--pictures", "-1"], "got 1, 16 and -1"),
+        (["--out", __file__], "expected --out to be a folder"),
         (["--ask", "What is <image>?"], "expected text without <image>"),
         (["--question", "What is <image>?"], "expected text without <image>"),
     ],

@@ -17,7 +17,7 @@ class Full(Method):
     """All vision tokens, plain causal attention: the upper bound.
 
     Source: LLaVA-1.5 (Liu et al. 2023, arXiv 2310.03744); with ``num_voco`` the upper bound of
-    VoCo-LLaMA (arXiv 2406.12275, section 4.1), one model tuned with VoCo tokens in its prompts and an
+    VoCo-LLaMA (arXiv 2406.12275, section 4.2), one model tuned with VoCo tokens in its prompts and an
     unmodified mask. The prompt is Listing 1's, image first, where LLaVA-1.5's own puts the system
     prompt first.
 
@@ -31,7 +31,7 @@ class Full(Method):
 
     name = "full"
     label = "All tokens"
-    source = "LLaVA-1.5, arXiv 2310.03744; upper bound of arXiv 2406.12275, section 4.1"
+    source = "LLaVA-1.5, arXiv 2310.03744; upper bound of arXiv 2406.12275, section 4.2"
     trained = True
 
     def __init__(

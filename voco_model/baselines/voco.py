@@ -75,12 +75,12 @@ class VoCo(Method):
 class Untrained(VoCo):
     """The lower bound: VoCo's mask at inference only.
 
-    Source: VoCo-LLaMA (arXiv 2406.12275, section 4.1), where it is the upper bound's model, tuned with
+    Source: VoCo-LLaMA (arXiv 2406.12275, section 4.2), where it is the upper bound's model, tuned with
     VoCo tokens and an unmodified mask (``"full"`` with ``num_voco``). On a plain LLaVA the row of
     ``<VoCo>`` is untrained as well.
     """
 
     name = "untrained"
     label = "VoCo mask, untrained"
-    source = "lower bound of arXiv 2406.12275, section 4.1"
+    source = "lower bound of arXiv 2406.12275, section 4.2"
     trained = False

@@ -118,9 +118,8 @@ def batches(
     """
     conversations = Conversations(processor)
     rng = np.random.default_rng(seed)
-    drawn = np.random.default_rng(
-        seed + 1
-    )  # apart: pictures and questions are the same for any counts
+    # Apart, so that pictures and questions are the same for any counts.
+    drawn = np.random.default_rng(seed + 1)
     for number in count():
         num_voco = int(drawn.choice(counts))
         captioned = number + captions * rng.random() < captions

@@ -19,6 +19,14 @@ def miniature(
         bool, typer.Option("--quick", help="one seed, one token, shorter trainings")
     ] = False,
     seeds: Annotated[int | None, typer.Option(help="in place of the recipe's", min=1)] = None,
+    distinct: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="in place of the recipe's: counts of VoCo tokens with a row each; may be given several "
+            "times",
+            min=2,
+        ),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(help="processes; by default one a CPU, or one on a GPU", min=1)
     ] = None,
@@ -38,6 +46,8 @@ def miniature(
         recipe = QUICK if quick else FULL
         if seeds is not None:
             recipe = replace(recipe, seeds=seeds)
+        if distinct:
+            recipe = replace(recipe, distinct=tuple(sorted(set(distinct))))
         console = Console()
         results = run(recipe, output, workers=workers, device=device, console=console)
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:

@@ -24,9 +24,10 @@ class Recipe:
         tower_batch, batch: pictures a step.
         questions: about each, in a conversation.
         tower_rate, start_rate, tune_rate: peak learning rates.
-        drawn: also one VoCo model for all counts. ``distinct``: counts of VoCo models with a row each.
+        drawn: also one VoCo model for all counts. ``distinct``: counts of VoCo tokens for which there is
+            also a model with an embedding row for each.
         fastv_layer: in front of which FastV drops vision tokens.
-        pictures: in the exam, each with a question of every kind.
+        pictures: in the exam, each with a question of every kind. ``exam_seed``: of these.
     """
 
     shape: Shape = field(default_factory=Shape)
@@ -34,7 +35,7 @@ class Recipe:
     counts: tuple[int, ...] = (1, 2, 4, 8)
     tower_steps: int = 1500
     start_steps: int = 650
-    tune_steps: int = 700
+    tune_steps: int = 600
     long: int = 3
     tower_batch: int = 32
     batch: int = 16
@@ -43,9 +44,10 @@ class Recipe:
     start_rate: float = 8e-3
     tune_rate: float = 5e-3
     drawn: bool = True
-    distinct: tuple[int, ...] = (8,)
+    distinct: tuple[int, ...] = (4,)
     fastv_layer: int = 2
-    pictures: int = 60
+    pictures: int = 120
+    exam_seed: int = 2027
 
     def to_dict(self) -> dict:
         return json.loads(json.dumps(asdict(self)))
@@ -89,7 +91,8 @@ class Job:
     def name(self) -> str:
         if self.seed is None:
             return self.row
-        return f"seed-{self.seed}/{self.row}" + (f"-{self.count}" if self.count else "")
+        row = self.row.replace(" ", "-")
+        return f"seed-{self.seed}/{row}" + (f"-{self.count}" if self.count else "")
 
     @property
     def needs(self) -> str | None:
@@ -106,6 +109,9 @@ def jobs(recipe: Recipe) -> Iterator[Job]:
     for seed in range(recipe.seeds):
         yield Job("start", 0, seed, recipe.start_steps, recipe.start_steps)
         tune = recipe.tune_steps
+        if recipe.long:  # first: the longest is not to run alone in the end
+            steps = recipe.long * tune
+            yield Job("qformer long", recipe.counts[0], seed, steps, steps / 2)
         yield Job("full", 0, seed, tune, tune)
         for count in recipe.counts:
             yield Job("voco", count, seed, tune, tune)
@@ -117,6 +123,3 @@ def jobs(recipe: Recipe) -> Iterator[Job]:
         for row in ("pooling", "qformer"):
             for count in recipe.counts:
                 yield Job(row, count, seed, tune, tune / 2)
-        if recipe.long:
-            steps = recipe.long * tune
-            yield Job("qformer long", recipe.counts[0], seed, steps, steps / 2)

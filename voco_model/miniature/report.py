@@ -6,13 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
+from voco_model.miniature.exam import PRICED
 from voco_model.miniature.results import LABELS, Rows, spread
 
 _PERCENT = 100
 
 
+TABLES = ("main", "retention", "share", "kinds", "cost", "made")
+
+
 def tables(results: dict) -> dict[str, str]:
-    """Markdown by name: ``main``, ``retention``, ``share``, ``kinds``, ``cost`` and ``made``."""
+    """Markdown by name, for each of ``TABLES``."""
     rows = Rows(results)
     return {
         "main": _by_count(rows, "accuracy, %", rows.accuracy),
@@ -49,6 +53,8 @@ def _kinds(rows: Rows) -> str:
         for count in rows.counts(name):
             cells = [_percent(rows.accuracy(name, count, kind)) for kind in rows.kinds]
             lines.append([LABELS[name], str(count), *cells])
+    guesser = [f"{_PERCENT * rows.without_places[kind]:.1f}" for kind in rows.kinds]
+    lines.append(["*Who knows what is there, but not where*", "", *guesser])
     return "**accuracy by kind of question, %**\n\n" + _markdown(["", "tokens", *rows.kinds], lines)
 
 
@@ -69,19 +75,20 @@ def _cost(rows: Rows) -> str:
                 ]
             )
     head = ["", "tokens", "cache of a picture, kB", "MFLOP, first question", "MFLOP, another"]
-    return "**what a picture costs the language model**\n\n" + _markdown(head, lines)
+    title = f'**what a picture and "{PRICED}" cost the language model**'
+    return f"{title}\n\n" + _markdown(head, lines)
 
 
 def _made(results: dict) -> str:
-    recipe, machine, seconds = results["recipe"], results["machine"], results["seconds"]
+    recipe, machine = results["recipe"], results["machine"]
     seeds = (
         "one seed"
         if recipe["seeds"] == 1
-        else f"{recipe['seeds']} seeds, mean ± deviation over them"
+        else f"{recipe['seeds']} seeds, mean ± standard deviation over them"
     )
     shape = recipe["shape"]
     return (
-        f"Made on {machine['device']}, {seconds['all jobs'] / 60:.0f} minutes of one core in all; "
+        f"Made on {machine['device']}, {results['seconds'] / 60:.0f} minutes of one process in all; "
         f"torch {machine['torch']}, transformers {machine['transformers']}, {results['date']}. "
         f"{shape['layers']} layers, {shape['hidden']} wide; {seeds}; {recipe['tune_steps']} steps of "
         f"{recipe['batch']} pictures for every tuned row; {recipe['pictures']} held-out pictures, "
@@ -112,7 +119,7 @@ def plot(results: dict, path: str | PathLike, metadata: Mapping[str, str] | None
     from matplotlib.figure import Figure
 
     rows = Rows(results)
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name in rows.names():
         if name in ("full", "untrained"):
@@ -135,5 +142,5 @@ def plot(results: dict, path: str | PathLike, metadata: Mapping[str, str] | None
     axes.axhline(0, color="gray", linewidth=0.8)
     axes.set_xlabel("tokens a picture")
     axes.set_ylabel("retention, %")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=150, metadata=metadata)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Iterable
-from datetime import date
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
-import torch
-import transformers
 
+from voco_model.miniature.exam import make_exam
 from voco_model.miniature.recipe import Recipe, jobs
 
 LABELS = {
@@ -22,7 +19,7 @@ LABELS = {
     "voco drawn": "VoCo, one model for all counts",
     "voco distinct": "VoCo, a row for each token",
     "qformer": "Q-Former",
-    "qformer long": "Q-Former, its own schedule",
+    "qformer long": "Q-Former, a longer schedule",
     "pooling": "Average pooling + linear",
     "fastv": "FastV (not trained)",
     "random": "Random tokens (not trained)",
@@ -31,29 +28,26 @@ LABELS = {
 """Rows of the tables, in their order."""
 
 
-def collect(recipe: Recipe, output: Path, *, device: str, workers: int, seconds: float) -> dict:
+def collect(recipe: Recipe, output: Path) -> dict:
     """The rows of all jobs, as they lie in the run's folder.
 
     Returns:
-        ``recipe``, ``machine``, ``seconds`` (of all jobs' processes together, and of this call) and
-        ``rows``: each with its name, tokens, seed, accuracy by kind of question, cache bytes and FLOPs.
+        ``recipe``; ``date`` of the last job; ``machine``, on which all were done, or several;
+        ``seconds`` of all jobs together; ``jobs``; ``rows``, each with its name, tokens, seed, accuracy
+        by kind of question, cache bytes and FLOPs; ``without places``, which is ``Exam.without_places``.
     """
     done = [json.loads((output / job.name / "scores.json").read_text()) for job in jobs(recipe)]
     return {
         "recipe": recipe.to_dict(),
-        "date": date.today().isoformat(),
+        "date": max(j["date"] for j in done),
         "machine": {
-            "device": torch.cuda.get_device_name() if device.startswith("cuda") else _cpu(),
-            "workers": workers,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            key: " and ".join(sorted({j[key] for j in done}))
+            for key in ("device", "torch", "transformers")
         },
-        "seconds": {
-            "this call": round(seconds),
-            "all jobs": round(sum(j["seconds"] for j in done)),
-        },
+        "seconds": round(sum(j["seconds"] for j in done)),
         "jobs": {j["job"]: {"steps": j["steps"], "seconds": j["seconds"]} for j in done},
         "rows": [row for j in done for row in j["rows"]],
+        "without places": make_exam(recipe.pictures, recipe.exam_seed).without_places,
     }
 
 
@@ -66,13 +60,6 @@ def save(results: dict, output: Path) -> None:
     plot(results, output / "retention.png")
 
 
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 class Rows:
     """The rows of a result, to ask for numbers by name, tokens and seed."""
 
@@ -80,6 +67,7 @@ class Rows:
         self._rows = {(r["row"], r["tokens"], r["seed"]): r for r in results["rows"]}
         self.seeds = sorted({r["seed"] for r in results["rows"]})
         self.kinds = list(results["rows"][0]["accuracy"])
+        self.without_places = results["without places"]
         self._full = next(r["tokens"] for r in results["rows"] if r["row"] == "full")
         self._least = min(r["tokens"] for r in results["rows"] if r["row"] == "untrained")
 
@@ -98,8 +86,10 @@ class Rows:
         return [self._accuracy(name, tokens, seed, kind) for seed in self.seeds]
 
     def retention(self, name: str, tokens: int, kind: str | None = None) -> list[float]:
-        """``(x - lower) / (upper - lower)`` for each seed, between its bounds (section 4.1 of the
-        paper). The lower one is that of the fewest tokens. NaN where the bounds are the same."""
+        """``(x - lower) / (upper - lower)`` for each seed, between its bounds, where x is the mean over
+        all kinds. (The paper, section 4.2, takes the mean over benchmarks of such ratios; a kind with
+        bounds close together would decide that here.) The lower bound is that of the fewest tokens, for
+        all. NaN where the bounds are the same."""
         found = []
         for seed in self.seeds:
             upper = self._accuracy("full", self._full, seed, kind)
@@ -120,6 +110,6 @@ class Rows:
 
 
 def spread(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and standard deviation over the seeds."""
+    """Mean and sample standard deviation over the seeds; of one seed NaN."""
     values = np.array(list(values))
-    return float(values.mean()), float(values.std())
+    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else math.nan

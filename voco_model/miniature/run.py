@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
 import queue
-import time
+import sys
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -47,33 +52,47 @@ def run(
         what is in ``results.json``; see ``results.collect``.
 
     Raises:
-        ValueError: a folder with a run of another recipe, no folder, an unknown device, or workers < 1.
-            Nothing is written then.
+        ValueError: a folder with a run of another recipe or of more models, with another run at work,
+            no folder, an unknown device, or workers < 1. Nothing is written then.
         ModuleNotFoundError: without the extra ``miniature``.
+        RuntimeError: a training that failed.
     """
     console = console or Console()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # unknown, or not there
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # unknown, not there, or without numbers: meta
         raise ValueError(
             f"expected a device such as cpu or cuda, got {device!r}: {error}"
         ) from None
     if workers is None:
-        workers = 1 if device.startswith("cuda") else len(os.sched_getaffinity(0))
+        workers = 1 if device.startswith("cuda") else _cpus()
     if workers < 1:
         raise ValueError(f"expected workers >= 1, got {workers}")
-    digits("train")  # without scikit-learn nothing begins
+    digits("train")
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError(
+            "expected the extra 'miniature' for the plot, got no matplotlib; "
+            "pip install 'voco-kernels[miniature]'"
+        )
     output = Path(output)
-    _claim(output, recipe)
-    todo = [job for job in jobs(recipe) if not is_done(output, job.name)]
-    begun = time.perf_counter()
-    if todo:
-        _run_all(todo, recipe, output, workers, device, console)
-    seconds = time.perf_counter() - begun
-    results = collect(recipe, output, device=device, workers=workers, seconds=seconds)
-    save(results, output)
+    _check_folder(output, recipe)
+    output.mkdir(parents=True, exist_ok=True)
+    with _alone(output):
+        (output / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=1) + "\n")
+        todo = [job for job in jobs(recipe) if not is_done(output, job.name)]
+        if todo:
+            _run_all(todo, recipe, output, workers, device, console)
+        results = collect(recipe, output)
+        save(results, output)
     return results
+
+
+def _cpus() -> int:
+    """Those that this process may use, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def is_done(output: Path, name: str) -> bool:
@@ -81,24 +100,50 @@ def is_done(output: Path, name: str) -> bool:
     return (output / name / "scores.json").exists()
 
 
-def _claim(output: Path, recipe: Recipe) -> None:
-    """More seeds may be added to a run, nothing else may be different."""
+def _check_folder(output: Path, recipe: Recipe) -> None:
+    """More seeds and more ``distinct`` counts may be added to a run, nothing else may be different."""
     path = output / "recipe.json"
-    written = json.dumps(recipe.to_dict(), indent=1) + "\n"
     if output.exists() and not output.is_dir():
         raise ValueError(f"expected a folder, got the file {output}; choose another --output")
     if path.exists():
         try:
             before = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"expected a recipe of an earlier run, got {path}: {error}") from None
-        if before | {"seeds": recipe.seeds} != recipe.to_dict():
+            seeds, distinct = before["seeds"], set(before["distinct"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"expected a recipe of an earlier run, got {path}: {error!r}; choose another --output"
+            ) from None
+        now = recipe.to_dict()
+        if before | {key: now[key] for key in ("seeds", "distinct")} != now:
             raise ValueError(
                 f"expected an empty folder or one with a run of the same recipe, got {output} with "
                 "another recipe.json; choose another --output"
             )
-    output.mkdir(parents=True, exist_ok=True)
-    path.write_text(written)
+        if seeds > recipe.seeds:
+            raise ValueError(
+                f"expected at least the {seeds} seeds of the run in {output}, got {recipe.seeds}; "
+                f"say --seeds {seeds} or choose another --output"
+            )
+        if left := distinct - set(recipe.distinct):
+            raise ValueError(
+                f"expected the run in {output} to keep its models with {sorted(left)} distinct VoCo "
+                f"tokens, got {list(recipe.distinct)}; say --distinct for these too or choose another "
+                "--output"
+            )
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Workers of two runs would write into each other's checkpoints."""
+    with open(output / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"expected no other run in {output}, got one that is at work; wait for it, or choose "
+                "another --output"
+            ) from None
+        yield
 
 
 def _run_all(
@@ -130,17 +175,27 @@ def _run_all(
                 _drain(heard, bar, whole, shown)
                 done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
-                    _finish(future, running.pop(future), pool)
+                    job = running.pop(future)
+                    if future.exception() and running:
+                        console.print(f"{job.name} failed; the others at work come to their end")
+                    _check_done(future, job)
                     _drain(heard, bar, whole, shown)
+                    bar.update(shown[job.name][0], visible=False)
+                    if not console.is_terminal:  # where nobody sees a bar move
+                        console.print(f"{job.name}: done, {len(waiting) + len(running)} to go")
         for task, _ in shown.values():
             bar.remove_task(task)
 
 
-def _finish(future: Future, job: Job, pool: ProcessPoolExecutor) -> None:
+def _check_done(future: Future, job: Job) -> None:
     error = future.exception()
+    if isinstance(error, BrokenProcessPool):
+        raise RuntimeError(
+            f"expected {job.name} to be trained, got a process that was killed, as for lack of memory; "
+            "the same command goes on from here, with fewer --workers in less memory"
+        ) from error
     if error is not None:
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise RuntimeError(f"expected {job.name} to be trained, got: {error}") from error
+        raise RuntimeError(f"expected {job.name} to be trained, got: {error!r}") from error
 
 
 def _drain(heard: queue.Queue, bar: Progress, whole: int, shown: dict) -> None:
@@ -153,7 +208,7 @@ def _drain(heard: queue.Queue, bar: Progress, whole: int, shown: dict) -> None:
         bar.update(task, advance=steps, description=f"{name} {loss:.2f}")
         bar.update(whole, advance=job.work * steps / job.steps)
         if bar.tasks[bar.task_ids.index(task)].finished:
-            bar.update(task, visible=False)
+            bar.update(task, description=f"{name}: exam")
 
 
 def _prepare_worker() -> None:
@@ -164,8 +219,12 @@ def _prepare_worker() -> None:
 def _work(job: Job, recipe: Recipe, output: Path, device: str, heard) -> None:
     from voco_model.miniature.work import do
 
+    parent = os.getppid()
+
     def progress(step: int, loss: float) -> None:
         if step % _REPORT_EVERY == 0 or step == job.steps:
+            if os.getppid() != parent:
+                sys.exit()  # killed; another call may be at work on the same job by now
             heard.put((job.name, step % _REPORT_EVERY or _REPORT_EVERY, loss))
 
     do(job, recipe, output, device, progress)

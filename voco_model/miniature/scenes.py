@@ -3,7 +3,7 @@
 A picture is 48 x 48 pixels in four quarters. Two to four of these hold a digit in one of four colours:
 one of scikit-learn's 1,797 (8 x 8 pixels, the UCI Machine Learning Repository's "Optical Recognition of
 Handwritten Digits"), enlarged to 16 x 16, somewhere in its quarter. 1,437 digits are for training, 360
-others for evaluation: no model is asked about handwriting that it has seen.
+others for evaluation, scans that no model has seen (of the same 13 writers, though).
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from PIL import Image
 SIZE = 48
 QUARTER = SIZE // 2
 DIGIT = 16  # pixels, of a digit's side
-STEP = (
-    4  # pixels, between the places that a digit can have in its quarter: the vision tower's patch
-)
+# Pixels between the places that a digit can have in its quarter: the vision tower's patch.
+STEP = 4
 NOISE = 10.0  # standard deviation of the pixels' noise, of 255
 TRAINING_DIGITS = 1437
 
@@ -173,15 +172,20 @@ KINDS: dict[str, Callable[[Scene], list[tuple[str, str]]]] = {
 """Kinds of questions; each function gives all of them about a scene, with their answers."""
 
 
+def questions_of(scene: Scene, kind: str) -> list[Question]:
+    """All questions of this kind: four that name a quarter, or one."""
+    return [Question(kind, *each) for each in KINDS[kind](scene)]
+
+
 def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question:
     """One question of this kind, drawn from all that there are."""
-    known = KINDS[kind](scene)
-    return Question(kind, *known[rng.integers(len(known))])
+    known = questions_of(scene, kind)
+    return known[rng.integers(len(known))]
 
 
 def ask_many(scene: Scene, count: int, rng: np.random.Generator) -> list[Question]:
     """``count`` different questions, or all 12, in random order."""
-    known = [Question(kind, *each) for kind, all_of in KINDS.items() for each in all_of(scene)]
+    known = [question for kind in KINDS for question in questions_of(scene, kind)]
     return [known[i] for i in rng.permutation(len(known))[:count].tolist()]
 
 

@@ -1,4 +1,4 @@
-"""The trained miniature at work: handwriting it hasn't seen, before and after compression."""
+"""The trained miniature at work: digits it hasn't seen, before and after compression."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from voco_model.miniature.exam import make_exam
 from voco_model.miniature.scenes import SIZE, Question
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-"""``full`` and ``voco``, tuned for the same number of steps from the same start; ``docs/quality.md``
-tells by which command."""
+"""``full`` and ``voco`` (four tokens with a row each), tuned for the same number of steps from the same
+start; ``docs/quality.md`` tells by which command."""
 
 _SEED = 7  # of the pictures shown
 _ENLARGED = 8
+_LONGEST = 20  # tokens of an answer: a caption has up to 16
 
 
 def load_pair() -> tuple[Method, Method]:
@@ -44,11 +45,12 @@ def show(console: Console, out: Path, pictures: int = 2, asked: Sequence[str] = 
     out.mkdir(parents=True, exist_ok=True)
     layers = before.model.config.text_config.num_hidden_layers
     console.print(
-        f"[bold]Handwritten digits[/] that no training has seen, and a LLaVA of {layers} layers and "
+        f"Handwritten digits that no training has seen, and a LLaVA of {layers} layers and "
         f"{before.model.num_parameters() / 1e6:.1f} M\nweights, trained from nothing on others: with "
         f"all {before.num_tokens} vision tokens, and through {after.num_tokens} VoCo\ntokens. "
         f"The pictures are in {out / 'digits-*.png'}.",
         highlight=False,
+        markup=False,
     )
     for number, (picture, questions) in enumerate(
         zip(exam.pictures, exam.questions, strict=True), start=1
@@ -70,7 +72,7 @@ def answers(
     """Both models' answers; those that are known to be wrong in red."""
     texts = [question.text for question in questions]
     said = [
-        method.answer([picture] * len(texts), texts, max_new_tokens=4, do_sample=False)
+        method.answer([picture] * len(texts), texts, max_new_tokens=_LONGEST, do_sample=False)
         for method in (before, after)
     ]
     table = Table(
@@ -104,8 +106,15 @@ def _converse(console: Console, before: Method, after: Method, picture: Image.Im
     console.print(
         "Ask about the last picture, in such words as above; an empty line goes on.", style="bold"
     )
-    while text := console.input("> ").strip():
+    while text := _asked(console):
         try:
             console.print(answers(before, after, picture, [Question("yours", text, "")]))
         except ValueError as error:  # a question with <image> in it
             console.print(str(error), style="red", markup=False)
+
+
+def _asked(console: Console) -> str:
+    try:
+        return console.input("> ").strip()
+    except EOFError:  # Ctrl-D
+        return ""

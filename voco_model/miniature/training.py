@@ -55,7 +55,7 @@ def _muon_and_adamw(model: nn.Module, rate: float) -> list[torch.optim.Optimizer
     By the loss on captions that takes fewer steps than AdamW alone.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    outer = ("embed", "lm_head", "query")
+    outer = ("embed", "lm_head")
     inner = [n for n, p in trained.items() if p.dim() == 2 and not any(o in n for o in outer)]
     muon = torch.optim.Muon(
         [trained[name] for name in inner],
@@ -111,7 +111,10 @@ class QuarterReader(nn.Module):
 
 
 def _labelled(seed: int, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Pictures, and for each quarter its digit (10: none) and its colour (4: none), int64 ``[B, 4]``."""
+    """Pictures, and for each quarter its digit and its colour as in ``labels_of``.
+
+    All quarters are filled: an empty one has no handwriting to learn.
+    """
     rng = np.random.default_rng(seed)
     while True:
         scenes = [draw_scene(rng, "train", least=4) for _ in range(size)]
@@ -120,6 +123,7 @@ def _labelled(seed: int, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 def labels_of(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
+    """Of each quarter its digit (10: none) and its colour (4: none), int64 ``[B, 4]``."""
     colours = list(COLOURS)
     digit = [[10 if d is None else d.label for d in scene.quarters] for scene in scenes]
     colour = [

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
+import platform
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from voco_model import baselines
 from voco_model.baselines.base import Method
 from voco_model.miniature.batches import batches
-from voco_model.miniature.exam import make_exam, score
+from voco_model.miniature.exam import PRICED, make_exam, score
 from voco_model.miniature.model import build_model, build_processor
 from voco_model.miniature.recipe import Job, Recipe
 from voco_model.miniature.training import Progress, train_tower, tune
 from voco_model.prompt import text_part
-
-TEXT = "Which digit is in the northwest?"
-"""The question whose cost is counted."""
 
 
 def do(job: Job, recipe: Recipe, folder: Path, device: str, progress: Progress) -> None:
@@ -53,11 +53,31 @@ def do(job: Job, recipe: Recipe, folder: Path, device: str, progress: Progress) 
     model.save_pretrained(target)
     processor.save_pretrained(target)
     seconds = time.perf_counter() - begun
-    facts = {"job": job.name, "steps": job.steps, "seconds": round(seconds, 1), "rows": rows}
+    facts = {
+        "job": job.name,
+        "steps": job.steps,
+        "seconds": round(seconds, 1),
+        "date": date.today().isoformat(),
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "rows": rows,
+    }
     # Last, and in one piece: a job with this file is done.
     partial = target / "scores.json.part"
     partial.write_text(json.dumps(facts, indent=1) + "\n")
     partial.replace(target / "scores.json")
+
+
+def device_name(device: str) -> str:
+    """What it is called by whoever sells it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    described = Path("/proc/cpuinfo")
+    for line in described.read_text().splitlines() if described.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _tune(
@@ -94,8 +114,9 @@ def _tuned(
     counts = recipe.counts
     method, drawn = None, (0,)
     if job.row == "full":
-        # Under the plain causal mask, with and without VoCo tokens in the prompt: upper and lower bound.
-        drawn = (0, *counts)
+        # Under the plain causal mask, half of the prompts without VoCo tokens, for the upper bound, and
+        # half with them, for the lower one.
+        drawn = (*(0 for _ in counts), *counts)
     elif job.row == "voco drawn":
         method, drawn = baselines.apply("voco", model, processor, max(counts)), counts
     elif job.row in ("voco", "voco distinct"):
@@ -118,11 +139,11 @@ def _tuned(
         )
     _tune(job, recipe, model, processor, drawn, 5000, progress)
 
-    exam = make_exam(recipe.pictures)
+    exam = make_exam(recipe.pictures, recipe.exam_seed)
+    text = processor.tokenizer(text_part(PRICED))["input_ids"]  # with BOS
 
     def row(name: str, tokens: int, method: Method) -> dict:
-        text = text_part(TEXT)
-        cost = method.cost(len(processor.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        cost = method.cost(len(text))
         return {
             "row": name,
             "tokens": tokens,

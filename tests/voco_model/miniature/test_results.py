@@ -39,9 +39,10 @@ def results():
             "shape": {"layers": 3, "hidden": 8},
         },
         "date": "2026-01-01",
-        "machine": {"device": "a CPU", "workers": 2, "torch": "2.13", "transformers": "5.17"},
-        "seconds": {"this call": 60, "all jobs": 120},
+        "machine": {"device": "a CPU", "torch": "2.13", "transformers": "5.17"},
+        "seconds": 120,
         "rows": rows,
+        "without places": {"digit": 0.25, "colour": 0.5},
     }
 
 
@@ -57,6 +58,17 @@ def test_retention_is_counted_between_each_seeds_bounds(results):
     assert rows.retention("untrained", 2) == pytest.approx([0.1 / 0.7] * 2)
 
 
+def test_a_seed_is_not_measured_by_the_bounds_of_another(results):
+    for each in results["rows"]:
+        if each["seed"] == 1 and each["row"] in ("full", "untrained"):
+            each["accuracy"] = dict.fromkeys(
+                each["accuracy"], 1.0 if each["row"] == "full" else 0.0
+            )
+    rows = Rows(results)
+    assert rows.retention("voco", 1) == pytest.approx([0.6 / 0.7, 0.7])
+    assert rows.share("voco", 1) == pytest.approx([0.8 / 0.9, 0.7])
+
+
 def cells(table, label):
     (line,) = [line for line in table.splitlines() if line.startswith(f"| {label}")]
     return [cell.strip() for cell in line.strip("|").split("|")]
@@ -64,15 +76,28 @@ def cells(table, label):
 
 def test_tables_show_mean_and_deviation_and_leave_out_what_was_not_done(results):
     made = report.tables(results)
-    assert cells(made["main"], "VoCo |")[1:] == ["75.0 ± 5.0", "85.0 ± 0.0"]
+    assert cells(made["main"], "VoCo |")[1:] == ["75.0 ± 7.1", "85.0 ± 0.0"]
     assert cells(made["main"], "All tokens")[1:] == ["90.0 ± 0.0", ""]
-    assert cells(made["retention"], "VoCo |")[1:] == ["78.6 ± 7.1", "92.9 ± 0.0"]
+    assert cells(made["retention"], "VoCo |")[1:] == ["78.6 ± 10.1", "92.9 ± 0.0"]
     assert cells(made["retention"], "Q-Former")[1:] == ["14.3 ± 0.0", ""]
     assert cells(made["cost"], "VoCo | 2")[1:] == ["2", "8.2", "2.0", "1.0"]
-    assert "2 minutes" in made["made"] and "a CPU" in made["made"]
+    assert cells(made["kinds"], "*Who knows what")[1:] == ["", "25.0", "50.0"]
+    assert "Made on a CPU, 2 minutes of one process in all;" in made["made"]
+    assert set(made) == set(report.TABLES)
     for table in made.values():  # every line has as many cells as its head
         widths = {line.count("|") for line in re.findall(r"^\|.*$", table, re.M)}
         assert len(widths) <= 1
+
+
+def test_one_seed_has_no_deviation(results):
+    results["rows"] = [row for row in results["rows"] if row["seed"] == 0]
+    assert cells(report.tables(results)["retention"], "VoCo |")[1:] == ["85.7", "92.9"]
+
+
+def test_bounds_that_are_the_same_have_no_retention(results):
+    for row in results["rows"]:
+        row["accuracy"] = {"digit": 0.5, "colour": 0.5}
+    assert cells(report.tables(results)["retention"], "VoCo |")[1:] == ["-", "-"]
 
 
 def test_the_plot_is_written(results, tmp_path):

@@ -1,5 +1,7 @@
 import json
 import sys
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
@@ -10,12 +12,13 @@ from typer.testing import CliRunner
 import voco_model
 from voco_model import baselines
 from voco_model.cli import app
+from voco_model.miniature import run as runs
 from voco_model.miniature.exam import make_exam, score
 from voco_model.miniature.model import Shape, build_model, build_processor
 from voco_model.miniature.recipe import FULL, QUICK, Job, Recipe, jobs
-from voco_model.miniature.run import run
+from voco_model.miniature.run import _alone, _check_done, run
 from voco_model.miniature.scenes import KINDS, digits
-from voco_model.miniature.training import train_tower
+from voco_model.miniature.training import _muon_and_adamw, train_tower
 
 TINY = Recipe(
     shape=Shape(hidden=32, inner=32, layers=3, heads=2, tower_hidden=32, tower_layers=1),
@@ -57,7 +60,7 @@ def test_a_run_has_every_row_and_goes_on_where_it_stopped(tmp_path):
     (one,) = [r for r in results["rows"] if (r["row"], r["tokens"]) == ("voco", 1)]
     method = baselines.load(tmp_path / "seed-0/voco-1")
     assert method.name == "voco" and method.num_tokens == 1
-    assert score(method, make_exam(TINY.pictures)) == one["accuracy"]
+    assert score(method, make_exam(TINY.pictures, TINY.exam_seed)) == one["accuracy"]
     for name in ("qformer-2", "pooling-1"):
         loaded = baselines.load(tmp_path / "seed-0" / name)
         assert name == f"{loaded.name}-{loaded.num_tokens}"
@@ -67,9 +70,13 @@ def test_a_run_has_every_row_and_goes_on_where_it_stopped(tmp_path):
     again = run(TINY, tmp_path, workers=1, device="cpu", console=quiet())
     assert (tmp_path / "seed-0/voco-2/scores.json").stat().st_mtime_ns == before
     assert again["rows"] == results["rows"]  # from the same seed, the same
+    assert run(TINY, tmp_path, workers=2, device="cpu", console=quiet()) == again
 
     with pytest.raises(ValueError, match="another recipe.json"):
         run(replace(TINY, tune_steps=3), tmp_path, workers=1, device="cpu", console=quiet())
+    (tmp_path / "recipe.json").write_text(json.dumps(replace(TINY, seeds=2).to_dict()))
+    with pytest.raises(ValueError, match="at least the 2 seeds of the run .* got 1; say --seeds 2"):
+        run(TINY, tmp_path, workers=1, device="cpu", console=quiet())
 
 
 def test_all_methods_tune_for_the_same_number_of_steps():
@@ -82,6 +89,15 @@ def test_all_methods_tune_for_the_same_number_of_steps():
             assert job.needs is None or job.needs in names[:number]
     assert Job("voco", 2, 1, 5, 5).name == "seed-1/voco-2"
     assert json.dumps(FULL.to_dict())
+
+
+def test_who_does_not_know_places_guesses_the_most_frequent_answer():
+    exam = make_exam(40, seed=0)
+    assert {exam.without_places[kind] for kind in ("count", "largest", "smallest", "colours")} == {
+        1
+    }
+    # Two digits of four leave two quarters empty, four digits are seldom alike.
+    assert 0.25 < exam.without_places["digit"] < exam.without_places["colour"] < 0.6
 
 
 def test_an_exam_counts_right_answers_only():
@@ -97,7 +113,7 @@ def test_an_exam_counts_right_answers_only():
             assert [question.text for question in now] == texts
             return ["" if question.kind == "colour" else question.answer for question in now]
 
-    exam = make_exam(5)
+    exam = make_exam(5, seed=0)
     assert score(Oracle(exam), exam, pictures_at_once=2) == {
         kind: float(kind != "colour") for kind in KINDS
     }
@@ -106,7 +122,7 @@ def test_an_exam_counts_right_answers_only():
 def test_one_pass_and_two_passes_answer_alike():
     processor = build_processor()
     model = build_model(processor, Shape(hidden=32, heads=2, layers=2, tower_layers=1), 0)
-    exam = make_exam(2)
+    exam = make_exam(2, seed=0)
     with baselines.apply("voco", model, processor, 2) as method:
         texts = [question.text for question in exam.questions[0]]
         pictures = [exam.pictures[0]] * len(texts)
@@ -136,8 +152,48 @@ def test_the_model_is_one_that_enable_takes():
     assert model.get_input_embeddings().num_embeddings == rows  # the tokenizer knows it already
 
 
+def test_a_qformer_is_tuned_by_the_same_optimizers():
+    processor = build_processor()
+    model = build_model(processor, Shape(layers=1, tower_layers=1), 0)
+    baselines.apply("qformer", model, processor, 2, layers=1, width=32, heads=2)
+    model.model.vision_tower.requires_grad_(False)
+    muon, adamw = (
+        {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in _muon_and_adamw(model, 1e-3)
+    )
+    for name, weight in model.named_parameters():
+        if "vision_tower" in name:
+            assert id(weight) not in muon | adamw
+        else:
+            matrix = weight.dim() == 2 and "embed_tokens" not in name and "lm_head" not in name
+            assert id(weight) in (muon if matrix else adamw), name
+
+
+def test_a_killed_training_says_what_to_do():
+    future, job = Future(), Job("voco", 1, 0, 5, 5)
+    future.set_exception(BrokenProcessPool("terminated abruptly"))
+    with pytest.raises(RuntimeError, match="seed-0/voco-1 .* killed.*the same command goes on"):
+        _check_done(future, job)
+    future = Future()
+    future.set_exception(KeyError("weight"))
+    with pytest.raises(RuntimeError, match=r"seed-0/voco-1 to be trained, got: KeyError\('weight'"):
+        _check_done(future, job)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with _alone(tmp_path), pytest.raises(ValueError, match="one that is at work; wait for it"):
+        run(TINY, tmp_path, workers=1, device="cpu", console=quiet())
+
+
+def test_without_matplotlib_nothing_begins(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"no matplotlib; pip install .*miniature"):
+        run(TINY, tmp_path / "new", workers=1, device="cpu", console=quiet())
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_command_refuses_the_folder_of_another_run(tmp_path):
-    (tmp_path / "recipe.json").write_text("{}")
+    (tmp_path / "recipe.json").write_text('{"seeds": 3, "distinct": []}')
     result = CliRunner().invoke(app, ["miniature", "--quick", "--output", str(tmp_path)])
     assert result.exit_code == 2
     assert "with another recipe.json; choose another --output" in " ".join(result.stderr.split())
@@ -152,12 +208,35 @@ def test_without_scikit_learn_the_extra_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
+def test_the_command_adds_to_a_run_and_takes_nothing_away(tmp_path, monkeypatch):
+    path, asked = tmp_path / "recipe.json", []
+    monkeypatch.setattr(runs, "_run_all", lambda todo, recipe, *rest: asked.append(recipe))
+    monkeypatch.setattr(runs, "collect", lambda recipe, output: sys.exit(0))
+
+    def call(*options):
+        return CliRunner().invoke(app, ["miniature", "--output", str(tmp_path), *options])
+
+    call("--distinct", "4", "--seeds", "2")
+    call("--distinct", "8", "--distinct", "4", "--seeds", "3")
+    assert [(recipe.distinct, recipe.seeds) for recipe in asked] == [((4,), 2), ((4, 8), 3)]
+    result = call("--distinct", "8")
+    assert result.exit_code == 2 and len(asked) == 2
+    assert "keep its models with [4] distinct VoCo tokens, got [8]" in " ".join(
+        result.stderr.split()
+    )
+    result = call("--distinct", "1")
+    assert result.exit_code == 2
+    assert json.loads(path.read_text())["distinct"] == [4, 8]
+
+
 @pytest.mark.parametrize(
     ("options", "written", "message"),
     [
         (["--device", "cudaa"], None, "expected a device such as cpu or cuda, got 'cudaa'"),
         ([], "a file", "expected a folder, got the file"),
+        (["--device", "meta"], None, "expected a device such as cpu or cuda, got 'meta'"),
         ([], {"recipe.json": "{"}, "expected a recipe of an earlier run"),
+        ([], {"recipe.json": "[]"}, "expected a recipe of an earlier run"),
     ],
 )
 def test_the_command_refuses_before_anything_is_written(tmp_path, options, written, message):

@@ -24,8 +24,8 @@ def pair():
 def test_the_checkpoints_are_those_of_the_tables(pair):
     results = json.loads(RESULTS.read_text())
     rows = {(row["row"], row["tokens"]): row for row in results["rows"] if row["seed"] == 0}
-    exam = make_exam(results["recipe"]["pictures"])
-    for method, row in zip(pair, ("full", "voco"), strict=True):
+    exam = make_exam(results["recipe"]["pictures"], results["recipe"]["exam_seed"])
+    for method, row in zip(pair, ("full", "voco distinct"), strict=True):
         expected = rows[row, method.num_tokens]["accuracy"]
         found = score(method, exam)
         for kind, share in expected.items():
@@ -56,13 +56,28 @@ def test_pictures_and_both_answers_are_shown(tmp_path):
 
 
 def test_a_picture_is_drawn_two_pixels_a_character():
-    picture = make_exam(1).pictures[0]
+    picture = make_exam(1, seed=0).pictures[0]
     drawn = show.as_text(picture)
     assert drawn.plain.count("▀") == 48 * 24
     styles = [span.style for span in drawn.spans]
     upper, lower = picture.getpixel((5, 6)), picture.getpixel((5, 7))
     colours = [f"rgb({r},{g},{b})" for r, g, b in (upper, lower)]
     assert str(styles[3 * 48 + 5]) == " on ".join(colours)
+
+
+def test_who_asks_no_more_goes_on(pair, monkeypatch):
+    printed = StringIO()
+    console = Console(file=printed, width=120)
+    said = ["How many digits?", "What is in <image>?"]
+
+    def typed(prompt):
+        if not said:
+            raise EOFError  # Ctrl-D
+        return said.pop(0)
+
+    monkeypatch.setattr(console, "input", typed)
+    show._converse(console, *pair, make_exam(1, seed=0).pictures[0])
+    assert "How many digits?" in printed.getvalue() and "<image>" in printed.getvalue()
 
 
 def test_wrong_answers_are_marked():
