@@ -30,7 +30,7 @@ from voco_model.engine.clock import StageClock
 from voco_model.engine.first_pass import FirstPass, max_image_tokens, prepare_pixels
 from voco_model.engine.images import ImageJob, Images
 from voco_model.engine.language import Language
-from voco_model.engine.plan import ImageSlot, Plan, plan_prompt
+from voco_model.engine.plan import Plan, plan_prompt
 from voco_model.engine.programs import bucket
 from voco_model.engine.prompts import Work, check_length
 from voco_model.engine.request import Answer, Request, RequestError, Sampling
@@ -187,6 +187,7 @@ class TwoPassEngine:
             partial(prepare_pixels, processor),
             "" if mode == "voco" else f" {mode}",
             fingerprint,
+            num_tokens=self.num_voco if mode == "voco" else None,
             shared=mode != "uncached",
         )
         self._scheduler = Scheduler(
@@ -197,6 +198,7 @@ class TwoPassEngine:
             max_prompt_tokens=self.max_prompt_tokens,
             stop_ids=stop_ids,
             on_stream=WorkStream(model.device),
+            device=model.device,
         )
         if on_gpu:  # what was made here lies on another stream than what comes
             torch.cuda.synchronize(model.device)
@@ -263,9 +265,11 @@ class TwoPassEngine:
                 if not progressed and (coming or unfinished):
                     time.sleep(_IDLE_SECONDS)
         except BaseException:
-            pool.shutdown(cancel_futures=True)
-            for ticket in [*tickets, *(future.result() for future in coming if _succeeded(future))]:
+            pool.shutdown(wait=False, cancel_futures=True)  # an image may take its time
+            for ticket in tickets:
                 ticket.cancel()
+            for future in coming:
+                future.add_done_callback(_cancel_ticket)
             raise
         pool.shutdown()
         return [ticket.wait() for ticket in tickets]
@@ -284,7 +288,7 @@ class TwoPassEngine:
             raise TypeError(
                 f"expected a Request(images, text), got {type(request).__name__}; or call answer()"
             )
-        ticket = Ticket(self.step, self._decode)
+        ticket = self._ticket()
         try:
             self._scheduler.add([self._work_of(request, ticket)])
         except RequestError as error:
@@ -309,13 +313,13 @@ class TwoPassEngine:
         entries: list[CompactKV] = []
         for start in range(0, len(paired), _PREPARED_IMAGES):  # pixels take memory
             jobs = [
-                self._job(image, slot, 0, key)
+                self._images.job(image, slot, first=True, key=key)
                 for image, key in paired[start : start + _PREPARED_IMAGES]
             ]
             while waiting := [job for job in jobs if not job.ready]:
                 for job in waiting:
-                    if job.error is not None:
-                        raise job.error
+                    if (failure := job.failure) is not None:
+                        raise failure
                 if not self._scheduler.read(waiting):
                     time.sleep(_IDLE_SECONDS)  # another thread is preparing it
             entries += [job.entry for job in jobs]
@@ -373,12 +377,14 @@ class TwoPassEngine:
                 pass
             for length in text_tokens:
                 plan = Plan((slot,), tuple(repeat(pad, max(1, min(length, room)))))
-                works = [
-                    Work(Ticket(self.step, self._decode), plan, [job], sampling) for job in jobs
-                ]
-                self._scheduler.add(works)
-                for work in works:
-                    work.ticket.result()
+                works = [Work(self._ticket(), plan, [job], sampling) for job in jobs]
+                try:
+                    self._scheduler.add(works)
+                    for work in works:
+                        work.ticket.result()
+                finally:
+                    for work in works:
+                        work.ticket.cancel()
             self._scheduler.warm_decode(size, greedy=not sampled)
         return len(self._second.programs)
 
@@ -392,14 +398,19 @@ class TwoPassEngine:
         return self._scheduler.stats()
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Waits until the store has what pass 1 made; whether that was within ``timeout`` seconds."""
+        """Waits until the store has what pass 1 made; whether that was within ``timeout`` seconds. None
+        waits for as long as the store is writing: one that has finished no entry for 60 seconds is
+        given up, with a warning."""
         return self._images.flush(timeout)
 
     def close(self, timeout: float | None = None) -> bool:
-        """Fails what is still waiting, and flushes. The store stays open."""
+        """Fails what is still waiting, and flushes within ``timeout`` seconds, as ``flush`` does; whether
+        the store has everything. The store stays open."""
+        began = time.monotonic()
         self._closed = True
-        self._scheduler.close()
-        return self._images.close(timeout)
+        self._scheduler.close(timeout)
+        left = None if timeout is None else max(0.0, began + timeout - time.monotonic())
+        return self._images.close(left)
 
     def __enter__(self) -> TwoPassEngine:
         return self
@@ -419,6 +430,7 @@ class TwoPassEngine:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("expected an open engine, got one that was closed; make another")
+        self._scheduler.check_usable()
         check_ready(self.model)
 
     def _work_of(self, request: Request, ticket: Ticket) -> Work:
@@ -436,6 +448,12 @@ class TwoPassEngine:
             images = _as_list(request.images)
         except Exception as error:  # an iterator that opens files may raise anything
             raise RequestError("image", _told(error, "images that can be listed")) from error
+        if not images and request.images is not None:
+            raise RequestError(
+                "image",
+                "expected at least one image or frame, got an empty list; a question without an image has "
+                "images=None",
+            )
         try:
             images = _with_keys(images, request.keys)
             plan = self._plan(request.text, len(images))
@@ -448,7 +466,7 @@ class TwoPassEngine:
         if self.mode == "voco":
             check_length(plan.num_text + self.num_voco * len(images), self.max_prompt_tokens)
         jobs = [
-            self._job(image, slot, place, key)
+            self._images.job(image, slot, first=place == 0, key=key)
             for place, ((image, key), slot) in enumerate(zip(images, plan.images, strict=True))
         ]
         ticket.stop = sampling.stop
@@ -464,18 +482,6 @@ class TwoPassEngine:
             num_voco=self.num_voco if self.mode == "voco" else None,
         )
 
-    def _job(self, image: Any, slot: ImageSlot, place: int, key: str | None) -> ImageJob:
-        job = self._images.job(image, slot, first=place == 0, key=key)
-        if job.from_store and self.mode == "voco":
-            kept = job.entry.num_tokens
-            if kept != self.num_voco:
-                raise RequestError(
-                    "store",
-                    f"expected an entry with {self.num_voco} VoCo tokens, got one with {kept} under "
-                    f"key {job.key}; tell different numbers of VoCo tokens apart in the keys",
-                )
-        return job
-
     def _check_several(self, images: int) -> None:
         if self.mode == "full_cache":
             raise RequestError(
@@ -490,6 +496,9 @@ class TwoPassEngine:
                 "enable(..., isolated=True) each has an entry of its own",
             )
 
+    def _ticket(self) -> Ticket:
+        return Ticket(self._scheduler.step, self._decode)
+
     def _decode(self, tokens: list[int]) -> str:
         return self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
@@ -502,8 +511,9 @@ def _told(error: Exception, expected: str) -> str:
     return f"expected {expected}, got {type(error).__name__}: {message}"
 
 
-def _succeeded(future: Future) -> bool:
-    return future.done() and not future.cancelled() and future.exception() is None
+def _cancel_ticket(future: Future[Ticket]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result().cancel()
 
 
 def _as_list(images: Any) -> list[Any]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,15 +16,14 @@ from voco_kernels.kv import CompactKV
 from voco_model.engine.first_pass import Pixels
 from voco_model.engine.plan import ImageSlot
 from voco_model.engine.request import RequestError
+from voco_model.engine.store_writer import StoreWriter
 from voco_model.image_key import pixel_digest
-from voco_model.kv_store.base import Store
+from voco_model.kv_store.base import Store, after_fork
 
-logger = logging.getLogger("voco_model.engine")
-
-# Entries that wait to be written, at most: one more is not kept. New images wait for the store, but not
-# for ever, when half as many do.
-_MAX_UNWRITTEN = 64
-_PATIENCE = 5.0
+_ABANDONED = (
+    "the thread that was looking up or decoding this image for another request was interrupted; submit "
+    "this request again"
+)
 
 
 @dataclass(eq=False)
@@ -59,7 +56,15 @@ class ImageJob:
     @property
     def missing(self) -> bool:
         """Whether the first pass has to read it."""
-        return self.prepared and not self.ready and self.error is None
+        wanted = self.prepared and self.pixels is not None
+        return wanted and not self.ready and self.error is None
+
+    @property
+    def failure(self) -> RequestError | None:
+        """``error``; or one of its own where the creator was interrupted and left nothing."""
+        if self.error is None and self.prepared and self.pixels is None and not self.ready:
+            return RequestError("interrupted", _ABANDONED)
+        return self.error
 
 
 class Images:
@@ -70,8 +75,10 @@ class Images:
         key_of: an image's key where the request brings none.
         prepare: an image's pixels for the first pass.
         variant: told into the keys of entries that ``compress`` wouldn't make.
+        fingerprint: of the model, written into entries.
+        num_tokens: of an entry from the store; None takes any number.
         shared: whether requests share an image's job; otherwise each reads it anew, and there is no
-        store. fingerprint: of the model, written into entries.
+            store.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class Images:
         variant: str,
         fingerprint: str,
         *,
+        num_tokens: int | None = None,
         shared: bool = True,
     ) -> None:
         self._store = store if shared else None
@@ -90,12 +98,21 @@ class Images:
         self._prepare = prepare
         self._variant = variant
         self._fingerprint = fingerprint
+        self._num_tokens = num_tokens
+        self._writer = None if self._store is None else StoreWriter(self._store)
+        self._renew()
+        after_fork(self, Images._renew)
+
+    def _renew(self) -> None:
+        # After a fork as well: threads that were preparing images don't run in the child.
         self._jobs: weakref.WeakValueDictionary[str, ImageJob] = weakref.WeakValueDictionary()
-        self._lock = threading.Lock()
-        self._writer: ThreadPoolExecutor | None = None
-        self._unwritten: list[Future] = []
-        self._closed = False
-        self.put_failures = 0
+        # Reentrant: a signal handler may submit a request while its thread is in here.
+        self._lock = threading.RLock()
+
+    @property
+    def put_failures(self) -> int:
+        """Entries that were not stored."""
+        return 0 if self._writer is None else self._writer.failures
 
     def job(self, image: Any, slot: ImageSlot, *, first: bool, key: str | None) -> ImageJob:
         """The job of an image, perhaps one that others wait for already.
@@ -108,13 +125,15 @@ class Images:
         if key is None:
             key = self._of_image(image, self._key_of)
         key = self._placed(key, first)
-        with self._lock:
-            job = self._jobs.get(key)
-            if job is not None:
-                return job
-            job = self._jobs[key] = ImageJob(key, slot)
+        job = None
         try:
-            self._let_writer_catch_up()
+            with self._lock:
+                known = self._jobs.get(key)
+                if known is not None and known.failure is None:
+                    return known
+                job = self._jobs[key] = ImageJob(key, slot)
+            if self._writer is not None:  # the engine itself never waits for the store
+                self._writer.catch_up()
             job.entry = self._look_up(key)
             job.from_store = job.entry is not None
             if job.entry is None:
@@ -122,27 +141,17 @@ class Images:
         except RequestError as error:
             self.fail(job, error)
             raise
-        finally:
-            job.prepared = True
+        finally:  # also if this thread is interrupted: others may be waiting for the job
+            if job is not None:
+                job.prepared = True
         return job
 
     def keep(self, job: ImageJob, entry: CompactKV) -> None:
         """Gives a job its entry, and writes it to the store behind the answer."""
         job.entry = replace(entry, key=job.key, fingerprint=self._fingerprint)
         job.pixels = None
-        if self._store is None or not job.key:
-            return
-        with self._lock:
-            self._unwritten = [future for future in self._unwritten if not future.done()]
-            if self._closed or len(self._unwritten) >= _MAX_UNWRITTEN:
-                self._not_kept(
-                    job, "the engine is closed" if self._closed else "the store is behind"
-                )
-                return
-            if self._writer is None:
-                self._writer = ThreadPoolExecutor(1, thread_name_prefix="voco-store-writer")
-            # The job goes along: until its entry is written, it must be found here.
-            self._unwritten.append(self._writer.submit(self._write, job))
+        if self._writer is not None and job.key:
+            self._writer.write(job)
 
     def fail(self, job: ImageJob, error: RequestError) -> None:
         job.error = error
@@ -155,30 +164,12 @@ class Images:
                 del self._jobs[job.key]
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Waits until every entry is written, or couldn't be; whether that was within ``timeout``."""
-        with self._lock:
-            pending = [future for future in self._unwritten if not future.done()]
-        return not wait(pending, timeout).not_done
+        """Waits for the writer; see ``StoreWriter.flush``."""
+        return self._writer is None or self._writer.flush(timeout)
 
     def close(self, timeout: float | None = None) -> bool:
-        """Writes what there is; whether that was done within ``timeout``."""
-        with self._lock:
-            self._closed = True
-        done = self.flush(timeout)
-        if self._writer is not None:
-            self._writer.shutdown(wait=done, cancel_futures=True)
-        given_up = sum(future.cancelled() for future in self._unwritten)
-        if given_up:
-            self.put_failures += given_up
-            logger.warning("%d entries could not be stored: the store hangs", given_up)
-        return done
-
-    def _let_writer_catch_up(self) -> None:
-        # Here, in the thread of who brings a new image: the engine itself waits for no store.
-        with self._lock:
-            pending = [future for future in self._unwritten if not future.done()]
-        if len(pending) >= _MAX_UNWRITTEN // 2:
-            wait(pending[:1], _PATIENCE)
+        """Closes the writer; see ``StoreWriter.close``."""
+        return self._writer is None or self._writer.close(timeout)
 
     def _placed(self, key: str, first: bool) -> str:
         # What stands first has BOS before it: what stands later has another entry.
@@ -203,6 +194,13 @@ class Images:
                 f"{entry.fingerprint!r} under key {key}; use other keys for another model, or a store "
                 "of its own",
             )
+        expected = self._num_tokens
+        if entry is not None and expected is not None and entry.num_tokens != expected:
+            raise RequestError(
+                "store",
+                f"expected an entry with {expected} VoCo tokens, got one with {entry.num_tokens} under "
+                f"key {key}; tell different numbers of VoCo tokens apart in the keys",
+            )
         return entry
 
     def _of_image(self, image: Any, function: Callable[[Any], Any]) -> Any:
@@ -214,16 +212,6 @@ class Images:
             return function(image)
         except Exception as error:  # a decoder may raise anything
             raise _unreadable(image, error) from error
-
-    def _write(self, job: ImageJob) -> None:
-        try:
-            self._store.put(job.entry)
-        except Exception as error:  # the answer stands; the next request compresses again
-            self._not_kept(job, error)
-
-    def _not_kept(self, job: ImageJob, why: Any) -> None:
-        self.put_failures += 1
-        logger.warning("the entry of image %s could not be stored: %s", job.key, why)
 
 
 def _unreadable(image: Any, error: Exception) -> RequestError:

@@ -24,6 +24,7 @@ class Work:
         sampling: with its number of tokens and its seed decided.
         prompt_tokens: once it is known.
         from_store: images whose entries were there when it came.
+        interruptions: how often the thread that was at it was interrupted.
     """
 
     ticket: Ticket
@@ -32,6 +33,7 @@ class Work:
     sampling: Sampling
     prompt_tokens: int = 0
     from_store: int = 0
+    interruptions: int = 0
 
     @property
     def ready(self) -> bool:
@@ -41,7 +43,7 @@ class Work:
 def prompt_of(
     work: Work, max_prompt_tokens: int, join: Callable[[Sequence[Sequence[int] | Tensor]], Tensor]
 ) -> Prompt:
-    """The prompt of a request whose images are there.
+    """The prompt of a request whose images are there, and what it has written so far.
 
     An entry takes a slot a token; position ids go on behind it as if its whole image stood there.
 
@@ -87,6 +89,8 @@ def prompt_of(
     add_text(work.plan.text)
     check_length(slot, max_prompt_tokens)
     work.prompt_tokens = slot
+    written = tuple(work.ticket.tokens)  # before it lost its row to an interrupt
+    add_text(written)
     embedded = any(isinstance(piece, Tensor) for piece in pieces)
     return Prompt(
         ids,
@@ -94,12 +98,13 @@ def prompt_of(
         positions,
         next_slot=slot,
         next_position=position,
-        max_new_tokens=work.sampling.max_new_tokens,
+        max_new_tokens=work.sampling.max_new_tokens - len(written),
         temperature=work.sampling.temperature,
         top_p=work.sampling.top_p,
         seed=work.sampling.seed,
         ignore_eos=work.sampling.ignore_eos,
         owner=work,
+        drawn=len(written),
         features=join(pieces) if embedded else None,
         entries=[job.entry for job in work.jobs] if entry_slots else (),
         entry_slots=entry_slots,

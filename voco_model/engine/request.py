@@ -15,7 +15,7 @@ class RequestError(RuntimeError):
 
     Attributes:
         reason: "image" (it can't be read), "prompt" (too long, or ill-formed), "memory" (the device's is
-            exhausted), "store" (it raised), "cancelled", or "internal".
+            exhausted), "store" (it raised), "cancelled", "interrupted" (submit it again), or "internal".
     """
 
     def __init__(self, reason: str, message: str) -> None:

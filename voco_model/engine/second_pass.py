@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ from voco_model.engine.sampling import choose, uniform
 
 # A row's state, by column.
 TOKEN, SLOT, POSITION, LEFT, SEED, DRAWN, ENDS = range(7)
-# What a prefill is told of a row beside its tokens: row, last token, five columns of its state, and
+# What a prefill is told of a row beside its tokens: row, last token, six columns of its state, and
 # temperature and top_p as the bits of float64.
-_FACTS = 9
+_FACTS = 10
 # What a row writes in place of a token when it has ended, and when its logits are no numbers.
 NOTHING, BROKEN = -1, -2
 # Decoding looks at powers of two of slots, from this many on: each is a graph of its own.
@@ -46,6 +46,7 @@ class Prompt:
         next_slot, next_position: of the first new token.
         max_new_tokens, temperature, top_p, seed, ignore_eos: see ``Sampling``.
         owner: whatever the caller knows it by.
+        drawn: how many tokens of the answer are among ``ids`` already.
     """
 
     ids: Sequence[int]
@@ -59,6 +60,7 @@ class Prompt:
     seed: int
     ignore_eos: bool
     owner: Any
+    drawn: int = 0
     features: Tensor | None = None
     entries: Sequence[CompactKV] = ()
     entry_slots: Sequence[int] = ()
@@ -75,15 +77,16 @@ class _Row:
     owner: Any
     slots_used: int  # an upper bound: the device may have stopped earlier
     greedy: bool
+    left: bool = False  # tokens that still come for it are dropped
 
 
 @dataclass
 class _Flight:
-    """Tokens on their way to the host, and whose they are."""
+    """Tokens on their way to the host, and the rows they are for."""
 
     tokens: Tensor
     event: torch.cuda.Event | None
-    owners: list[Any] = field(default_factory=list)
+    rows: list[_Row | None]
 
 
 class SecondPass:
@@ -164,8 +167,9 @@ class SecondPass:
             torch.OutOfMemoryError: the rows are free again.
         """
         taken = [index for index, row in enumerate(self._rows) if row is None][: len(prompts)]
-        for row, prompt in zip(taken, prompts, strict=True):
-            self._rows[row] = _Row(prompt.owner, prompt.next_slot, prompt.temperature == 0)
+        rows = [_Row(each.owner, each.next_slot, each.temperature == 0) for each in prompts]
+        for index, row in zip(taken, rows, strict=True):
+            self._rows[index] = row
         try:
             for row in taken:
                 if not self._clean[row]:
@@ -174,10 +178,11 @@ class SecondPass:
             self._load(prompts, taken)
             with self._clock("prefill"):
                 tokens = self._read(prompts, taken)
-            self._send(tokens[: len(prompts)], [prompt.owner for prompt in prompts])
+            self._send(tokens[: len(prompts)], rows)
         except BaseException:
-            for row in taken:
-                self._rows[row] = None
+            for index, row in zip(taken, rows, strict=True):
+                row.left = True  # its first token may be on its way already
+                self._rows[index] = None
             self._state[taken, LEFT] = 0
             raise
 
@@ -244,11 +249,12 @@ class SecondPass:
                 prompt.next_position - 1,
                 prompt.max_new_tokens,
                 prompt.seed,
+                prompt.drawn,
                 not prompt.ignore_eos,
             )
-            rest[index, :7] = torch.tensor([row, length - 1, *state])
+            rest[index, :8] = torch.tensor([row, length - 1, *state])
             floats = torch.tensor([prompt.temperature, prompt.top_p], dtype=torch.float64)
-            rest[index, 7:] = floats.view(torch.int64)
+            rest[index, 8:] = floats.view(torch.int64)
         return packed.pin_memory() if self._device.type == "cuda" else packed
 
     def _prefill(self, packed: Tensor, embeds: Tensor | None, span: int | None, greedy: bool):
@@ -261,9 +267,9 @@ class SecondPass:
         hidden = self._language.forward(self.cache, Step(rows, slots, span), embeds, positions)
         ends = hidden[torch.arange(count, device=self._device), last]
         none = torch.zeros_like(last)
-        slot, position, left, seed, heeds = rest[:, 2:7].unbind(1)
-        self._state[rows] = torch.stack([none, slot, position, left, seed, none, heeds], dim=1)
-        self._floats[rows] = rest[:, 7:].contiguous().view(torch.float64).float()
+        slot, position, left, seed, drawn, heeds = rest[:, 2:8].unbind(1)
+        self._state[rows] = torch.stack([none, slot, position, left, seed, drawn, heeds], dim=1)
+        self._floats[rows] = rest[:, 8:].contiguous().view(torch.float64).float()
         return self._choose(ends, rows, greedy)
 
     # ---- tokens out
@@ -283,8 +289,7 @@ class SecondPass:
             row.slots_used = min(row.slots_used + 1, self._scrap_slot)
         with self._clock("decode"):
             tokens = self._run_decode(count, span, greedy)
-        owners = [None if row is None else row.owner for row in self._rows[:count]]
-        self._send(tokens, owners)
+        self._send(tokens, self._rows[:count])
         return True
 
     def warm_decode(self, rows: int, greedy: bool) -> None:
@@ -333,27 +338,27 @@ class SecondPass:
         self._state[rows] = torch.stack(columns, dim=1)
         return torch.where(writes, torch.where(sound, token, BROKEN), NOTHING)
 
-    def _send(self, tokens: Tensor, owners: list[Any]) -> None:
+    def _send(self, tokens: Tensor, rows: list[_Row | None]) -> None:
         if self._device.type != "cuda":
-            self._flights.append(_Flight(tokens.clone(), None, owners))
+            self._flights.append(_Flight(tokens.clone(), None, rows))
             return
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._flights.append(_Flight(host, event, owners))
+        self._flights.append(_Flight(host, event, rows))
 
     def arrived(self) -> list[tuple[Any, int]]:
-        """(owner, token or BROKEN) of what has come back, oldest first. Waits only where the host is
-        ``lag`` steps ahead, or has nothing else to do."""
+        """(owner, token or BROKEN) of what has come back for rows that are still taken, oldest first.
+        Waits only where the host is ``lag`` steps ahead, or has nothing else to do."""
         come = []
         idle = self.free_rows == self._max_rows
         while self._flights and (idle or len(self._flights) > self._lag or self._ready()):
             flight = self._flights.popleft()
             if flight.event is not None:
                 flight.event.synchronize()
-            pairs = zip(flight.owners, flight.tokens.tolist(), strict=True)
-            come += [(owner, token) for owner, token in pairs if owner is not None]
+            pairs = zip(flight.rows, flight.tokens.tolist(), strict=True)
+            come += [(row.owner, token) for row, token in pairs if row is not None and not row.left]
         return [(owner, token) for owner, token in come if token != NOTHING]
 
     def _ready(self) -> bool:
@@ -366,9 +371,18 @@ class SecondPass:
         """Free the row of an owner that has one; of a sound one, all logits were numbers to the end."""
         for index, row in enumerate(self._rows):
             if row is not None and row.owner is owner:
+                row.left = True
                 self._rows[index] = None
                 self._state[index, LEFT] = 0
                 self._clean[index] = sound
+
+    def reset(self) -> None:
+        """Free every row and drop the tokens that are on their way, whatever state an exception has left
+        them in."""
+        self._flights.clear()
+        self._rows = [None] * self._max_rows
+        self._clean = [False] * self._max_rows
+        self._state[:, LEFT] = 0
 
     def _close_ranks(self) -> None:
         """Move rows to the front where a smaller batch then holds them all."""

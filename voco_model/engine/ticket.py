@@ -8,6 +8,8 @@ from dataclasses import replace
 
 from voco_model.engine.request import Answer, RequestError
 
+# Seconds after which a thread that waits for another to drive looks at its own answer again.
+_LOOK_AGAIN = 0.02
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -21,7 +23,7 @@ class Ticket:
         tokens: written so far.
     """
 
-    def __init__(self, drive: Callable[[], bool], decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, drive: Callable[[float], bool], decode: Callable[[list[int]], str]) -> None:
         self._drive = drive
         self._decode = decode
         self._answer: Answer | None = None
@@ -44,7 +46,8 @@ class Ticket:
 
         Raises:
             RequestError: there is none.
-            TimeoutError: not within ``timeout`` seconds. The request goes on.
+            TimeoutError: not within ``timeout`` seconds, or one step more where this thread was driving.
+                The request goes on.
         """
         answer = self.wait(timeout)
         if answer.error is not None:
@@ -55,12 +58,13 @@ class Ticket:
         """As ``result``, but a request that failed gives an ``Answer`` with ``error``."""
         began = time.perf_counter()
         while self._answer is None:
-            if timeout is not None and time.perf_counter() - began > timeout:
+            left = _LOOK_AGAIN if timeout is None else began + timeout - time.perf_counter()
+            if left < 0:
                 raise TimeoutError(
                     f"expected an answer within {timeout} s, got {len(self.tokens)} tokens so far; wait "
                     "longer, or cancel()"
                 )
-            self._drive_once()
+            self._drive_once(min(left, _LOOK_AGAIN))
         return self._answer
 
     def __iter__(self) -> Iterator[str]:
@@ -98,8 +102,12 @@ class Ticket:
         text = text[: min(places)] if places else text
         self._conclude(Answer(text, tuple(self.tokens), reason, **facts))
 
-    def fail(self, error: RequestError) -> None:
+    def fail(self, error: RequestError) -> bool:
+        """Whether it had no answer yet."""
+        if self._answer is not None:
+            return False
         self._conclude(Answer(tokens=tuple(self.tokens), finish_reason="error", error=error))
+        return True
 
     def _places(self, text: str) -> list[int]:
         """Where stop strings begin."""
@@ -113,8 +121,8 @@ class Ticket:
             seconds_to_first=first - self._began,
         )
 
-    def _drive_once(self) -> None:
-        if not self._drive():
+    def _drive_once(self, patience: float = _LOOK_AGAIN) -> None:
+        if not self._drive(patience):
             time.sleep(0.0005)  # another thread prepares the image, or the device is at it
 
     def _safe_text(self) -> str:

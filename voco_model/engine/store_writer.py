@@ -1,0 +1,152 @@
+"""``StoreWriter``: writes entries to a store, in a thread of its own."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import weakref
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import TYPE_CHECKING, Any
+
+from voco_model.kv_store.base import Store, after_fork
+
+if TYPE_CHECKING:
+    from voco_model.engine.images import ImageJob
+
+logger = logging.getLogger("voco_model.engine")
+
+# Entries that wait to be written, at most; any more are dropped. From half as many on, new images wait
+# for the store, up to _PATIENCE seconds each.
+_MAX_UNWRITTEN = 64
+_PATIENCE = 5.0
+# A store that has finished no entry for so many seconds is taken to hang.
+_STALLED = 60.0
+
+_writers: weakref.WeakSet[StoreWriter] = weakref.WeakSet()
+
+
+class StoreWriter:
+    """Entries on their way to a store.
+
+    The thread is a daemon that ends whenever the queue is empty: a store that hangs keeps no process
+    from exiting (``ThreadPoolExecutor`` would), and a fork or an interrupted start leaves nothing behind
+    that the next entry can't mend.
+
+    Attributes:
+        failures: entries that were not stored.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        # Reentrant: a signal handler may close the engine while its thread is in here.
+        self._lock = threading.RLock()
+        self._queue: deque[tuple[Future, ImageJob]] = deque()
+        self._writing: set[Future] = set()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self.failures = 0
+        _writers.add(self)
+        after_fork(self, StoreWriter._renew)
+
+    def write(self, job: ImageJob) -> None:
+        """Queues a job's entry. The job itself is kept until the entry is in the store, so that others
+        who ask for the image find it."""
+        with self._lock:
+            if self._closed:
+                self._not_stored(job, "the engine is closed")
+            elif len(self._pending()) >= _MAX_UNWRITTEN:
+                self._not_stored(job, "the store is behind")
+            else:
+                self._queue.append((Future(), job))
+                self._start()
+
+    def catch_up(self) -> None:
+        """Waits a little for a store that is behind."""
+        pending = self._pending()
+        if len(pending) >= _MAX_UNWRITTEN // 2:
+            wait(pending[:1], _PATIENCE)
+
+    def flush(self, timeout: float | None = None, *, stalled: float = _STALLED) -> bool:
+        """Waits until every entry is written or has failed; whether it came to that.
+
+        Args:
+            timeout: seconds, at most. None waits for as long as the store finishes an entry every
+                ``stalled`` seconds.
+        """
+        with self._lock:
+            self._start()
+            pending = self._pending()
+        if timeout is not None:
+            return not wait(pending, timeout).not_done
+        while pending:
+            done, waiting = wait(pending, stalled, FIRST_COMPLETED)
+            if not done:
+                logger.warning(
+                    "stopped waiting for %d entries: the store has written none for %g s",
+                    len(waiting),
+                    stalled,
+                )
+                return False
+            pending = list(waiting)
+        return True
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Flushes, drops what is then still queued, and takes no more; whether all was written."""
+        self._closed = True
+        done = self.flush(timeout)
+        with self._lock:
+            dropped = len(self._queue)
+            self._queue.clear()
+            self.failures += dropped
+        if dropped:
+            logger.warning("%d entries could not be stored: the store hangs", dropped)
+        return done
+
+    def _pending(self) -> list[Future]:
+        with self._lock:
+            return [*self._writing, *(future for future, _ in self._queue)]
+
+    def _start(self) -> None:
+        if not self._queue or (self._thread is not None and self._thread.is_alive()):
+            return
+        self._thread = threading.Thread(target=self._run, name="voco-store-writer", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # out of threads, or the interpreter is shutting down
+            while self._queue:
+                future, job = self._queue.popleft()
+                self._not_stored(job, error)
+                future.set_result(None)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._queue:
+                    self._thread = None
+                    return
+                future, job = self._queue.popleft()
+                self._writing.add(future)
+            try:
+                self._store.put(job.entry)
+            except BaseException as error:  # nothing above could be told; the answer stands
+                self._not_stored(job, error)
+            with self._lock:
+                self._writing.discard(future)
+            future.set_result(None)
+
+    def _not_stored(self, job: ImageJob, why: Any) -> None:
+        self.failures += 1
+        logger.warning("the entry of image %s could not be stored: %s", job.key, why)
+
+    def _renew(self) -> None:
+        # What was queued when the process forked is written by the parent.
+        self._lock = threading.RLock()
+        self._queue, self._writing, self._thread = deque(), set(), None
+
+
+@atexit.register
+def _flush_all() -> None:
+    for writer in list(_writers):
+        writer.flush(stalled=_PATIENCE)
