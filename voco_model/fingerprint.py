@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
+from voco_model.hash_threads import hash_threads
+
 # What a config says of where it came from and how it is run. Weights tell their dtype themselves.
 _NOT_IN_CONFIG = (
     "_attn_implementation",
@@ -58,7 +60,7 @@ def fingerprint(model, *, refresh: bool = False) -> str:
         )
         if same and before == state:
             return found
-    digest = blake3(max_threads=blake3.AUTO)
+    digest = blake3(max_threads=hash_threads())
     _update(digest, config.encode())
     for name, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, Tensor):

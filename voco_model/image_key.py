@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.image_utils import load_image
 
 from voco_model.fingerprint import fingerprint
+from voco_model.hash_threads import hash_threads
 from voco_model.prompt import image_part
 
 # Of a processor, beside its image processor's parameters: what decides an image's tokens.
@@ -69,11 +70,11 @@ def image_key(
         "fingerprint": fingerprint(model),
     }
     if salt is None:
-        digest = blake3(max_threads=blake3.AUTO)
+        digest = blake3(max_threads=hash_threads())
     else:
         salt = salt.encode() if isinstance(salt, str) else salt
         tenant = blake3(salt, derive_key_context=_SALT_CONTEXT).digest()
-        digest = blake3(key=tenant, max_threads=blake3.AUTO)
+        digest = blake3(key=tenant, max_threads=hash_threads())
     text = json.dumps(facts, sort_keys=True, default=str).encode()
     digest.update(len(text).to_bytes(8, "little"))
     digest.update(text)

@@ -404,8 +404,8 @@ class TwoPassEngine:
         return self._images.flush(timeout)
 
     def close(self, timeout: float | None = None) -> bool:
-        """Fails what is still waiting, and flushes within ``timeout`` seconds, as ``flush`` does; whether
-        the store has everything. The store stays open."""
+        """Fails what is still waiting, and flushes as ``flush`` does; whether the store has everything.
+        The store stays open."""
         began = time.monotonic()
         self._closed = True
         self._scheduler.close(timeout)
@@ -451,8 +451,8 @@ class TwoPassEngine:
         if not images and request.images is not None:
             raise RequestError(
                 "image",
-                "expected at least one image or frame, got an empty list; a question without an image has "
-                "images=None",
+                "expected at least one image or frame, got an empty list; give images=None for a "
+                "question without an image",
             )
         try:
             images = _with_keys(images, request.keys)

@@ -135,8 +135,8 @@ class Scheduler:
         after_fork(self, Scheduler._renew)
 
     def _make_locks(self) -> None:
-        # Reentrant, the one since its release() tells whether it is held, the other since a signal handler
-        # may submit a request while its thread is counting.
+        # Reentrant, the one since its release() tells whether it is held, the other since a signal
+        # handler may submit a request while its thread is counting.
         self._turn = threading.RLock()
         self._counting = threading.RLock()
         self._driver: int | None = None  # the thread that has the turn
