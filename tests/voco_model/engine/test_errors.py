@@ -6,6 +6,7 @@ import logging
 import threading
 from dataclasses import replace
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -227,6 +228,27 @@ def test_an_entry_with_other_voco_tokens(world, engine_of):
         engine_of(store).answer(picture, SHORT, keys=[key])
 
 
+def test_who_shares_an_entry_with_other_voco_tokens(world, engine_of, monkeypatch):
+    """Also one who came while the first was looking it up."""
+    store, request = MemoryStore(1 << 26), world.cases[0].request
+    asked = Request(request.images, request.text, keys=["b" * 64])
+    (entry,) = voco_model.compress(
+        world.model, request.images, processor=world.processor, num_voco=3
+    )
+    store.put(replace(entry, fingerprint=voco_model.fingerprint(world.model)), "b" * 64)
+    engine, sharing, real = engine_of(store), [], store.get
+
+    def get(key):
+        if not sharing:
+            sharing.append(engine.submit(asked))
+        return real(key)
+
+    monkeypatch.setattr(store, "get", get)
+    for ticket in (engine.submit(asked), *sharing):
+        error = ticket.wait(timeout=60).error
+        assert error.reason == "store" and "2 VoCo tokens, got one with 3" in str(error)
+
+
 def test_an_entry_of_another_model(world, engine_of):
     store, picture = MemoryStore(1 << 26), world.cases[0].request.images
     key = "c" * 64
@@ -445,6 +467,14 @@ def test_suppressed_tokens_that_the_model_does_not_have(world):
             voco_model.TwoPassEngine(world.model, world.processor)
     finally:
         world.model.generation_config.suppress_tokens = None
+
+
+@pytest.mark.parametrize("images", [[], (), np.zeros((0, 32, 32, 3), np.uint8)])
+def test_no_image_in_the_list(world, engine_of, images):
+    bad = Request(images, SHORT)
+    others_are_answered(world, engine_of(), bad, "image", "got an empty list; give images=None")
+    with pytest.raises(RequestError, match="got an empty list"):
+        next(engine_of().stream(images, SHORT))
 
 
 @pytest.mark.parametrize("images", [b"abc", {"image": 1}])
