@@ -329,14 +329,16 @@ class Scheduler:
             self._read_batch(batch)
         except Exception:  # no memory for all of them, or one is bad
             for job in batch:
-                self._read_alone(job)
+                if job.missing:
+                    self._read_alone(job)
         return True
 
     def _read_alone(self, job: ImageJob) -> None:
         try:
             self._read_batch([job])
         except Exception as error:
-            self._images.fail(job, failure_of(error, "reading an image"))
+            if not job.ready:
+                self._images.fail(job, failure_of(error, "reading an image"))
 
     def _read_batch(self, batch: Sequence[ImageJob]) -> None:
         features = self._first.features([job.pixels for job in batch])
@@ -362,14 +364,16 @@ class Scheduler:
             self._in_hand = (work,)
             failures = (job.failure for job in work.jobs)
             error = next((failure for failure in failures if failure is not None), None)
+            if error is None and not work.ready:
+                continue
             try:
-                if error is None and work.ready:
-                    chosen.append(
-                        (work, prompt_of(work, self._max_prompt_tokens, self._first.join))
-                    )
+                if error is None:
+                    prompt = prompt_of(work, self._max_prompt_tokens, self._first.join)
             except Exception as raised:
                 error = failure_of(raised, "putting the prompt together")
-            if error is not None:
+            if error is None:
+                chosen.append((work, prompt))
+            else:
                 self._give_up(work, error)
         by_kind = sorted(chosen, key=lambda pair: kind_of(pair[1]))
         for _, group in groupby(by_kind, key=lambda pair: kind_of(pair[1])):

@@ -168,13 +168,12 @@ class SecondPass:
         """
         taken = [index for index, row in enumerate(self._rows) if row is None][: len(prompts)]
         rows = [_Row(each.owner, each.next_slot, each.temperature == 0) for each in prompts]
-        for index, row in zip(taken, rows, strict=True):
-            self._rows[index] = row
         try:
-            for row in taken:
-                if not self._clean[row]:
-                    self.cache.clear_row(row)
-                self._clean[row] = False
+            for index, row in zip(taken, rows, strict=True):
+                self._rows[index] = row
+                if not self._clean[index]:
+                    self.cache.clear_row(index)
+                self._clean[index] = False
             self._load(prompts, taken)
             with self._clock("prefill"):
                 tokens = self._read(prompts, taken)
