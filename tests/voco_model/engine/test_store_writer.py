@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -160,6 +161,23 @@ def test_an_interrupt_while_the_thread_is_started(entry, monkeypatch):
     assert writer.flush(timeout=60) and len(store) == 1
 
 
+def test_an_exit_waits_for_a_store_that_hangs_no_longer_than_said(entry, monkeypatch):
+    """What is registered with ``atexit``; the thread itself is a daemon."""
+    monkeypatch.setattr(store_writer, "_writers", weakref.WeakSet())
+    monkeypatch.setattr(store_writer, "_PATIENCE", 0.3)
+    good, hanging = MemoryStore(1 << 26), Gated()
+    writers = [StoreWriter(good), StoreWriter(hanging)]
+    for number in range(3):
+        for writer in writers:
+            writer.write(job_of(entry, number))
+    assert writers[1]._thread.daemon
+    store_writer._flush_all()
+    assert len(good) == 3 and len(hanging) == 0
+    hanging.gate.set()
+    assert writers[1].flush(timeout=60)
+
+
+@pytest.mark.slow  # a process of its own imports Transformers
 def test_a_process_exits_with_entries_unwritten(tmp_path):
     """What can be written is; a store that hangs keeps no process from its exit."""
     script = """
