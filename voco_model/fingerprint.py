@@ -26,11 +26,11 @@ def fingerprint(model, *, refresh: bool = False) -> str:
     rotation, and which adapters are active, merged or disabled. ``docs/keys.md`` lists what is included,
     what is refused and what is left out.
 
-    Reading the weights takes a while (for 7B in bf16, 13.5 GB), but only once: their digest is kept with
-    the model, and computed again when a tensor was replaced, when PyTorch counted a write to one, or when
-    one of 64 sampled numbers of it changed. So an optimizer's step is noticed, fused or not. A few numbers
-    written through ``.data``, in inference mode or by another library may not be: pass ``refresh=True``
-    after such a change. Switching an adapter doesn't read the weights again.
+    Reading the weights takes a while (for 7B in bf16, 13.5 GB), but only once: their digest is kept
+    with the model, and computed again when a tensor was replaced, when PyTorch counted a write to one,
+    or when one of 64 sampled numbers of it changed. So an optimizer's step is noticed, fused or not. A
+    few numbers written through ``.data``, in inference mode or by another library may not be: pass
+    ``refresh=True`` after such a change. Switching an adapter doesn't read the weights again.
 
     Two copies of a checkpoint under different names have the same fingerprint; another dtype, another
     number of VoCo tokens or a single changed weight gives another one.
@@ -39,8 +39,9 @@ def fingerprint(model, *, refresh: bool = False) -> str:
         model: a Transformers model, on any device.
 
     Raises:
-        ValueError: weights that aren't here as a whole (on the meta device, or sharded by FSDP, DeepSpeed
-            ZeRO-3 or tensor parallelism), or a hook or replaced function whose effect can't be known.
+        ValueError: weights that aren't here as a whole (on the meta device, or sharded by FSDP,
+            DeepSpeed ZeRO-3 or tensor parallelism), or a hook or replaced function whose effect can't
+            be known.
         TypeError: something in the model's ``state_dict`` that is not a tensor.
     """
     from blake3 import blake3  # here: everything but keys works without it
