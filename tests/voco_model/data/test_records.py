@@ -93,21 +93,22 @@ def test_no_records_at_all(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "text, line",
+    "text, line, said",
     [
-        ('{"id": 1}\n', 1),
-        ('{"id": 1}\n{"id": 2}\n', 1),
-        ('\n\n"text"', 3),
-        ("12", 1),
-        (" \n", 2),
-        ('[{"id": 1},\n {"id": 2}', 2),  # cut off
-        ('[{"id": 1}]\n[{"id": 2}]', 2),
+        ('\n\n"text"', 3, "something else"),
+        ("12", 1, "something else"),
+        (" \n", 2, "nothing"),
+        ('[{"id": 1},\n {"id": 2}', 2, "one that breaks off.*download or write it again"),
+        ('{"id": [1,\n', 1, "an object that breaks off.*download or write it again"),
+        ('[{"id": 1}]\n[{"id": 2}]', 2, "something behind it.*into one array"),
     ],
 )
-def test_what_is_no_array_is_refused(tmp_path, text, line):
+def test_what_is_no_array_is_refused(tmp_path, text, line, said):
     path = tmp_path / "data.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=f"expected a JSON array.*line {line} of .*jsonl"):
+    got, _, advice = said.partition(".*")
+    expected = f"expected a JSON array of records, got {got} at line {line} of .*{advice}"
+    with pytest.raises(ValueError, match=expected):
         FileRecords(path)
 
 
