@@ -90,7 +90,10 @@ class FileRecords:
         )
 
     def where(self, index: int) -> str:
-        return f"{self.path}:{self._places[index, 2]}"
+        """File and line; with the record's number too where a line has several."""
+        line = self._places[index, 2]
+        several = (self._places[max(index - 1, 0) : index + 2, 2] == line).sum() > 1
+        return f"{self.path}:{line}" + (f", record {index}" if several else "")
 
     def state(self) -> str:
         stat = self.path.stat()
@@ -273,7 +276,25 @@ def load_dataset_of(path: str, split: str, *, streaming: bool = False):
         check_parquet(Path(path))
     if is_parquet:
         return load_dataset("parquet", data_files={split: path}, split=split, streaming=streaming)
+    if any((Path(path) / name).is_file() for name in _SAVED):
+        return _saved(path, split, streaming=streaming)
     return load_dataset(path, split=split, streaming=streaming)
+
+
+_SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves, which load_dataset refuses
+
+
+def _saved(path: str, split: str, *, streaming: bool):
+    from datasets import DatasetDict, load_from_disk
+
+    found = load_from_disk(path)
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise ValueError(
+                f"expected split as one of {', '.join(found)} in {path}, got {split!r}"
+            )
+        found = found[split]
+    return found.to_iterable_dataset() if streaming else found
 
 
 def open_records(path: str, split: str = "train") -> Records:
