@@ -157,6 +157,14 @@ def _turn(turn: Any, where: str, has_video: bool) -> _Turn:
         text = text.replace(_VIDEO_TOKEN, "")
     if places:
         text = text.replace(IMAGE_TOKEN, "").strip()
+    # What is left of the text may spell a token that wasn't there: <ima<image>ge>.
+    if IMAGE_TOKEN in _checked_text(text, where).replace("\n", ""):
+        raise DataError(
+            "misplaced_images",
+            where,
+            f"expected {IMAGE_TOKEN} as the place of an image, got it inside "
+            "another or across lines",
+        )
     return _Turn(_ROLES[role], text, places)
 
 
@@ -186,7 +194,7 @@ def _checked_text(text: Any, where: str) -> str:
         raise DataError("bad_record", where, f"expected the text of a turn, got {_shown(text)}")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise DataError("bad_record", where, "expected text, got half of a surrogate pair in it")
-    if VOCO_TOKEN in text:
+    if VOCO_TOKEN in text.replace("\n", ""):  # which the authors' prompts delete
         raise DataError("misplaced_images", where, f"expected texts without {VOCO_TOKEN}")
     return text
 

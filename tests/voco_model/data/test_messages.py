@@ -246,6 +246,23 @@ def test_wrong_parts(folder, parts, images, kind, said):
     assert found[0] == kind and re.search(said, found[1]), found
 
 
+@pytest.mark.parametrize(
+    "question",
+    [
+        "<ima<image>ge> What?",
+        "<Vo<image>Co> What?",
+        "<image>\nWhat is <ima\nge>?",
+        "<image><Vo\nCo>",
+    ],
+)
+def test_a_token_that_only_appears_in_the_end_is_a_fault(folder, question):
+    """Where a placeholder goes, or where the style of the authors deletes newlines."""
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "A cup."}]
+    kind, said = fault({"image": "0.png", "conversations": turns}, folder)
+    assert kind == "misplaced_images"
+    assert ("<VoCo>" if "Co>" in question else "<image> as the place") in said
+
+
 def test_a_fault_does_not_repeat_a_whole_value():
     for value in ({"image": b"0" * 10_000, "type": "film"}, {"type": "x" * 10_000}):
         assert len(fault(asked(value))[1]) < 300
