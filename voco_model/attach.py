@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from functools import partial
 from weakref import WeakSet
 
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from transformers.processing_utils import ProcessorMixin
 
@@ -159,6 +161,14 @@ def check_ready(model) -> None:
         )
     if model.training:
         raise ValueError("expected a model in eval mode, got one in training; call model.eval()")
+    for name, module in model.named_modules():
+        # Adapters that were added since may be in training mode by themselves.
+        if module.training and isinstance(module, _DropoutNd | _BatchNorm):
+            if getattr(module, "p", 1):
+                raise ValueError(
+                    f"expected a model in eval mode, got {name} in training, whose answers are random; "
+                    "call model.eval()"
+                )
 
 
 def _check_model(model) -> None:

@@ -166,13 +166,21 @@ def train(
 
 @convert_app.command()
 def from_authors(
-    source: Annotated[Path, typer.Argument(help="folder of a checkpoint of the authors' code")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="folder of a checkpoint of the authors, or of an original LLaVA-1.5"),
+    ],
     target: Annotated[Path, typer.Argument(help="a new folder")],
-    num_voco: Annotated[int, typer.Option(help="VoCo tokens that the model was trained with")],
+    num_voco: Annotated[
+        int | None,
+        typer.Option(help="that the model was trained with; an original LLaVA has none"),
+    ] = None,
     vision_tower: Annotated[
         str | None, typer.Option(help="folder or hub name, in place of the checkpoint's")
     ] = None,
-    prompt: Annotated[str, typer.Option(help="how prompts are written")] = "authors",
+    prompt: Annotated[
+        str | None, typer.Option(help="how prompts are written, authors by default")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="of the weights, by default as they are")
     ] = None,

@@ -8,6 +8,7 @@ the image: a negative id stands for it until its features are put in. Transforme
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,16 +33,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
     is_protobuf_available,
     is_sentencepiece_available,
     is_torchvision_available,
 )
 
+from voco_model.checkpoint_files import check_files, listed, weight_files
 from voco_model.prompt import IMAGE_TOKEN, VOCO_TOKEN, chat_template, style_of
+
+logger = logging.getLogger(__name__)
 
 AUTHORS_VOCO_TOKEN = "<voco>"
 PAD_TOKEN = "<pad>"
@@ -102,30 +104,35 @@ def from_authors(
     source: str | Path,
     target: str | Path,
     *,
-    num_voco: int,
+    num_voco: int | None = None,
     vision_tower: str | Path | None = None,
-    prompt: str = "authors",
+    prompt: str | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> Path:
-    """Write a checkpoint of the authors as a ``LlavaForConditionalGeneration`` with its processor.
+    """Write a checkpoint of the authors, or an original LLaVA-1.5, in Transformers' layout.
 
-    ``voco_model.enable(model, processor)`` then needs no more arguments. ``<voco>`` becomes ``<VoCo>``
-    under the same id. Behind it come the new tokens ``<image>`` and, where the tokenizer has no padding
-    token, or the end of sequence for it, ``<pad>``. Embeddings and output layer ``[rows, hidden]`` grow
-    for those that have no row yet, by the mean of all rows: the logit of such a row is a mean of logits,
-    so it is never the largest. Other tensors stay as they are, to the bit; buffers that follow from the
+    What is written is a ``LlavaForConditionalGeneration`` with its processor. For a checkpoint of the
+    authors ``voco_model.enable(model, processor)`` then needs no more arguments: ``<voco>`` becomes
+    ``<VoCo>`` under the same id. A tokenizer without ``<voco>`` is of the original LLaVA, from which
+    training starts: it stays without VoCo tokens and without a chat template; ``enable`` or ``python -m
+    voco_model train`` adds both. Behind the tokens that are there come the new ones ``<image>`` and,
+    where the tokenizer has no padding token, or the end of sequence for it, ``<pad>``. Embeddings and
+    output layer ``[rows, hidden]`` grow for those that have no row yet, by the mean of all rows: the
+    logit of such a row is a mean of logits, so it is never the largest. Other tensors stay as they are,
+    to the bit; buffers that follow from the
     config are left out. The config remembers the authors' in ``converted_from``, for ``to_authors``.
 
     Args:
         source: a folder with ``config.json``, the tokenizer, and weights in safetensors or
             ``pytorch_model.bin``, in one file or several. Weights are mapped, not copied.
         target: the folder to write; missing or empty. It appears when all is written.
-        num_voco: VoCo tokens an image, which their checkpoints don't record; their published code
-            has 2.
+        num_voco: VoCo tokens an image, which the authors' checkpoints don't record; their published
+            code has 2. Of an original LLaVA it is not written, with a warning.
         vision_tower: folder or name of a CLIP model, by default the config's ``mm_vision_tower``. It
             gives the vision config and the preprocessing; its weights, in the dtype of the language
             model, only where the checkpoint has none of its own.
-        prompt: the style of prompts, a name of ``voco_model.prompt.STYLES``.
+        prompt: the style of prompts, a name of ``voco_model.prompt.STYLES``; by default ``"authors"``,
+            of an original LLaVA none is written.
         dtype: of all tensors, ``torch.bfloat16`` or ``"bfloat16"``; by default each keeps its own.
 
     Returns:
@@ -133,17 +140,18 @@ def from_authors(
 
     Raises:
         ValueError: a target that isn't empty, a checkpoint of another layout (what is missing or too
-            much is named), a tokenizer without ``<voco>``, or arguments out of range. Nothing is written
-            then.
+            much is named), files that are missing or break off, ``<voco>`` without ``num_voco``, or
+            arguments out of range. Nothing is written then.
         ImportError: a ``tokenizer.model`` alone, without sentencepiece and protobuf to read it.
 
     Source: https://github.com/Yxxxb/VoCo-LLaMA, ``llava/model/llava_arch.py``, ``multimodal_projector``,
     ``multimodal_encoder`` and ``llava/train/train_compress.py`` at 3b6e14d.
     """
     source, target = _checked_source(source), _checked_target(target)
-    if isinstance(num_voco, bool) or not isinstance(num_voco, int) or num_voco < 1:
+    if num_voco is not None and (type(num_voco) is not int or num_voco < 1):
         raise ValueError(f"expected num_voco >= 1, got {num_voco!r}")
-    style_of(prompt)
+    if prompt is not None:
+        style_of(prompt)
     dtype = _checked_dtype(dtype)
     theirs = _read_config(source, _KNOWN)
     tensors = _read_tensors(source)
@@ -152,14 +160,16 @@ def from_authors(
     config = _config_from(theirs, _vision_config(tower))
     _check_tensors(tensors, _names_and_shapes(config, with_tower=own_tower), source)
     tokenizer, added = _tokenizer_from(_load_tokenizer(source))
+    facts = _voco_facts(tokenizer, source, num_voco, prompt)
     rows = config.text_config.vocab_size
-    if tokenizer.voco_token_id >= rows:
+    if facts.get("voco_token_id", 0) >= rows:
         raise ValueError(
-            f"expected an embedding row for {AUTHORS_VOCO_TOKEN} = {tokenizer.voco_token_id}, got "
+            f"expected an embedding row for {AUTHORS_VOCO_TOKEN} = {facts['voco_token_id']}, got "
             f"{rows} rows in {source}; its tokenizer and its weights come from different checkpoints"
         )
     processor = _processor(config, tokenizer, tower, theirs.get("image_aspect_ratio") == "pad")
-    processor.chat_template = chat_template(num_voco, prompt)
+    if "num_voco" in facts:
+        processor.chat_template = chat_template(num_voco, facts["voco_prompt"])
     if not own_tower:
         tensors |= _tower_tensors(tower, dtype or tensors["lm_head.weight"].dtype)
     for name in _EMBEDDINGS:
@@ -169,18 +179,11 @@ def from_authors(
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config.text_config, name, getattr(tokenizer, name))
     config.image_token_index = tokenizer.image_token_id
-    facts = {
-        "voco_token_id": tokenizer.voco_token_id,
-        "num_voco": num_voco,
-        "voco_isolated": False,
-        "voco_distinct": False,
-        "voco_prompt": prompt,
-        "converted_from": {
-            "config": theirs,
-            "rows": rows,
-            "added_tokens": added,
-            "vision_tower_weights": own_tower,
-        },
+    facts["converted_from"] = {
+        "config": theirs,
+        "rows": rows,
+        "added_tokens": added,
+        "vision_tower_weights": own_tower,
     }
     for name, value in facts.items():
         setattr(config, name, value)
@@ -277,6 +280,32 @@ def to_authors(
     return target
 
 
+def _voco_facts(tokenizer, source: Path, num_voco: int | None, prompt: str | None) -> dict:
+    """What the config says of VoCo tokens; of an original LLaVA no more than a style that was given."""
+    voco_token_id = tokenizer.get_vocab().get(VOCO_TOKEN)
+    if voco_token_id is None:
+        if num_voco is not None:
+            logger.warning(
+                "%s is converted as an original LLaVA, without num_voco=%s: its tokenizer has no %s",
+                source,
+                num_voco,
+                AUTHORS_VOCO_TOKEN,
+            )
+        return {} if prompt is None else {"voco_prompt": prompt}
+    if num_voco is None:
+        raise ValueError(
+            f"expected num_voco for a tokenizer with {AUTHORS_VOCO_TOKEN}, got none; pass the number "
+            "that the model was trained with (num_voco=..., --num-voco), 2 in the authors' code"
+        )
+    return {
+        "voco_token_id": voco_token_id,
+        "num_voco": num_voco,
+        "voco_isolated": False,
+        "voco_distinct": False,
+        "voco_prompt": prompt or "authors",
+    }
+
+
 def _checked_source(source: str | Path) -> Path:
     source = Path(source)
     if not (source / "config.json").is_file():
@@ -284,6 +313,7 @@ def _checked_source(source: str | Path) -> Path:
             f"expected a local folder with a checkpoint, got {source}, without config.json; download it "
             "first"
         )
+    check_files(source)
     return source
 
 
@@ -327,27 +357,11 @@ def _read_config(source: Path, known: Mapping[str, tuple]) -> dict:
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors by name, mapped from the files; safetensors where there are both kinds."""
-    for index, single in (
-        (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME),
-        (WEIGHTS_INDEX_NAME, WEIGHTS_NAME),
-    ):
-        if (folder / index).is_file():
-            places = json.loads((folder / index).read_text())["weight_map"].values()
-            files = sorted({folder / place for place in places})
-            break
-        if (folder / single).is_file():
-            files = [folder / single]
-            break
-    else:
+    files = weight_files(folder)
+    if not files:
         raise ValueError(
             f"expected weights in {folder}, {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, whole or with an "
             "index, got none; merge adapters (LoRA, a projector alone) into their base model first"
-        )
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise ValueError(
-            f"expected all files of the index in {folder}, got none named {_listed(missing)}; download "
-            "them again"
         )
     tensors = {}
     for file in files:
@@ -363,7 +377,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     ]
     if others:
         raise ValueError(
-            f"expected floating point tensors, got others in {folder}: {_listed(others)}; convert the "
+            f"expected floating point tensors, got others in {folder}: {listed(others)}; convert the "
             "checkpoint that this one was quantized from"
         )
     return tensors
@@ -374,6 +388,7 @@ def _vision_config(tower: str | Path | None) -> CLIPVisionConfig:
         raise ValueError(
             "expected mm_vision_tower in the config, got none; pass vision_tower, a folder or a name"
         )
+    check_files(tower)
     try:
         config = AutoConfig.from_pretrained(tower)
     except (OSError, ValueError) as error:
@@ -435,12 +450,12 @@ def _check_tensors(
     if missing or unexpected:
         raise ValueError(
             f"expected the tensors of the config in {source}, got {len(missing)} missing "
-            f"({_listed(missing)}) and {len(unexpected)} unexpected ({_listed(unexpected)}); convert "
+            f"({listed(missing)}) and {len(unexpected)} unexpected ({listed(unexpected)}); convert "
             "the whole, merged checkpoint of a LLaVA-1.5"
         )
     wrong = [name for name, shape in expected.items() if tensors[name].shape != shape]
     if wrong:
-        shapes = _listed(
+        shapes = listed(
             f"{name} {list(expected[name])}, got {list(tensors[name].shape)}" for name in wrong
         )
         raise ValueError(
@@ -449,18 +464,12 @@ def _check_tensors(
         )
 
 
-def _listed(names: Iterable[str], most: int = 5) -> str:
-    names = list(names)
-    more = f", and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more
-
-
 def _tower_tensors(tower: str | Path, dtype: torch.dtype) -> dict[str, Tensor]:
     model, info = CLIPVisionModel.from_pretrained(tower, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(
             f"expected a whole CLIP vision model in {tower}, got one without "
-            f"{_listed(sorted(info['missing_keys']))}; pass another vision_tower"
+            f"{listed(sorted(info['missing_keys']))}; pass another vision_tower"
         )
     return {_TOWER + name: value for name, value in model.state_dict().items()}
 
@@ -501,19 +510,19 @@ def _load_tokenizer(source: Path):
 def _tokenizer_from(tokenizer) -> tuple[PreTrainedTokenizerFast, list[str]]:
     """Our tokenizer from theirs, and the tokens that are new in it."""
     vocab = tokenizer.get_vocab()
-    if AUTHORS_VOCO_TOKEN not in vocab or VOCO_TOKEN in vocab:
+    if VOCO_TOKEN in vocab:
         raise ValueError(
-            f"expected a tokenizer with {AUTHORS_VOCO_TOKEN} and without {VOCO_TOKEN}, got one where "
-            f"they are {vocab.get(AUTHORS_VOCO_TOKEN)} and {vocab.get(VOCO_TOKEN)}; only a LLaVA that "
-            "was trained with VoCo tokens can be converted"
+            f"expected a tokenizer without {VOCO_TOKEN}, got one where it is {vocab[VOCO_TOKEN]}; a "
+            "checkpoint of the authors has " + AUTHORS_VOCO_TOKEN
         )
+    has_voco = AUTHORS_VOCO_TOKEN in vocab
     backend = _edited(tokenizer, {AUTHORS_VOCO_TOKEN: VOCO_TOKEN})
     pad = tokenizer.pad_token
     if pad is None or pad in (tokenizer.eos_token, tokenizer.bos_token, AUTHORS_VOCO_TOKEN):
         pad = PAD_TOKEN
     added = [token for token in (IMAGE_TOKEN, pad) if token not in vocab]
     backend.add_special_tokens([IMAGE_TOKEN, pad])
-    names = {"image_token": IMAGE_TOKEN, "voco_token": VOCO_TOKEN}
+    names = {"image_token": IMAGE_TOKEN} | ({"voco_token": VOCO_TOKEN} if has_voco else {})
     return _rebuilt(tokenizer, backend, pad, names), added
 
 

@@ -68,6 +68,7 @@ def image_key(
         "first_position": 0,
         "num_voco": num_voco,
         "fingerprint": fingerprint(model),
+        "autocast": _autocast(model.device.type),
     }
     if salt is None:
         digest = blake3(max_threads=hash_threads())
@@ -113,6 +114,13 @@ def _decoded(image: Any) -> tuple[bytes | np.ndarray, dict]:
     if image.mode in ("P", "PA"):
         kind["palette"] = image.getpalette("RGBA")
     return image.tobytes(), kind
+
+
+def _autocast(device_type: str) -> str | None:
+    """The dtype that torch.autocast makes a model on this device compute in."""
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return str(torch.get_autocast_dtype(device_type))
 
 
 def _preprocessing(processor) -> dict:

@@ -23,11 +23,14 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+from typer.testing import CliRunner
 
 import voco_model
-from tests.voco_model import tiny
-from voco_model import convert
+from tests.voco_model import instruction, tiny
+from voco_model import baselines, convert
+from voco_model.cli import app
 from voco_model.convert import from_authors, to_authors
+from voco_model.train import make_config, train
 
 HIDDEN, LAYERS = 64, 2
 BOS, UNK, VOCO = 1, 0, 259  # <unk>, <s>, </s>, the bytes, <voco>: as Vicuna's tokenizer has them
@@ -258,6 +261,93 @@ def test_enable_works_on_the_result(ours):
 def test_the_processor_says_what_the_template_is_before_enable(ours):
     processor = LlavaProcessor.from_pretrained(ours)
     assert processor.chat_template == voco_model.chat_template(2, "authors")
+
+
+@pytest.fixture(scope="module")
+def original(parts, tmp_path_factory):
+    """As liuhaotian/llava-v1.5-7b: no ``<voco>``, no tower, pickled shards, model_type llava."""
+    folder = tmp_path_factory.mktemp("made") / "llava-v1.5"
+    tensors = their_tensors(parts, tower=False)
+    spare = tiny_tokenizer(voco="<spare>")
+    write_theirs(folder, parts, tensors=tensors, writer="bin shards", tokenizer=spare)
+    config = config_of(folder) | {"model_type": "llava"}
+    del config["mm_patch_merge_type"]  # which its config hasn't
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@torch.no_grad()
+def test_an_original_llava_becomes_a_plain_one(parts, original, tmp_path):
+    target = from_authors(original, tmp_path / "plain")
+    model = LlavaForConditionalGeneration.from_pretrained(target).eval()
+    processor = LlavaProcessor.from_pretrained(target)
+    assert model.config.image_token_id == processor.tokenizer.image_token_id == VOCO + 1
+    assert not {"<VoCo>", "<voco>"} & processor.tokenizer.get_vocab().keys()
+    assert processor.chat_template is None
+    facts = ("num_voco", "voco_token_id", "voco_prompt", "voco_baseline")
+    assert not [name for name in facts if hasattr(model.config, name)]
+    image = tiny.picture(1, (40, 64))
+    inputs = processor(images=image, text="<image>\nWhat?", return_tensors="pt")
+    expected = their_logits(parts, "<image>\nWhat?", image)
+    logits = model(**inputs).logits[..., : VOCO + 1]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_original_llava_is_trained_and_exported(original, tmp_path):
+    plain = from_authors(original, tmp_path / "plain")
+    values = instruction.config(
+        plain, instruction.write_data(tmp_path / "data", 8), tmp_path / "run", prompt="authors"
+    )
+    train(make_config(values | {"optimizer": {"steps": 1}}))
+    model, processor = voco_model.load(tmp_path / "run" / "model")
+    assert (model.config.num_voco, model.config.voco_token_id) == (2, VOCO + 2)
+    back = to_authors(tmp_path / "run" / "model", tmp_path / "back")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(back)
+    assert tokenizer.convert_tokens_to_ids(["<image>", "<voco>"]) == [VOCO + 1, VOCO + 2]
+    again = from_authors(back, tmp_path / "again", num_voco=2)
+    assert_same_tensors(read_all(again), read_all(tmp_path / "run" / "model"))
+
+
+def test_num_voco_of_an_original_llava_is_a_warning(original, tmp_path, caplog):
+    target = from_authors(original, tmp_path / "plain", num_voco=2, prompt="vicuna")
+    (record,) = [record for record in caplog.records if record.name == "voco_model.convert"]
+    assert record.getMessage() == (
+        f"{original} is converted as an original LLaVA, without num_voco=2: its tokenizer has no <voco>"
+    )
+    config = config_of(target)
+    assert "num_voco" not in config and config["voco_prompt"] == "vicuna"
+
+
+def command(*arguments) -> tuple[int, str]:
+    found = CliRunner().invoke(app, list(map(str, arguments)))
+    return found.exit_code, found.output
+
+
+@pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
+def test_who_meets_the_other_layout_is_sent_here(original, tmp_path, model_type):
+    """With model_type llava, Transformers would draw all weights at random; and the advice works."""
+    source = tmp_path / "theirs"
+    shutil.copytree(original, source)
+    config = config_of(source) | {"model_type": model_type}
+    (source / "config.json").write_text(json.dumps(config))
+    values = instruction.config(source, instruction.write_data(tmp_path / "data"), tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    (tmp_path / "0.png").write_bytes((tmp_path / "data" / "0.png").read_bytes())
+    eval_options = ["--tasks", "gqa", "--method", "full", "--output", tmp_path / "out"]
+    advice = "python -m voco_model convert from-authors SOURCE TARGET"
+    for told in (
+        command("train", tmp_path / "run.yaml", "--dry-run"),
+        command("explain", tmp_path / "0.png", "--model", source),
+        command("eval", "--model", source, *eval_options),
+    ):
+        assert told[0] == 2 and advice in told[1], told
+    for load in (voco_model.load, baselines.load):
+        with pytest.raises(TypeError, match=advice):
+            load(source)
+    assert command("convert", "from-authors", source, tmp_path / "plain")[0] == 0
+    voco_model.load(tmp_path / "plain")
+    again = command("train", tmp_path / "run.yaml", "--dry-run", "--model", tmp_path / "plain")
+    assert again[0] == 0, again
 
 
 @pytest.mark.parametrize("aspect", ["pad", "square", None])
@@ -556,10 +646,8 @@ def test_a_tower_that_isnt_clip_or_isnt_whole_is_refused(parts, tmp_path):
 
 
 def test_another_tokenizer_is_refused(parts, tmp_path):
-    write_theirs(tmp_path / "theirs", parts, tokenizer=tiny_tokenizer(voco="<other>"))
-    refused(
-        tmp_path, "expected a tokenizer with <voco> and without <VoCo>, got one .* None and None"
-    )
+    write_theirs(tmp_path / "theirs", parts, tokenizer=tiny_tokenizer(voco="<VoCo>"))
+    refused(tmp_path, "expected a tokenizer without <VoCo>, got one where it is 259")
     tokenizer = tiny_tokenizer(voco="<other>")
     tokenizer.add_special_tokens({"extra_special_tokens": ["<voco>"]})
     tokenizer.save_pretrained(tmp_path / "theirs")
@@ -583,6 +671,7 @@ def test_wrong_arguments_and_folders_are_refused(parts, tmp_path):
     write_theirs(theirs, parts, writer="safetensors shards")
     for num_voco in (0, True, 1.0):
         refused(tmp_path, f"expected num_voco >= 1, got {num_voco}", num_voco=num_voco)
+    refused(tmp_path, "expected num_voco for a tokenizer with <voco>, got none", num_voco=None)
     refused(tmp_path, "expected a prompt style of .*, got 'theirs'", prompt="theirs")
     for dtype in ("half float", "int8", torch.int8):
         refused(tmp_path, "expected dtype as a floating point dtype of torch", dtype=dtype)

@@ -26,10 +26,12 @@ def passes(setting):
     """How many images each first pass reads."""
     model, _ = setting
     read = []
-    hook = model.model.language_model.register_forward_hook(
-        lambda module, args, kwargs, output: read.append(len(kwargs["inputs_embeds"])),
-        with_kwargs=True,
-    )
+
+    def count(module, args, kwargs, output):
+        read.append(len(kwargs["inputs_embeds"]))
+
+    count.voco_fingerprint = ""
+    hook = model.model.language_model.register_forward_hook(count, with_kwargs=True)
     yield read
     hook.remove()
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 
 import torch
-from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from voco_model.baselines.base import Method
 from voco_model.baselines.methods import method_class
 from voco_model.baselines.replaced import Replaced
-from voco_model.load import load_processor, model_class
+from voco_model.load import load_processor, load_weights, model_class, read_config
 
 
 def load(
@@ -34,7 +34,7 @@ def load(
         TypeError: a checkpoint of another model.
         ValueError: no name where the checkpoint is a plain LLaVA, or one that doesn't fit it.
     """
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(path)
     saved = dict(getattr(config, "voco_baseline", None) or {})
     made_for = saved.pop("name", "voco" if hasattr(config, "num_voco") else None)
     name = name or made_for
@@ -55,7 +55,7 @@ def load(
         loaded_class = _Rebuilt
     elif name == made_for:
         options = {**saved, **options}
-    model = loaded_class.from_pretrained(path, dtype=dtype).eval()
+    model = load_weights(loaded_class, path, dtype=dtype).eval()
     if loaded_class is _Rebuilt:
         # It was saved as this one, and is to be saved so again.
         model.__class__ = LlavaForConditionalGeneration

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from voco_model.data.encode import Encoder
 from voco_model.data.faults import DataError, Fault
 from voco_model.data.records import Records
 from voco_model.data.samples import Sample, sample_of
 
+logger = logging.getLogger(__name__)
+
 _CHUNK = 256
+_PATIENCE = 60.0  # seconds of waiting for another process's index until the next word about it
+_READING = 2  # counts changes in how samples are read: with each, kept lengths are wrong
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,9 @@ def make_index(
         trim: whether a sample is used without its loose turns, or not.
         workers: processes; 0 for none beside this one.
         progress: told how many are done, of how many.
+
+    Raises:
+        OSError: a worker process that was killed.
     """
     starts = range(0, len(samples), _CHUNK)
     arguments = (samples, encoder, num_voco, truncate, trim)
@@ -97,7 +108,13 @@ def make_index(
         with ProcessPoolExecutor(
             workers, get_context("spawn"), initializer=_begin, initargs=arguments
         ) as pool:
-            gather(pool.map(_measured, starts))
+            try:
+                gather(pool.map(_measured, starts))
+            except BrokenProcessPool as error:
+                raise OSError(
+                    f"looking through the data failed after sample {len(lengths)} of {len(samples)}: a "
+                    "worker process was killed, perhaps for want of memory; lower data.workers"
+                ) from error
     else:
         _begin(*arguments)
         gather(map(_measured, starts))
@@ -142,19 +159,46 @@ def loose_turns(sample: Sample) -> Fault:
 def kept_index(folder: Path, key: str, make: Callable[[], Index]) -> Index:
     """The index in this folder that was made under the same key, or a new one, kept there.
 
-    Of several processes one makes it, and the others wait.
+    Of several processes one makes it, and the others wait, which they say once a minute.
     """
-    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{_READING} {key}".encode()).hexdigest()[:16]
     path = folder / f"index-{name}.npz"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "index.lock"):
+    with _held(folder / "index.lock"):
         if path.is_file():
-            with np.load(path) as kept:
-                faults = [Fault(**fault) for fault in json.loads(str(kept["faults"]))]
-                return Index(kept["lengths"], faults)
+            try:
+                return _read(path)
+            except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+                # A machine that went down may have left the name without the content.
+                logger.warning("%s can't be read and is made again: %s", path, error)
         index = make()
         partial = folder / f"index-{name}.partial.npz"
         written = json.dumps([asdict(fault) for fault in index.faults])
         np.savez(partial, lengths=index.lengths, faults=np.array(written))
         os.replace(partial, path)
     return index
+
+
+def _read(path: Path) -> Index:
+    with np.load(path) as kept:
+        faults = [Fault(**fault) for fault in json.loads(str(kept["faults"]))]
+        return Index(kept["lengths"], faults)
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    lock = FileLock(path)
+    while True:
+        try:
+            lock.acquire(timeout=_PATIENCE)
+            break
+        except Timeout:
+            logger.warning(
+                "waiting for another process that looks through the data and holds %s; if none of "
+                "yours does, one of another run is stopped or hangs",
+                path,
+            )
+    try:
+        yield
+    finally:
+        lock.release()

@@ -139,7 +139,8 @@ class StreamedBatches(IterableDataset):
         while True:
             usable = 0
             for row, record in enumerate(self._records(epoch)):
-                where = f"{self._name}[{record.get('id', row)}]"
+                name = record.get("id")  # rows change their places with each pass
+                where = f"{self._name}[{row if name is None else name}]"
                 try:
                     sample = sample_of(record, where, self._folder, self._max_frames)
                     length = self._encoder.length(sample, largest)

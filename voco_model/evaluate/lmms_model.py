@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from transformers import LogitsProcessor
 from voco_model import baselines
 from voco_model.evaluate import requests as ask
 from voco_model.evaluate.devices import default_device
+
+logger = logging.getLogger(__name__)
 
 
 class LMMSModel(lmms):
@@ -82,7 +86,13 @@ class LMMSModel(lmms):
         return self.method.model.device
 
     def generate_until(self, requests: Sequence) -> list[str]:
-        """An answer each, greedy unless the task says otherwise, cut at the task's ``until``."""
+        """An answer each, greedy unless the task says otherwise, cut at the task's ``until``.
+
+        Options of a task that mean nothing to ``generate`` are left out, with one warning.
+        """
+        for task, given in {request.args[4]: request.args[1] for request in requests}.items():
+            if unknown := ask.unknown_options(given):
+                _warn_left_out(task, tuple(unknown))
         answers = [""] * len(requests)
         for indices in self._batches(requests, key=_options_of):
             options, until = ask.generation_options(requests[indices[0]].args[1])
@@ -173,6 +183,11 @@ class LMMSModel(lmms):
                 "task out"
             )
         return ids[len(before) :]
+
+
+@cache  # once a task, whatever the number of methods
+def _warn_left_out(task: str, names: tuple[str, ...]) -> None:
+    logger.warning("generation options of %s are left out: %s", task, ", ".join(names))
 
 
 def _options_of(args: tuple) -> str:

@@ -51,23 +51,52 @@ def image_of(visuals: Iterable | None, several: str, where: str) -> Image.Image 
     return visuals[len(visuals) // 2] if visuals else None
 
 
+# Names under which tasks give the texts that end an answer, and the most tokens of one.
+_ENDS = ("until", "stop", "stop_sequences", "stop_strings")
+_LENGTHS = ("max_new_tokens", "max_tokens", "max_completion_tokens", "max_gen_toks")
+# What shapes a sample; of no effect on a greedy answer.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+# Other options that mean to ``generate`` what they mean to a task.
+_OTHERS = (
+    "do_sample",
+    "num_beams",
+    "length_penalty",
+    "early_stopping",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+)
+# It speaks to the code of LLaVA's authors; here images are prepared as the checkpoint's processor says.
+_MEANT_FOR_OTHERS = ("image_aspect_ratio",)
+_KNOWN = (*_ENDS, *_LENGTHS, *_SAMPLING, *_OTHERS, *_MEANT_FOR_OTHERS)
+
+
 def generation_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A task's ``generation_kwargs`` as options of ``generate``, and the texts that end an answer.
 
-    Greedy unless the task asks for samples. ``image_aspect_ratio`` is left out: it speaks to the code of
-    LLaVA's authors; here images are prepared as the checkpoint's processor says.
+    Greedy unless the task asks for samples. What ``unknown_options`` lists is left out.
     """
-    options = {"max_new_tokens": MAX_NEW_TOKENS, **given}
-    options = {name: value for name, value in options.items() if value is not None}
-    options.pop("image_aspect_ratio", None)
-    until = options.pop("until", [])
-    sampled = options.pop("do_sample", options.get("temperature", 0) > 0)
+    given = {name: value for name, value in given.items() if value is not None}
+    options = {name: given[name] for name in (*_SAMPLING, *_OTHERS) if name in given}
+    lengths = [given[name] for name in _LENGTHS if name in given]
+    options["max_new_tokens"] = int(lengths[0]) if lengths else MAX_NEW_TOKENS
+    for name in (*_SAMPLING, "repetition_penalty"):
+        if name in options and name != "top_k":
+            options[name] = float(options[name])  # generate refuses a temperature of 1
+    temperature = options.get("temperature", 0)
+    sampled = options.get("do_sample", temperature > 0) and options.get("temperature", 1) > 0
     if not sampled:
-        for name in ("temperature", "top_p", "top_k"):
-            options.pop(name, None)
+        options = {name: value for name, value in options.items() if name not in _SAMPLING}
     if options.get("num_beams") == 1:
         del options["num_beams"]
-    return {**options, "do_sample": sampled}, [until] if isinstance(until, str) else list(until)
+    ends = [given[name] for name in _ENDS if name in given]
+    until = [text for end in ends for text in ([end] if isinstance(end, str) else end)]
+    return {**options, "do_sample": bool(sampled)}, list(dict.fromkeys(until))
+
+
+def unknown_options(given: Mapping[str, Any]) -> list[str]:
+    """Those of a task's ``generation_kwargs`` that mean nothing here: to other models or servers."""
+    return [name for name, value in given.items() if name not in _KNOWN and value is not None]
 
 
 def cut(answer: str, until: Sequence[str]) -> str:

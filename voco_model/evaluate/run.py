@@ -22,10 +22,12 @@ from voco_model.evaluate.devices import default_device, device_name
 from voco_model.evaluate.paper import model_of
 from voco_model.evaluate.requests import SEVERAL_IMAGES
 from voco_model.evaluate.tables import BOUNDS
-from voco_model.load import model_class
+from voco_model.load import model_class, read_config
 
 # Not tuned to compress: measured on the model that was tuned without the mask.
 ON_UPPER = (*BOUNDS, "fastv", "random")
+# Of tasks, what LMMSModel answers; the first is lmms-eval's default.
+OUTPUT_TYPES = ("generate_until", "multiple_choice", "loglikelihood")
 # What LLaVAs were trained with that aren't LLaVA-1.5, by the paper's names; their configs don't say.
 _OWN_STYLES = {"LLaVA-1.6-7B": "mistral", "LLaVA-1.6-34B": "chatml"}
 
@@ -113,7 +115,7 @@ def evaluate(
         "tasks": list(tasks),
         "limit": limit,
         "several_images": several_images,
-        "paper_model": model_of(AutoConfig.from_pretrained(model)),
+        "paper_model": model_of(read_config(model)),
     }
     for run in runs:
         results.check_new(output, run)
@@ -314,4 +316,28 @@ def _checked_manager(task_manager, tasks: Sequence[str]):
             f"expected tasks of lmms-eval, got {', '.join(unknown)}; the paper's are "
             f"{', '.join(known)}, all are listed by: lmms-eval --tasks list"
         )
+    for task in tasks:
+        _check_kind(task_manager, task)
     return task_manager
+
+
+def _check_kind(task_manager, task: str) -> None:
+    """Raise ``ValueError`` if answers are asked for in a way that ``LMMSModel`` has not."""
+    from lmms_eval.utils import load_yaml_config
+
+    entry = task_manager.task_index[task]
+    config = {}
+    if entry["yaml_path"] != -1:  # a tag has no file of its own
+        config = load_yaml_config(entry["yaml_path"], mode="simple")
+    if entry["type"] != "task":
+        parts = entry["task"] if isinstance(entry.get("task"), list) else config.get("task", ())
+        for part in parts if isinstance(parts, list) else ():
+            if isinstance(part, str) and part in task_manager.task_index:
+                _check_kind(task_manager, part)
+        return
+    kind = config.get("output_type", OUTPUT_TYPES[0])
+    if kind not in OUTPUT_TYPES:
+        raise ValueError(
+            f"expected tasks of output_type {' or '.join(OUTPUT_TYPES)}, got {task} of {kind}; leave it "
+            "out"
+        )

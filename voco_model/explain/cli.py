@@ -24,11 +24,11 @@ def explain(
 ) -> None:
     """Draw what each VoCo token looked at in an image, and what the text took from it."""
     from PIL import Image
-    from transformers import AutoConfig
 
     from voco_model import load
     from voco_model.explain import attention, draw
     from voco_model.explain.drawing import check_path
+    from voco_model.load import read_config
 
     try:
         check_path(output)
@@ -38,7 +38,7 @@ def explain(
         except OSError as error:  # missing, or no picture
             raise ValueError(f"expected IMAGE to be a picture, got {image}: {error}") from None
         # load would give a plain LLaVA a VoCo token, which has learnt nothing.
-        config = AutoConfig.from_pretrained(model)
+        config = read_config(model)
         if getattr(config, "num_voco", None) is None:
             raise ValueError(
                 f"expected a model that was trained with VoCo tokens, got {model}, whose config has no "

@@ -246,7 +246,7 @@ def load_config(path: str | os.PathLike, **changes: Any) -> TrainConfig:
             f"expected a YAML file, got {path}, which isn't there; see configs/"
         )
     try:
-        read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        read = yaml.safe_load(Path(path).read_bytes())  # which reads byte order marks
     except yaml.YAMLError as error:
         raise ValueError(f"expected YAML in {path}, got {error}") from error
     if not isinstance(read, dict):

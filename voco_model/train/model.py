@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from voco_model.attach import enable
-from voco_model.load import model_class
+from voco_model.load import load_weights, model_class
 from voco_model.train.config import LoRAConfig, TrainConfig
 
 
@@ -28,7 +28,7 @@ def build_model(config: TrainConfig, processor, dtype: torch.dtype):
     Raises:
         TypeError: no LLaVA-1.5 or LLaVA-NeXT.
     """
-    model = model_class(config.model).from_pretrained(config.model, dtype=dtype)
+    model = load_weights(model_class(config.model), config.model, dtype=dtype)
     enable(
         model,
         processor,

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import re
+from concurrent.futures.process import BrokenProcessPool
 
+import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from tests.voco_model import tiny
+from voco_model.data import index
 from voco_model.data.encode import Encoded, Encoder
 from voco_model.data.faults import KINDS, DataError, Fault, FaultLog, FaultPolicy, listed
-from voco_model.data.index import Samples, Source, kept_index, make_index
+from voco_model.data.index import Index, Samples, Source, kept_index, make_index
 from voco_model.data.loader import Documents, Key
 from voco_model.data.pictures import Picture
 from voco_model.data.records import FileRecords
@@ -176,7 +181,7 @@ def test_worker_processes_find_the_same(samples, encoder, path):
 def test_an_index_is_kept_until_the_records_change(encoder, path, tmp_path):
     made = []
 
-    def index():
+    def looked_through():
         samples = Samples([Source(FileRecords(path), path.parent)])
 
         def make():
@@ -185,23 +190,102 @@ def test_an_index_is_kept_until_the_records_change(encoder, path, tmp_path):
 
         return kept_index(tmp_path / "kept" / "data", samples.state(), make)
 
-    first, second = index(), index()
+    first, second = looked_through(), looked_through()
     assert len(made) == 1
     assert second.lengths.tolist() == first.lengths.tolist()
     assert second.lengths.dtype == first.lengths.dtype
     assert second.faults == first.faults
     with path.open("a") as file:
         file.write(json.dumps({"conversations": TEXT}) + "\n")
-    assert len(index().lengths) == len(first.lengths) + 1
+    assert len(looked_through().lengths) == len(first.lengths) + 1
     text = path.read_text()
     path.write_text(text.replace("A man.", "A boy."))  # as long as it was
     stat = path.stat()
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    index()
+    looked_through()
     assert len(made) == len(set(made)) == 3
-    index()
+    looked_through()
     assert len(made) == 3
     assert not list((tmp_path / "kept").rglob("*.partial*"))
+
+
+def test_a_kept_index_that_is_not_whole_is_made_again(tmp_path, caplog):
+    made = []
+
+    def make() -> Index:
+        made.append(len(made))
+        return Index(np.array([3, 0, 5], dtype=np.int32), [Fault("over_long", "a.json:1", "é")])
+
+    expected = kept_index(tmp_path, "key", make)
+    (path,) = tmp_path.glob("*.npz")
+    written = path.read_bytes()
+    for left in (b"", written[:40], written[: len(written) // 2], b"no zip at all"):
+        path.write_bytes(left)
+        found = kept_index(tmp_path, "key", make)
+        assert found.lengths.tolist() == [3, 0, 5] and found.faults == expected.faults
+        assert f"{path} can't be read and is made again" in caplog.messages[-1]
+        assert path.read_bytes() == written
+    kept_index(tmp_path, "key", make)
+    assert made == [0, 1, 2, 3, 4]
+
+
+def test_an_index_of_other_code_is_made_again(tmp_path, monkeypatch):
+    """The key has no word of how samples are read, so their lengths might be of another reading."""
+
+    def of(length: int) -> Index:
+        return kept_index(tmp_path, "key", lambda: Index(np.array([length]), [])).lengths.tolist()
+
+    assert (of(1), of(2)) == ([1], [1])
+    monkeypatch.setattr(index, "_READING", index._READING + 1)
+    assert of(3) == [3]
+
+
+def test_who_waits_for_an_index_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(index, "_PATIENCE", 0.05)
+    lock = FileLock(tmp_path / "index.lock")
+    lock.acquire()
+
+    class Freed(logging.Handler):
+        def emit(self, record) -> None:
+            said.append(record.getMessage())
+            if len(said) == 2:
+                lock.release()
+
+    said, handler = [], Freed()
+    index.logger.addHandler(handler)
+    try:
+        found = kept_index(tmp_path, "key", lambda: Index(np.array([1]), []))
+    finally:
+        index.logger.removeHandler(handler)
+    assert found.lengths.tolist() == [1] and len(said) == 2
+    assert (
+        f"waiting for another process that looks through the data and holds {lock.lock_file}"
+        in said[0]
+    )
+
+
+def test_a_worker_that_was_killed_is_told_in_words(encoder, samples, monkeypatch):
+    class Pool:
+        def __init__(self, workers, context, initializer, initargs) -> None:
+            initializer(*initargs)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception) -> None:
+            pass
+
+        def map(self, function, starts):
+            yield function(starts[0])
+            raise BrokenProcessPool("terminated abruptly")
+
+    monkeypatch.setattr(index, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(index, "_CHUNK", 4)
+    said = (
+        f"failed after sample 4 of {len(samples)}: a worker process was killed.*lower data.workers"
+    )
+    with pytest.raises(OSError, match=said):
+        make_index(samples, encoder, 2, truncate=True, workers=2)
 
 
 def test_a_log_counts_each_fault_once_and_writes_it_down(tmp_path):

@@ -46,7 +46,9 @@ def test_json_in_any_layout(tmp_path, indent, ascii_only):
     # A record starts in the line in which the array of those before it would end.
     ends = [json.dumps(RECORDS[:n], indent=indent).count("\n") + 1 for n in range(len(RECORDS))]
     expected = ends if indent is None else [2, *ends[1:]]
-    assert [records.where(i) for i in range(len(records))] == [f"{path}:{n}" for n in expected]
+    # In one line they are told apart by their numbers.
+    where = [f"{path}:{n}" + f", record {i}" * (indent is None) for i, n in enumerate(expected)]
+    assert [records.where(i) for i in range(len(records))] == where
 
 
 JSON = st.recursive(
@@ -93,21 +95,22 @@ def test_no_records_at_all(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "text, line",
+    "text, line, said",
     [
-        ('{"id": 1}\n', 1),
-        ('{"id": 1}\n{"id": 2}\n', 1),
-        ('\n\n"text"', 3),
-        ("12", 1),
-        (" \n", 2),
-        ('[{"id": 1},\n {"id": 2}', 2),  # cut off
-        ('[{"id": 1}]\n[{"id": 2}]', 2),
+        ('\n\n"text"', 3, "something else"),
+        ("12", 1, "something else"),
+        (" \n", 2, "nothing"),
+        ('[{"id": 1},\n {"id": 2}', 2, "one that breaks off.*download or write it again"),
+        ('{"id": [1,\n', 1, "an object that breaks off.*download or write it again"),
+        ('[{"id": 1}]\n[{"id": 2}]', 2, "something behind it.*into one array"),
     ],
 )
-def test_what_is_no_array_is_refused(tmp_path, text, line):
+def test_what_is_no_array_is_refused(tmp_path, text, line, said):
     path = tmp_path / "data.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=f"expected a JSON array.*line {line} of .*jsonl"):
+    got, _, advice = said.partition(".*")
+    expected = f"expected a JSON array of records, got {got} at line {line} of .*{advice}"
+    with pytest.raises(ValueError, match=expected):
         FileRecords(path)
 
 
@@ -205,6 +208,21 @@ def test_parquet_with_lists_of_images(tmp_path, cache):
         sample = sample_of(records[number], records.where(number))
         shown = [tiny.picture(number), tiny.picture(number + 1)][: number % 3]
         assert [p.open().tobytes() for p in sample.pictures] == [s.tobytes() for s in shown]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_save_to_disk(tmp_path, cache, streaming):
+    from datasets import DatasetDict
+
+    whole = open_records(write_parquet(tmp_path / "data.parquet", 4))._dataset
+    whole.save_to_disk(tmp_path / "one")
+    DatasetDict(train=whole, test=whole.select([3])).save_to_disk(tmp_path / "several")
+    for folder, split, numbers in (("one", "train", range(4)), ("several", "test", [3])):
+        rows = load_dataset_of(str(tmp_path / folder), split, streaming=streaming)
+        found = [sample_of(row, "here").messages[1]["content"] for row in rows]
+        assert found == [str(number) for number in numbers]
+    with pytest.raises(ValueError, match="expected split as one of train, test in .*got 'val'"):
+        load_dataset_of(str(tmp_path / "several"), "val", streaming=streaming)
 
 
 COUNT, GLOBAL_BATCH = 22, 8  # no whole number of steps

@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from transformers import LlavaForConditionalGeneration, TrainerCallback
 
 import voco_model.attention
@@ -18,7 +19,7 @@ from tests.voco_model import instruction, tiny
 from voco_model.data.faults import DataError
 from voco_model.load import load
 from voco_model.prompt import STYLES
-from voco_model.train import checkpoints, make_config, train
+from voco_model.train import checkpoints, load_config, make_config, train
 
 
 @pytest.fixture
@@ -64,6 +65,16 @@ def dense(query, key, value, layout, *, scale=None, **kwargs):
 
 def unmasked(query, key, value, layout, *, scale=None, **kwargs):
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+
+def test_a_configuration_with_a_byte_order_mark(values, tmp_path):
+    written = yaml.safe_dump(values(prompt="authors"))
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "run.yaml").write_text(written, encoding=encoding)
+        assert load_config(tmp_path / "run.yaml") == make_config(values(prompt="authors"))
+    (tmp_path / "run.yaml").write_bytes(b"output: caf\xe9\n")
+    with pytest.raises(ValueError, match="expected YAML in .*run.yaml"):
+        load_config(tmp_path / "run.yaml")
 
 
 LONG = {"optimizer": {"learning_rate": 1e-3, "epochs": 10}}  # 30 steps

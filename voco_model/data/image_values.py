@@ -1,0 +1,79 @@
+"""How records give an image: a file's name, a file's bytes, base64, or an address."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from voco_model.data.faults import DataError
+
+# Longer than any file's name: what comes as a string of this length is the file itself, in base64.
+_LONGEST_NAME = 4096
+# Where content parts have their image: Transformers' and Qwen's names; datasets' come as a pair.
+_NAMES_IN_PARTS = ("image", "image_url", "url", "path", "base64")
+
+
+def in_part(part: Mapping[str, Any], where: str) -> Any:
+    """The image that a content part holds, as ``in_column`` returns it; None where it holds none.
+
+    Raises:
+        DataError: as ``in_column``; an image under several names.
+    """
+    given = {name: part[name] for name in _NAMES_IN_PARTS if part.get(name) is not None}
+    if part.get("bytes") is not None:  # beside it, path is only a name
+        given = {**{n: v for n, v in given.items() if n != "path"}, "bytes": part["bytes"]}
+    if len(given) > 1:
+        raise DataError(
+            "bad_record", where, f"expected one image in a part, got {', '.join(given)}"
+        )
+    for name, value in given.items():
+        if isinstance(value, Mapping) and "url" in value:  # OpenAI's
+            value = value["url"]
+        if name == "base64" and isinstance(value, str) and not value.startswith("data:"):
+            return _decoded(value, where)
+        return in_column(value, where)
+    return None
+
+
+def in_column(value: Any, where: str) -> Any:
+    """What ``Picture.of`` takes, from a value as data sets have it.
+
+    ``data:`` addresses and base64 become bytes, ``file:`` addresses a path; all else stays as it is.
+
+    Raises:
+        DataError: an address on the network; broken base64.
+    """
+    if not isinstance(value, str):
+        return value
+    scheme = value[:8].partition(":")[0].lower()
+    if scheme == "data":
+        header, comma, content = value.partition(",")
+        if not comma or not header.lower().endswith(";base64"):
+            raise DataError(
+                "bad_record", where, f"expected data:...;base64,... got {value[:40]!r}..."
+            )
+        return _decoded(content, where)
+    if scheme in ("http", "https", "s3", "gs"):
+        raise DataError(
+            "missing_file",
+            where,
+            f"expected an image in a file, got the address {value[:200]}; training doesn't download: "
+            "save the image and write its file name here",
+        )
+    if scheme == "file":
+        return unquote(urlsplit(value).path)
+    if len(value) > _LONGEST_NAME:
+        return _decoded(value, where)
+    return value
+
+
+def _decoded(text: str, where: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(
+            "broken_image", where, f"expected base64, got {text[:40]!r}...: {error}"
+        ) from error
