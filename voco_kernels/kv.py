@@ -222,8 +222,8 @@ class CompactKV:
             dtype: torch.int8 or torch.float8_e4m3fn.
 
         Raises:
-            ValueError: another dtype; an entry that is quantized already; NaN, infinity or a value beyond
-                bfloat16's largest in it, which ``dequantize`` couldn't give back.
+            ValueError: another dtype; an entry that is quantized already; NaN, infinity or a value
+                beyond bfloat16's largest in it, which ``dequantize`` couldn't give back.
         """
         if dtype not in QUANTIZED_MAX:
             raise ValueError(f"expected torch.int8 or torch.float8_e4m3fn, got {dtype}")
@@ -253,7 +253,7 @@ class CompactKV:
         """The same entry in a floating dtype: ``scale * kv`` in float32, rounded to ``dtype`` once.
 
         Raises:
-            ValueError: an entry that isn't quantized; a dtype of 8 bits, or one whose range is too small.
+            ValueError: an entry that isn't quantized; a dtype of 8 bits, or too small for its values.
         """
         if self.scales is None:
             raise ValueError(

@@ -60,7 +60,10 @@ def after_fork(owner: Any, renew: Callable[[Any], None]) -> None:
 
 def _renew_all() -> None:
     for owner, renew in list(_renewals.items()):
-        renew(owner)
+        try:
+            renew(owner)
+        except Exception:  # os.fork prints it and goes on; so do the others
+            logger.exception("%r could not be made ready for use after a fork", type(owner))
 
 
 os.register_at_fork(after_in_child=_renew_all)
