@@ -241,3 +241,17 @@ def key_of(entry: CompactKV, key: str | None, fingerprint: str | None) -> str:
             "voco_model.image_key"
         )
     return check_key(key)
+
+
+def may_serve(store: Any, entry: CompactKV, key: str, tally: Tally) -> bool:
+    """Whether an intact entry is of the store's model; another model's is counted and logged."""
+    if store.fingerprint in (None, entry.fingerprint):
+        return True
+    tally.add("model")
+    logger.warning(
+        "%s: entry %s is not served, it is of the model with fingerprint %r; left where it is",
+        store,
+        key,
+        entry.fingerprint,
+    )
+    return False
