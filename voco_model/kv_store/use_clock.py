@@ -9,17 +9,14 @@ from pathlib import Path
 
 from voco_model.kv_store.base import after_fork
 
-# A process tells the others how far its time is once a second: so much may theirs be behind.
-_TOLD_EVERY = 10**9  # nanoseconds
-
 
 class UseClock:
     """Nanoseconds that only rise, whatever the system's clock does, for all processes of a folder.
 
     It is the system's clock where that is ahead of every use there was. Where it isn't, because it was
     put back or another process's is ahead, this one continues from the latest use at the usual speed.
-    Processes share the modification time of a file. Uses by one process are in order; those by
-    processes whose clocks differ are in order to within a second.
+    Processes share the modification time of a file. Uses by one process are in order, and so are those
+    by processes whose clocks differ, unless they coincide.
 
     Args:
         path: of that file, which is made again if it is gone.
@@ -36,18 +33,17 @@ class UseClock:
         self._lock = threading.Lock()
 
     def now(self) -> int:
-        """The present, later than every time that this or (to within a second) any process was given."""
+        """The present, later than every time that this or another process was given before."""
         told = self._told()
         with self._lock:
             system = time.time_ns()
-            if system > self._last and system >= told:
+            if system > self._last and system > told:
                 self._ahead, now = 0, system
             else:
-                now = max(system + self._ahead, told, self._last + 1)
+                now = max(system + self._ahead, told + 1, self._last + 1)
                 self._ahead = now - system
             self._last = now
-        if now - told > _TOLD_EVERY:
-            self._tell(now)
+        self._tell(now)
         return now
 
     def observe(self, used: int) -> None:
