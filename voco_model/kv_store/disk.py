@@ -435,6 +435,7 @@ class KVStore(Store):
         """
         self._check_open()
         report = VerifyReport()
+        self._sweep()
         self._index.check()
         batch: list[str] = []
         for shard, name in self._files():
@@ -590,6 +591,7 @@ class KVStore(Store):
     def _make_room(self, size: int, full: OSError) -> None:
         """Evicts ``size`` bytes and some for the index. The files go first: then it can change."""
         logger.warning("%s: no room for %d bytes on the disk (%s)", self.path, size, full)
+        self._sweep()
         wanted = size + _INDEX_ROOM
         for _ in range(2):
             try:
