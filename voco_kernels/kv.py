@@ -9,6 +9,8 @@ from torch import Tensor
 
 # What one scale a row spreads over: the largest finite value of the type.
 QUANTIZED_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+# Of a value that may be quantized: it comes back finite in bfloat16, the default of ``dequantize``.
+_LARGEST = torch.finfo(torch.bfloat16).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,13 @@ class Rope:
             and self.interleaved == other.interleaved
             and torch.equal(self.inv_freq, other.inv_freq)
         )
+
+    def __reduce__(self):
+        return Rope, (_own_memory(self.inv_freq), self.interleaved)
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     def rotate(self, keys: Tensor, shift: Tensor) -> Tensor:
         """``keys`` ``[..., n, D]``, turned on by ``shift`` positions, int64 ``[n]``.
@@ -154,6 +163,23 @@ class CompactKV:
         elif self.scales is not None:
             raise ValueError(f"expected no scales with kv in {self.kv.dtype}, got some")
 
+    def __reduce__(self):
+        # Not the dataclass's own way: plain pickle can't restore a float8 storage, and torch.load with
+        # weights_only admits a registered function of plain arguments, whose checks then run.
+        kv = _own_memory(self.kv)
+        if kv.dtype in QUANTIZED_MAX:
+            kv = kv.view(torch.uint8)
+        scales = None if self.scales is None else _own_memory(self.scales)
+        name = str(self.dtype).removeprefix("torch.")
+        positions = _own_memory(self.positions)
+        rest = (self.next_position, scales, self.rope, self.fingerprint, self.key)
+        return _restore, (kv, name, positions, *rest)
+
+    def __setstate__(self, state: dict) -> None:
+        """Restores an entry pickled before it had ``__reduce__``."""
+        self.__dict__.update(state)
+        self.__post_init__()
+
     @property
     def num_layers(self) -> int:
         return self.kv.shape[0]
@@ -196,7 +222,8 @@ class CompactKV:
             dtype: torch.int8 or torch.float8_e4m3fn.
 
         Raises:
-            ValueError: another dtype; an entry that is quantized already; NaN or infinity in it.
+            ValueError: another dtype; an entry that is quantized already; NaN, infinity or a value
+                beyond bfloat16's largest in it, which ``dequantize`` couldn't give back.
         """
         if dtype not in QUANTIZED_MAX:
             raise ValueError(f"expected torch.int8 or torch.float8_e4m3fn, got {dtype}")
@@ -206,8 +233,13 @@ class CompactKV:
             )
         values = self.kv.float()
         largest = values.abs().amax(-1)
-        if not largest.isfinite().all():
-            raise ValueError("expected finite keys and values, got NaN or infinity in some")
+        if not (largest <= _LARGEST).all():
+            if not self.kv.isfinite().all():
+                raise ValueError("expected finite keys and values, got NaN or infinity in some")
+            raise ValueError(
+                f"expected keys and values of up to {_LARGEST:.4g}, bfloat16's largest, got "
+                f"{self.kv.abs().max().item():.4g}; keep this entry in {self.dtype}"
+            )
         # A row of zeros, and one so small that its scale would vanish, are kept with the least scale.
         scales = (largest / QUANTIZED_MAX[dtype]).clamp(min=torch.finfo(torch.float32).tiny)
         values = values / scales[..., None]
@@ -218,14 +250,25 @@ class CompactKV:
         return replace(self, kv=values.to(dtype), scales=scales)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> CompactKV:
-        """The same entry in a floating dtype: ``scale * kv`` in float32, rounded to ``dtype`` once."""
+        """The same entry in a floating dtype: ``scale * kv`` in float32, rounded to ``dtype`` once.
+
+        Raises:
+            ValueError: an entry that isn't quantized; a dtype of 8 bits, or too small for its values.
+        """
         if self.scales is None:
             raise ValueError(
                 f"expected a quantized entry, got one in {self.dtype}; use to(dtype=...)"
             )
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise ValueError(f"expected a floating dtype of 16 bits or more, got {dtype}")
-        return replace(self, kv=(self.kv.float() * self.scales[..., None]).to(dtype), scales=None)
+        values = self.kv.float() * self.scales[..., None]
+        kv = values.to(dtype)
+        if not kv.isfinite().all():
+            raise ValueError(
+                f"expected values of up to {torch.finfo(dtype).max:.4g}, {dtype}'s largest, got "
+                f"{values.abs().max().item():.4g}; dequantize to a dtype with a larger range"
+            )
+        return replace(self, kv=kv, scales=None)
 
     def rotated(self, positions: Tensor | int) -> CompactKV:
         """The same entry with its keys rotated on to other positions, in float32.
@@ -293,3 +336,32 @@ class CompactKV:
             f"heads of {self.head_dim}, {str(self.kv.dtype).removeprefix('torch.')} on "
             f"{self.kv.device}, {self.nbytes} B, text goes on at position {self.next_position})"
         )
+
+
+def _own_memory(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy if it is a part of a larger storage, which pickle would write as a whole."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _restore(
+    kv: Tensor,
+    dtype: str,
+    positions: Tensor,
+    next_position: int,
+    scales: Tensor | None,
+    rope: Rope | None,
+    fingerprint: str,
+    key: str,
+) -> CompactKV:
+    """An entry from what ``CompactKV.__reduce__`` gave; pickles name this function."""
+    if dtype in _QUANTIZED_NAMES:
+        kv = kv.view(_QUANTIZED_NAMES[dtype])
+    return CompactKV(kv, positions, next_position, scales, rope, fingerprint=fingerprint, key=key)
+
+
+_QUANTIZED_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in QUANTIZED_MAX}
+# So that torch.load reads entries without weights_only=False. The classes are for entries saved before
+# they had __reduce__.
+torch.serialization.add_safe_globals([_restore, CompactKV, Rope])

@@ -1,5 +1,12 @@
 from __future__ import annotations
 
+import copy
+import io
+import multiprocessing
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -179,3 +186,179 @@ def test_ropes_are_the_same_by_value():
     assert not llama_rope().same(llama_rope(interleaved=True))
     assert not llama_rope().same(llama_rope(8))
     assert not llama_rope().same(None)
+
+
+def test_values_that_would_come_back_infinite_are_not_quantized():
+    largest = torch.finfo(torch.bfloat16).max
+    kv = torch.full((1, 2, 1, 1, 4), largest)
+    for quantized in QUANTIZED_MAX:
+        back = CompactKV(kv, torch.tensor([5]), 6).quantize(quantized).dequantize()
+        assert torch.equal(back.kv, kv.bfloat16())
+        for value in (3.4e38, torch.finfo(torch.float32).max):
+            entry = CompactKV(kv.clone().fill_(value), torch.tensor([5]), 6)
+            with pytest.raises(ValueError, match=r"up to 3\.39e\+38.*got 3\.4"):
+                entry.quantize(quantized)
+        with pytest.raises(ValueError, match=r"got 1e\+300; keep this entry in torch.float64"):
+            CompactKV(kv.double() / kv * 1e300, torch.tensor([5]), 6).quantize(quantized)
+
+
+def test_dequantizing_to_a_dtype_that_is_too_small_is_refused():
+    entry = CompactKV(torch.full((1, 2, 1, 1, 4), 1e6), torch.tensor([5]), 6).quantize()
+    with pytest.raises(ValueError, match="float16's largest, got 1e\\+06"):
+        entry.dequantize(torch.float16)
+    assert entry.dequantize(torch.float32).kv.max() == pytest.approx(1e6, rel=1 / 254)
+
+
+# --- pickled, copied, saved
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, *QUANTIZED_MAX]
+
+
+def entry_in(dtype: torch.dtype, **options) -> CompactKV:
+    entry = make_entry(rope=llama_rope(interleaved=True), **options)
+    entry = entry.quantize(dtype) if dtype in QUANTIZED_MAX else entry.to(dtype=dtype)
+    names = {"fingerprint": "model", "key": "ab" * 32}
+    return CompactKV(
+        entry.kv, entry.positions, entry.next_position, entry.scales, entry.rope, **names
+    )
+
+
+def assert_same(got: CompactKV, expected: CompactKV) -> None:
+    assert (got.dtype, got.kv.shape) == (expected.dtype, expected.kv.shape)
+    assert torch.equal(got.kv.view(torch.uint8), expected.kv.contiguous().view(torch.uint8))
+    assert (got.scales is None) == (expected.scales is None)
+    assert got.scales is None or torch.equal(got.scales, expected.scales)
+    assert torch.equal(got.positions, expected.positions)
+    assert got.rope.same(expected.rope)
+    for name in ("next_position", "fingerprint", "key"):
+        assert getattr(got, name) == getattr(expected, name)
+
+
+def saved(entry: CompactKV) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save({"entry": entry}, file)
+    file.seek(0)
+    return file
+
+
+WAYS = {
+    **{
+        f"pickle {protocol}": lambda entry, protocol=protocol: pickle.loads(
+            pickle.dumps(entry, protocol)
+        )
+        for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1)
+    },
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "torch.save": lambda entry: torch.load(saved(entry), weights_only=True)["entry"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_entry_travels(way, dtype):
+    entry = entry_in(dtype)
+    assert_same(way(entry), entry)
+
+
+def test_a_deep_copy_has_memory_of_its_own_and_a_copy_does_not():
+    for dtype in DTYPES:
+        entry = entry_in(dtype)
+        assert copy.copy(entry).kv.data_ptr() == entry.kv.data_ptr()
+        assert copy.deepcopy(entry).kv.data_ptr() != entry.kv.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_views_travel_without_the_rest_of_their_memory(dtype):
+    """An entry of a batch, and one that isn't contiguous."""
+    whole = entry_in(dtype, layers=40)
+    scales = None if whole.scales is None else whole.scales[3:5]
+    for kv in (whole.kv[3:5], whole.kv[3:5].transpose(2, 3).contiguous().transpose(2, 3)):
+        part = CompactKV(kv, whole.positions, whole.next_position, scales, whole.rope)
+        pickled = pickle.dumps(part)
+        assert len(pickled) < part.nbytes + 4096
+        assert_same(pickle.loads(pickled), part)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+def test_memory_that_cannot_be_written_travels(tmp_path, dtype):
+    entry = entry_in(dtype)
+    data = entry.kv.view(torch.uint8).numpy().tobytes()
+    read_only = torch.frombuffer(data, dtype=dtype).view(entry.kv.shape)
+    (tmp_path / "kv").write_bytes(data)
+    mapped = torch.from_file(
+        str(tmp_path / "kv"), shared=False, size=entry.kv.numel(), dtype=dtype
+    ).view(entry.kv.shape)
+    for kv in (read_only, mapped):
+        given = CompactKV(
+            kv,
+            entry.positions,
+            entry.next_position,
+            entry.scales,
+            entry.rope,
+            fingerprint=entry.fingerprint,
+            key=entry.key,
+        )
+        for way in WAYS.values():
+            assert_same(way(given), entry)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_file_is_mapped(tmp_path, dtype):
+    torch.save(entry_in(dtype), tmp_path / "entry.pt")
+    mapped = torch.load(tmp_path / "entry.pt", mmap=True, weights_only=True)
+    assert_same(mapped, entry_in(dtype))
+    for way in WAYS.values():
+        assert_same(way(mapped), entry_in(dtype))
+
+
+def _echo(connection) -> None:
+    entry = connection.recv()
+    connection.send(entry)
+    connection.recv()  # the tensors are shared; their owner stays until they were taken over
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_an_entry_goes_to_another_process_and_back(dtype):
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_echo, args=(theirs,), daemon=True)
+    process.start()
+    ours.send(entry_in(dtype))
+    assert ours.poll(20)
+    assert_same(ours.recv(), entry_in(dtype))
+    ours.send("done")
+    process.join(20)
+    assert process.exitcode == 0
+
+
+def test_a_process_that_only_imports_the_package_loads_an_entry(tmp_path):
+    torch.save(entry_in(torch.float8_e4m3fn), tmp_path / "entry.pt")
+    code = f"import torch, voco_kernels; print(torch.load({str(tmp_path / 'entry.pt')!r}).dtype)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "torch.float8_e4m3fn\n"
+
+
+class _Before:
+    """Pickles an entry as its dataclass was pickled before it had ``__reduce__``."""
+
+    def __init__(self, entry) -> None:
+        self.entry = entry
+
+    def __reduce__(self):
+        return copy_of_class, (type(self.entry),), dict(self.entry.__dict__)
+
+
+def copy_of_class(kind):
+    return kind.__new__(kind)
+
+
+def test_what_is_unpickled_is_checked():
+    entry = entry_in(torch.bfloat16)
+    assert_same(pickle.loads(pickle.dumps(_Before(entry))), entry)
+    bad = copy.copy(entry)
+    object.__setattr__(bad, "next_position", 1)
+    for pickled in (pickle.dumps(bad), pickle.dumps(_Before(bad))):
+        with pytest.raises(ValueError, match="next_position 1"):
+            pickle.loads(pickled)

@@ -60,7 +60,10 @@ def after_fork(owner: Any, renew: Callable[[Any], None]) -> None:
 
 def _renew_all() -> None:
     for owner, renew in list(_renewals.items()):
-        renew(owner)
+        try:
+            renew(owner)
+        except Exception:  # os.fork prints it and goes on; so do the others
+            logger.exception("%r could not be made ready for use after a fork", type(owner))
 
 
 os.register_at_fork(after_in_child=_renew_all)
@@ -238,3 +241,17 @@ def key_of(entry: CompactKV, key: str | None, fingerprint: str | None) -> str:
             "voco_model.image_key"
         )
     return check_key(key)
+
+
+def may_serve(store: Any, entry: CompactKV, key: str, tally: Tally) -> bool:
+    """Whether an intact entry is of the store's model; another model's is counted and logged."""
+    if store.fingerprint in (None, entry.fingerprint):
+        return True
+    tally.add("model")
+    logger.warning(
+        "%s: entry %s is not served, it is of the model with fingerprint %r; left where it is",
+        store,
+        key,
+        entry.fingerprint,
+    )
+    return False

@@ -5,8 +5,12 @@ The folder::
     v1/ab/<key>.safetensors   entries of version 1 of the format, in 256 folders by their key
     tmp/                      entries while they are written, each locked by its writer
     quarantine/               what was there and wasn't an intact entry; the oldest goes first
-    index.sqlite              sizes and last uses (index.py); made again if it's gone
+    index.sqlite              sizes and last uses (index.py)
     index.lock, files.lock    held while the index is made, and while a file is renamed or unlinked
+    clock                     its mtime is how far the time of uses has come (use_clock.py)
+
+All of it but the entries is made again if it's removed, also beneath an open store; a symbolic link in
+the place of an entry is never followed.
 
 An entry is a file that never changes, so there is nothing that a reader could see half written: it is
 written in ``tmp/`` and renamed when it's whole and on the disk. Its row is in the index before the
@@ -17,7 +21,10 @@ A reader asks the path and not the index, and marks the use by the file's mtime,
 microsecond. An unlink doesn't harm who has a file open; ``hold``, and who reads piece by piece, lock it
 (shared), which keeps eviction away. Eviction takes rows in the order of the index, and where
 a file's mtime is newer than its row, it corrects the row and goes on: least recently used, among all
-processes, without a write to the index in ``get``.
+processes, without a write to the index in ``get``. The times are those of a ``UseClock``, which
+a wrong system clock doesn't turn back.
+
+No lock is waited for longer than ``index_timeout``, since a process may be stopped while it holds one.
 """
 
 from __future__ import annotations
@@ -25,10 +32,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import heapq
+import itertools
 import os
 import re
 import secrets
-import time
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -36,12 +44,28 @@ from pathlib import Path
 from typing import Any
 
 from voco_kernels.kv import CompactKV
-from voco_model.kv_store.base import Store, StoreStats, Tally, key_of, logger, rows_of_keys
+from voco_model.kv_store.base import (
+    Store,
+    StoreStats,
+    StoreUnavailable,
+    Tally,
+    key_of,
+    logger,
+    rows_of_keys,
+)
 from voco_model.kv_store.buffers import BufferPool
 from voco_model.kv_store.format import VERSION, EntryError, Header, check_key, encode
-from voco_model.kv_store.index import Index, Row, Transaction, alone
+from voco_model.kv_store.index import Index, Row, Transaction
 from voco_model.kv_store.loading import STREAMED_FROM, load_from_files
-from voco_model.kv_store.reader import OPEN_FLAGS, EntryReader, close_locked, mark_used, read_entry
+from voco_model.kv_store.locks import alone, close_locked
+from voco_model.kv_store.reader import (
+    OPEN_FLAGS,
+    EntryReader,
+    mark_used,
+    open_entry,
+    read_entry,
+)
+from voco_model.kv_store.use_clock import UseClock
 
 _SUFFIX = ".safetensors"
 _ENTRY_NAME = re.compile(r"([0-9a-f]{64})\.safetensors")
@@ -112,7 +136,7 @@ class KVStore(Store):
             either way.
         quarantine_bytes: of what is set aside; ``max_bytes // 16`` by default.
         buffers: memory to read into; one's own by default, of up to 256 MiB.
-        index_timeout: seconds that ``put`` and ``delete`` wait for other processes' changes.
+        index_timeout: seconds that ``put`` and ``delete`` wait for each lock that others have.
 
     Raises:
         ValueError: arguments that don't fit.
@@ -149,13 +173,16 @@ class KVStore(Store):
         self._tmp = self.path / "tmp"
         self._quarantine = self.path / "quarantine"
         self._files_lock = self.path / "files.lock"
-        for folder in (self._entries, self._tmp, self._quarantine):
-            folder.mkdir(parents=True, exist_ok=True)
+        self._timeout = index_timeout
+        self._make_folders()
+        self._clock = UseClock(self.path / "clock")
         self._tally = Tally(DiskStats())
         self._closed = False
         self._index = Index(
             self.path / "index.sqlite", self._scan, timeout=index_timeout, sync=fsync
         )
+        with suppress(StoreUnavailable):  # which the index has said already
+            self._clock.observe(self._index.newest())
         self._sweep()
 
     @staticmethod
@@ -174,17 +201,17 @@ class KVStore(Store):
         self._check_open()
         path = self._path(key)
         try:
-            fd = os.open(path, OPEN_FLAGS)
+            fd = open_entry(path)
         except FileNotFoundError:
             self._tally.add(misses=1)
             return None
-        except OSError as error:
-            self._unreadable(key, error)
+        except (EntryError, OSError) as error:
+            self._not_opened(key, error)
             return None
         try:
             # Without a lock: an eviction would unlink the file, and leave us what we read. Marked first,
             # it is the least likely to be evicted meanwhile.
-            mark_used(fd)
+            mark_used(fd, self._clock.now())
             entry, size = read_entry(fd, self.buffers, key, self.fingerprint)
         except (EntryError, OSError, MemoryError) as error:
             self._not_served(key, fd, error)
@@ -205,22 +232,7 @@ class KVStore(Store):
             EntryError, OSError: while reading, from within the context.
         """
         self._check_open()
-        path = self._path(key)
-        try:
-            reader = EntryReader(path, self.buffers)
-        except FileNotFoundError:
-            self._tally.add(misses=1)
-            reader = None
-        except OSError as error:
-            self._unreadable(key, error)
-            reader = None
-        if reader is not None:
-            try:
-                reader.start(key=key, fingerprint=self.fingerprint)
-            except (EntryError, OSError) as error:
-                self._not_served(key, reader.fd, error)
-                reader.close()
-                reader = None
+        reader = self._opened(key)
         if reader is None:
             yield None
             return
@@ -235,8 +247,38 @@ class KVStore(Store):
                 if error.errno == errno.EIO:
                     self._not_served(key, reader.fd, error)
                 raise
-            reader.mark_used()
+            mark_used(reader.fd, self._clock.now())
         self._tally.add(hits=1, bytes_read=reader.header.file_size)
+
+    def _opened(self, key: str) -> EntryReader | None:
+        """A reader that is started; None, counted and logged, if it's a miss."""
+        try:
+            reader = EntryReader(self._path(key), self.buffers)
+        except FileNotFoundError:
+            self._tally.add(misses=1)
+            return None
+        except (EntryError, OSError) as error:
+            self._not_opened(key, error)
+            return None
+        try:
+            reader.start(key=key, fingerprint=self.fingerprint)
+        except (EntryError, OSError) as error:
+            self._not_served(key, reader.fd, error)
+            reader.close()
+            return None
+        return reader
+
+    def outline(self, key: str) -> tuple[CompactKV, Header] | None:
+        """An entry with ``kv`` on the meta device, and its header; None if it's a miss.
+
+        It isn't counted as a use, nor to be relied on before the file was read to its end.
+        """
+        self._check_open()
+        reader = self._opened(key)
+        if reader is None:
+            return None
+        with reader:
+            return reader.outline()[0], reader.header
 
     def load_into(
         self, cache: Any, keys: str | Sequence[str | Sequence[str]], **placement
@@ -251,7 +293,7 @@ class KVStore(Store):
 
     def _size(self, key: str) -> int:
         try:
-            return os.stat(self._path(key)).st_size
+            return os.lstat(self._path(key)).st_size
         except OSError:
             return 0
 
@@ -270,7 +312,7 @@ class KVStore(Store):
     def hold(self, key: str) -> Iterator[bool]:
         try:
             reader = EntryReader(self._path(key))
-        except OSError:
+        except (EntryError, OSError):
             yield False
             return
         with reader:
@@ -281,12 +323,12 @@ class KVStore(Store):
     def put(self, entry: CompactKV, key: str | None = None) -> None:
         """As ``Store.put``. It returns when the entry is on the disk, under its name.
 
-        Where the disk is full, as many bytes of entries as it needs are evicted, and it is tried once
-        more.
+        Where the disk is full (its bytes, its inodes or a quota), as many bytes of entries as it needs
+        are evicted, and it is tried once more; so it is where a folder was removed.
 
         Raises:
             ValueError: also an entry larger than max_bytes.
-            OSError: also ENOSPC; StoreUnavailable where the index stays locked for ``index_timeout``.
+            OSError: also ENOSPC; StoreUnavailable where a lock isn't free for ``index_timeout``.
         """
         self._check_open()
         key = key_of(entry, key, self.fingerprint)
@@ -297,14 +339,21 @@ class KVStore(Store):
                 f"expected an entry of up to max_bytes = {self.max_bytes} bytes, got {size}; open "
                 "the store with more, or quantize the entry"
             )
+        mended: set[str] = set()  # once each
         try:
-            try:
-                self._put(key, parts, size)
-            except OSError as error:
-                if error.errno not in _DISK_FULL:
-                    raise
-                self._make_room(size, error)
-                self._put(key, parts, size)
+            while True:
+                try:
+                    self._put(key, parts, size)
+                    break
+                except OSError as error:
+                    if error.errno in _DISK_FULL and "room" not in mended:
+                        mended.add("room")
+                        self._make_room(size, error)
+                    elif error.errno == errno.ENOENT and "folders" not in mended:
+                        mended.add("folders")
+                        self._make_folders()
+                    else:
+                        raise
         except OSError:
             self._tally.add(put_failures=1)
             raise
@@ -340,7 +389,7 @@ class KVStore(Store):
     # --- what there is
 
     def __contains__(self, key: object) -> bool:
-        return os.path.exists(self._path(key))
+        return os.path.lexists(self._path(key))
 
     def header(self, key: str) -> Header:
         """What an entry's header says, with its checksum not compared, and the use not marked.
@@ -386,6 +435,7 @@ class KVStore(Store):
         """
         self._check_open()
         report = VerifyReport()
+        self._sweep()
         self._index.check()
         batch: list[str] = []
         for shard, name in self._files():
@@ -408,9 +458,9 @@ class KVStore(Store):
                         continue
             except FileNotFoundError:  # evicted meanwhile
                 continue
-            except OSError as error:
-                report.bad[match[1]] = "unreadable"
-                self._unreadable(match[1], error, misses=0)
+            except (EntryError, OSError) as error:
+                report.bad[match[1]] = getattr(error, "reason", "unreadable")
+                self._not_opened(match[1], error, misses=0)
                 continue
             report.entries += 1
             report.bytes += header.file_size
@@ -419,7 +469,7 @@ class KVStore(Store):
                 report.added += self._reconcile(batch)
                 batch = []
         report.added += self._reconcile(batch)
-        report.dropped = self._drop_rows_without_files(list(self._index.keys()))
+        report.dropped = self._drop_rows_without_files(self._index.keys())
         return report
 
     def close(self) -> None:
@@ -434,12 +484,9 @@ class KVStore(Store):
 
     def _files(self) -> Iterator[tuple[str, str]]:
         """The folder and the name of each file that is where entries are."""
-        with os.scandir(self._entries) as shards:
-            names = sorted(shard.name for shard in shards if shard.is_dir())
-        for shard in names:
-            with os.scandir(self._entries / shard) as files:
-                for file in sorted(file.name for file in files):
-                    yield shard, file
+        for shard in _names(self._entries, folders=True):
+            for file in _names(self._entries / shard):
+                yield shard, file
 
     def _scan(self) -> Iterator[Row]:
         """The rows of all entries, from their files."""
@@ -448,8 +495,20 @@ class KVStore(Store):
             match = _ENTRY_NAME.fullmatch(name)
             if match is not None and match[1][:2] == shard:
                 with suppress(FileNotFoundError):
-                    status = os.stat(self._entries / shard / name)
-                    yield Row(match[1], status.st_size, status.st_mtime_ns)
+                    status = os.lstat(self._entries / shard / name)
+                    if stat.S_ISREG(status.st_mode):
+                        yield Row(match[1], status.st_size, status.st_mtime_ns)
+
+    def _make_folders(self) -> None:
+        """Makes what there isn't of the folders, and says so where it was there before."""
+        opened = hasattr(self, "_index")
+        for folder in (self._entries, self._tmp, self._quarantine):
+            if not folder.is_dir():
+                folder.mkdir(parents=True, exist_ok=True)
+                if opened:
+                    logger.warning(
+                        "%s was removed beneath the open store; it is made again", folder
+                    )
 
     def _check_open(self) -> None:
         if self._closed:
@@ -459,7 +518,7 @@ class KVStore(Store):
 
     def _put(self, key: str, parts: list[memoryview], size: int) -> None:
         path = self._path(key)
-        now = time.time_ns()
+        now = self._clock.now()
         with self._temporary(key) as (fd, temporary):
             _write_fully(fd, parts)
             os.utime(fd, ns=(now, now))
@@ -467,7 +526,7 @@ class KVStore(Store):
                 _data_sync(fd)
             # The row comes first: a file without one would escape eviction.
             self._change(lambda transaction: self._enter(transaction, key, size, now))
-            with alone(self._files_lock, fcntl.LOCK_SH):
+            with alone(self._files_lock, fcntl.LOCK_SH, timeout=self._timeout):
                 self._rename(temporary, path)
             if self._fsync:
                 _sync_folder(os.path.dirname(path))
@@ -479,7 +538,7 @@ class KVStore(Store):
     def _settle(self, transaction: Transaction, key: str, path: str) -> tuple[int, int] | None:
         """Makes the row of a key say what its file is now, if it still has one."""
         try:
-            status = os.stat(path)
+            status = os.lstat(path)
         except FileNotFoundError:
             return None  # replaced by another's put, and evicted or deleted after that
         if transaction.size(key) == status.st_size:
@@ -504,7 +563,7 @@ class KVStore(Store):
 
     @contextmanager
     def _temporary(self, key: str) -> Iterator[tuple[int, str]]:
-        """A new file in ``tmp/``, locked, so that nobody takes it for one whose writer died."""
+        """A new file in ``tmp/``, locked, so that no sweep takes it for one whose writer died."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         while True:
             path = f"{self._tmp}{os.sep}{key}.{os.getpid()}-{secrets.token_hex(8)}"
@@ -532,6 +591,7 @@ class KVStore(Store):
     def _make_room(self, size: int, full: OSError) -> None:
         """Evicts ``size`` bytes and some for the index. The files go first: then it can change."""
         logger.warning("%s: no room for %d bytes on the disk (%s)", self.path, size, full)
+        self._sweep()
         wanted = size + _INDEX_ROOM
         for _ in range(2):
             try:
@@ -568,6 +628,7 @@ class KVStore(Store):
             used = None if key == keep else self._evict_file(key, last_used)
             if used is None:
                 continue
+            self._clock.observe(used)
             if used > last_used:
                 # Met twice at most, whoever keeps touching its file.
                 if key not in touched:
@@ -591,23 +652,33 @@ class KVStore(Store):
         Returns:
             None: it is in use. A time after ``last_used``: its last use. An earlier one: it was
             unlinked; ``_NEVER``: it wasn't there.
+
+        Raises:
+            StoreUnavailable: others keep the files' lock. It isn't waited for again for each entry.
         """
         path = self._path(key)
         try:
-            fd = os.open(path, OPEN_FLAGS)
+            fd = open_entry(path)
         except FileNotFoundError:
             return _NEVER
+        except EntryError:  # a link, which is removed and not what it leads to
+            with alone(self._files_lock, timeout=self._timeout), suppress(OSError):
+                if os.path.islink(path):
+                    os.unlink(path)
+            return last_used
         except OSError:
             return None  # not ours to read, so not ours to remove
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             status = os.fstat(fd)
             if status.st_mtime_ns <= last_used:
-                with alone(self._files_lock):
+                with alone(self._files_lock, timeout=self._timeout):
                     if not _is_still(path, status):
                         return None  # just put again
                     os.unlink(path)
             return status.st_mtime_ns
+        except StoreUnavailable:
+            raise
         except OSError:
             return None  # in use, mostly
         finally:
@@ -618,7 +689,8 @@ class KVStore(Store):
     def _not_served(self, key: str, fd: int, error: Exception, *, misses: int = 1) -> None:
         """Counts, logs and, if the file is to blame, sets it aside."""
         reason = getattr(error, "reason", "unreadable")
-        if isinstance(error, EntryError) or getattr(error, "errno", None) == errno.EIO:
+        bad = isinstance(error, EntryError) and reason != "model"  # which its own store serves
+        if bad or getattr(error, "errno", None) == errno.EIO:
             where = self._set_aside(self._path(key), fd, f"{key}.{reason}")
             self._index.try_change(lambda t: self._drop(t, [key]), _DISCARD_PATIENCE)
         else:
@@ -626,33 +698,45 @@ class KVStore(Store):
         self._tally.add(failure=reason, misses=misses)
         logger.warning("entry %s is not served, %s; %s", key, error, where)
 
-    def _unreadable(self, key: str, error: OSError, *, misses: int = 1) -> None:
-        self._tally.add(failure="unreadable", misses=misses)
-        logger.warning("entry %s is not served, unreadable: %s; left where it is", key, error)
+    def _not_opened(self, key: str, error: EntryError | OSError, *, misses: int = 1) -> None:
+        where, reason = "left where it is", "unreadable"
+        if isinstance(error, EntryError):  # a symbolic link
+            reason = error.reason
+            where = self._set_aside(self._path(key), None, f"{key}.{reason}", link=True)
+            self._index.try_change(lambda t: self._drop(t, [key]), _DISCARD_PATIENCE)
+        self._tally.add(failure=reason, misses=misses)
+        logger.warning("entry %s is not served, unreadable: %s; %s", key, error, where)
 
-    def _set_aside(self, path: str | Path, fd: int | None, name: str) -> str:
-        """Moves a file to quarantine, if its name still stands for fd; says what it did."""
+    def _set_aside(self, path: str | Path, fd: int | None, name: str, *, link: bool = False) -> str:
+        """Moves a file to quarantine, if its name is still that of fd, or of a ``link``; says what it
+        did."""
         target = self._quarantine / f"{name[:128]}.{secrets.token_hex(4)}{_SUFFIX}"
         try:
-            with alone(self._files_lock):
-                if fd is not None and not _is_still(path, os.fstat(fd)):
+            with alone(self._files_lock, timeout=_DISCARD_PATIENCE):
+                replaced = fd is not None and not _is_still(path, os.fstat(fd))
+                if replaced or (link and not os.path.islink(path)):
                     return "another one has its name by now"
+                self._quarantine.mkdir(parents=True, exist_ok=True)
                 os.rename(path, target)
         except OSError as error:
             return f"it could not be set aside: {error}"
         self._tally.add(quarantined=1)
+        now = self._clock.now()
+        with suppress(OSError, NotImplementedError):
+            os.utime(target, ns=(now, now), follow_symlinks=False)
         self._trim_quarantine(self.quarantine_bytes)
-        return f"set aside as {target}" if target.exists() else "removed: quarantine_bytes is less"
+        if not os.path.lexists(target):
+            return "removed: quarantine_bytes is less"
+        return f"set aside as {target}"
 
     def _trim_quarantine(self, limit: int) -> None:
         """Removes what was set aside first, down to ``limit`` bytes."""
         found = []
-        with os.scandir(self._quarantine) as files:
-            for file in files:
-                with suppress(FileNotFoundError):
-                    status = file.stat(follow_symlinks=False)
-                    # A rename sets ctime, and mtime is the last use.
-                    found.append((status.st_ctime_ns, status.st_size, file.path))
+        for name in _names(self._quarantine):
+            path = self._quarantine / name
+            with suppress(FileNotFoundError):
+                status = os.lstat(path)
+                found.append((status.st_mtime_ns, status.st_size, path))
         left = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if left <= limit:
@@ -666,7 +750,7 @@ class KVStore(Store):
     def _sweep(self) -> None:
         """Removes what writers left in ``tmp/`` that died: nobody holds a lock on it."""
         keys = []
-        for name in os.listdir(self._tmp):
+        for name in _names(self._tmp):
             path = self._tmp / name
             with suppress(OSError):
                 fd = os.open(path, OPEN_FLAGS)
@@ -676,14 +760,15 @@ class KVStore(Store):
                     keys.append(name.partition(".")[0])
                 finally:
                     close_locked(fd)
-        if keys:
-            self._drop_rows_without_files(keys)
+        if keys:  # their rows do no harm where the index isn't to be had now
+            self._index.try_change(
+                lambda transaction: self._drop(transaction, keys), _DISCARD_PATIENCE
+            )
 
-    def _drop_rows_without_files(self, keys: list[str]) -> list[str]:
-        """Of the keys that are keys; whoever is about to rename a file looks after its row again."""
+    def _drop_rows_without_files(self, keys: Iterator[str]) -> list[str]:
+        """Gives the keys that were dropped; a put about to rename a file looks after its row again."""
         dropped: list[str] = []
-        for start in range(0, len(keys), _VERIFY_BATCH):
-            batch = keys[start : start + _VERIFY_BATCH]
+        while batch := list(itertools.islice(keys, _VERIFY_BATCH)):
             dropped += self._index.change(lambda t, batch=batch: self._drop(t, batch))
         return dropped
 
@@ -706,13 +791,26 @@ class KVStore(Store):
             entered = []
             for key in keys:
                 with suppress(FileNotFoundError):
-                    status = os.stat(self._path(key))
+                    status = os.lstat(self._path(key))
                     if transaction.size(key) != status.st_size:
                         transaction.put(key, status.st_size, status.st_mtime_ns)
                         entered.append(key)
             return entered
 
         return self._index.change(enter) if keys else []
+
+
+def _names(folder: Path, *, folders: bool = False) -> list[str]:
+    """The names in a folder, in order; none where it isn't there.
+
+    Args:
+        folders: only those of folders.
+    """
+    try:
+        with os.scandir(folder) as found:
+            return sorted(each.name for each in found if not folders or each.is_dir())
+    except FileNotFoundError:
+        return []
 
 
 def _write_fully(fd: int, parts: list[memoryview]) -> None:

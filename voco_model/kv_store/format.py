@@ -3,7 +3,7 @@
 | bytes | what |
 |---|---|
 | 8 | N, the length of the header, unsigned, little-endian |
-| N | JSON in ASCII, padded with spaces to the next multiple of 4096 of 8 + N |
+| N | JSON in ASCII, padded with spaces to the next multiple of 4096 (in Redis: 8) of 8 + N |
 | the rest | the payload: ``kv``, ``scales``, ``positions``, ``inv_freq``, without holes |
 
 All numbers are little-endian. The JSON has no spaces and its fields in this order, so that an entry has
@@ -41,6 +41,8 @@ from voco_kernels.kv import QUANTIZED_MAX, CompactKV, Rope
 
 VERSION = 1
 ALIGNMENT = 4096  # of the payload; 8 + N is a multiple of it
+# In Redis, where pages don't matter and memory is dear. What was written there before has the other one.
+COMPACT = 8
 MAX_HEADER = 65536  # bytes, the length word included
 MAX_FINGERPRINT = 4096  # characters
 # Why an entry isn't served.
@@ -61,7 +63,6 @@ _START = b'{"__metadata__":{"xxh3_128":"'
 _DIGEST_DIGITS = 32
 _DIGEST_AT = _LENGTH_BYTES + len(_START)
 _ZERO_DIGEST = b"0" * _DIGEST_DIGITS
-_PADDING = b" " * (ALIGNMENT - 1)
 
 # The one spelling of a header is two patterns, what differs among entries and what most of a store
 # share: what doesn't match was not written by this format; no JSON parser ever sees nested, doubled or
@@ -108,7 +109,7 @@ class Header(NamedTuple):
     """What an entry's first bytes say, checked against each other and against its size.
 
     Attributes:
-        size: bytes of length word and header; ``kv`` begins here, a multiple of 4096.
+        size: bytes of length word and header; ``kv`` begins here, a multiple of the alignment.
         tail: offset of what follows ``kv`` (scales, positions, inv_freq), from the start.
         file_size: bytes of the whole entry.
         digest: xxh3-128 of it, 32 hex digits, not checked yet.
@@ -161,7 +162,7 @@ def check_key(key: str) -> str:
     return key
 
 
-def encode(entry: CompactKV, key: str) -> list[bytes | memoryview]:
+def encode(entry: CompactKV, key: str, alignment: int = ALIGNMENT) -> list[bytes | memoryview]:
     """An entry as the parts of a file, in order: header, ``kv``, what follows it.
 
     The second part is the memory of ``entry.kv`` itself where that is contiguous and on the CPU; a copy
@@ -170,6 +171,7 @@ def encode(entry: CompactKV, key: str) -> list[bytes | memoryview]:
     Args:
         entry: of any device.
         key: 64 lower-case hex digits, written into the header.
+        alignment: of the payload, ``ALIGNMENT`` or ``COMPACT``.
 
     Raises:
         ValueError: a key or a fingerprint that doesn't fit into a header.
@@ -197,7 +199,7 @@ def encode(entry: CompactKV, key: str) -> list[bytes | memoryview]:
     kv, *tail = map(_memory, tensors.values())
     tail = b"".join(tail)
 
-    header = bytearray(_render_header(entry, key, tensors))
+    header = bytearray(_render_header(entry, key, tensors, alignment))
     state = xxhash.xxh3_128(header)
     state.update(kv)
     state.update(tail)
@@ -205,7 +207,7 @@ def encode(entry: CompactKV, key: str) -> list[bytes | memoryview]:
     return [bytes(header), kv, tail]
 
 
-def header_size(start: bytes | memoryview) -> int:
+def header_size(start: bytes | memoryview, alignment: int = ALIGNMENT) -> int:
     """Bytes of length word and header, from the first 8 bytes of an entry.
 
     Raises:
@@ -214,16 +216,16 @@ def header_size(start: bytes | memoryview) -> int:
     if len(start) < _LENGTH_BYTES:
         raise EntryError("truncated", f"expected a length of 8 bytes, got {len(start)} bytes")
     size = _LENGTH_BYTES + int.from_bytes(start[:_LENGTH_BYTES], "little")
-    if size % ALIGNMENT or not 0 < size <= MAX_HEADER:
+    if size % alignment or not _LENGTH_BYTES < size <= MAX_HEADER:
         raise EntryError(
             "foreign",
-            f"expected a header that ends at a multiple of {ALIGNMENT} up to {MAX_HEADER}, got one "
+            f"expected a header that ends at a multiple of {alignment} up to {MAX_HEADER}, got one "
             f"that ends at {size}",
         )
     return size
 
 
-def parse_header(start: bytes | memoryview, file_size: int) -> Header:
+def parse_header(start: bytes | memoryview, file_size: int, alignment: int = ALIGNMENT) -> Header:
     """The header of an entry, from its first bytes.
 
     Everything it says about sizes is checked here, against ``file_size`` too, so that a reader may
@@ -232,11 +234,12 @@ def parse_header(start: bytes | memoryview, file_size: int) -> Header:
     Args:
         start: the first ``header_size(start)`` bytes, or more.
         file_size: bytes of the whole entry.
+        alignment: ``COMPACT`` takes a header that is padded to ``ALIGNMENT``, too.
 
     Raises:
         EntryError: anything but a header that ``encode`` could have written for a file of that size.
     """
-    size = header_size(start)
+    size = header_size(start, alignment)
     if len(start) < size:
         raise EntryError("truncated", f"expected a header of {size} bytes, got {len(start)}")
     text = bytes(start[_LENGTH_BYTES:size])
@@ -245,10 +248,9 @@ def parse_header(start: bytes | memoryview, file_size: int) -> Header:
         raise _not_a_header(text)
     digest, key, fingerprint, next_position, interleaved = metadata.groups()
     end = text.rfind(b"}") + 1
-    if not _PADDING.startswith(text[end:]):
-        raise EntryError(
-            "corrupt", f"expected up to {len(_PADDING)} spaces, got {text[end:][:1024]}"
-        )
+    most = (alignment if size % ALIGNMENT else ALIGNMENT) - 1
+    if len(text) - end > most or text[end:].strip(b" "):
+        raise EntryError("corrupt", f"expected up to {most} spaces, got {text[end:][:1024]}")
     layout = _parse_layout(text[metadata.end() : end])
     if (layout.rotary_half == 0) != (interleaved is None) or int(next_position) >= 2**63:
         raise EntryError("corrupt", f"expected metadata that fit the tensors, got {text[:1024]}")
@@ -338,19 +340,26 @@ class Digest:
             raise EntryError("corrupt", f"expected xxh3-128 {header.digest}, got {got}")
 
 
-def decode(buffer, *, key: str | None = None, fingerprint: str | None = None) -> CompactKV:
+def decode(
+    buffer,
+    *,
+    key: str | None = None,
+    fingerprint: str | None = None,
+    alignment: int = ALIGNMENT,
+) -> CompactKV:
     """An entry from all its bytes.
 
     Args:
         buffer: a bytes-like object, C-contiguous. The tensors of the entry are views of it where its
             memory is aligned for their dtypes, and keep it alive; so don't write to either.
         key, fingerprint: what the entry must be of; None: any.
+        alignment: as for ``parse_header``.
 
     Raises:
         EntryError: anything but an intact entry of that key and model.
     """
     view = memoryview(buffer).cast("B")
-    header = parse_header(view[:MAX_HEADER], len(view))
+    header = parse_header(view[:MAX_HEADER], len(view), alignment)
     header.check(key, fingerprint)
     digest = Digest(view[: header.size])
     digest.update(view[header.size :])
@@ -438,7 +447,7 @@ def _memory(tensor: Tensor) -> memoryview:
     return memoryview(flat.numpy())
 
 
-def _render_header(entry: CompactKV, key: str, tensors: dict[str, Tensor]) -> bytes:
+def _render_header(entry: CompactKV, key: str, tensors: dict[str, Tensor], alignment: int) -> bytes:
     """Length word, JSON and padding, with a digest of zeros."""
     metadata = {
         "xxh3_128": _ZERO_DIGEST.decode(),
@@ -461,7 +470,7 @@ def _render_header(entry: CompactKV, key: str, tensors: dict[str, Tensor]) -> by
         }
         at += tensor.nbytes
     text = json.dumps(fields, separators=(",", ":")).encode("ascii")
-    padding = -(_LENGTH_BYTES + len(text)) % ALIGNMENT
+    padding = -(_LENGTH_BYTES + len(text)) % alignment
     length = len(text) + padding
     return length.to_bytes(_LENGTH_BYTES, "little") + text + b" " * padding
 

@@ -6,18 +6,21 @@ right without a word from the user: a damaged, foreign or too new one is renamed
 
 from __future__ import annotations
 
+import ctypes
 import errno
-import fcntl
 import os
 import secrets
 import sqlite3
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from voco_model.kv_store.base import StoreUnavailable, after_fork, logger
+from voco_model.kv_store.base import StoreUnavailable, logger
+from voco_model.kv_store.locks import alone
 
 APPLICATION_ID = 0x766F636F  # "voco"
 SCHEMA_VERSION = 1
@@ -25,7 +28,7 @@ _SCHEMA = f"""
 CREATE TABLE entries (
     key TEXT PRIMARY KEY,
     size INTEGER NOT NULL,      -- bytes of its file
-    last_used INTEGER NOT NULL  -- nanoseconds since 1970, at least; the file's mtime may be newer
+    last_used INTEGER NOT NULL  -- nanoseconds, at least (use_clock.py); the file's mtime may be newer
 ) WITHOUT ROWID;
 CREATE INDEX by_last_used ON entries (last_used, key, size);
 -- One row, kept by the triggers, so that nobody counts.
@@ -48,6 +51,9 @@ _UPSERT = (
     "last_used = excluded.last_used"
 )
 _PAGE = 1000
+_PROBE = b"\0" * (1 << 16)  # a page of SQLite's at most
+# That a fork waits for a change under way in another thread.
+_FORK_PATIENCE = 5.0  # seconds
 Result = TypeVar("Result")
 
 
@@ -106,7 +112,7 @@ class Index:
         path: of the SQLite file.
         scan: gives the rows of all entries there are, from their files; asked only where the index is
             missing or unusable.
-        timeout: seconds to wait for other processes.
+        timeout: seconds to wait for other threads and processes.
         sync: whether a change survives a power cut.
 
     Raises:
@@ -130,22 +136,47 @@ class Index:
         self._connection: sqlite3.Connection | None = None
         self._inode: tuple[int, int] | None = None
         self._lock = threading.Lock()
-        self._left_behind: list[sqlite3.Connection] = []
-        after_fork(self, Index._renew)
+        self._owner = 0  # the thread that has the lock
+        self._unusable_child = False
+        _indexes.add(self)
         try:
             self.totals()  # opens it, and makes it where it's missing
         except StoreUnavailable as error:
             logger.warning("%s; entries can be read meanwhile", error)
 
-    def _renew(self) -> None:
-        # SQLite forbids a child to use its parent's connection, closing it included.
+    @contextmanager
+    def _locked(self, timeout: float) -> Iterator[None]:
+        """Keeps other threads out.
+
+        Raises:
+            StoreUnavailable: they have it for ``timeout`` seconds.
+        """
+        if not self._lock.acquire(timeout=timeout):
+            raise StoreUnavailable(
+                f"other threads of this process kept the index {self.path} for {timeout} s"
+            )
+        lock, self._owner = self._lock, threading.get_ident()
+        try:
+            yield
+        finally:
+            self._owner = 0
+            lock.release()
+
+    def _renew(self, quiet: bool) -> None:
+        """In a forked child: ``quiet`` says that no thread was at work in the parent."""
         self._lock = threading.Lock()
+        self._owner = 0
         if self._connection is not None:
-            self._left_behind.append(self._connection)
-        self._connection = None
+            # SQLite forbids a child to use its parent's connection. Even closing it, as the garbage
+            # collector would, may undo a change of the parent's that is under way.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
+            self._connection = None
+        # SQLite keeps its locks in memory too, by file: those of the parent's change would be taken for
+        # ours in this process.
+        self._unusable_child = self._unusable_child or not quiet
 
     def close(self) -> None:
-        with self._lock:
+        with self._locked(self._timeout):
             self._close()
 
     def _close(self) -> None:
@@ -178,21 +209,18 @@ class Index:
 
     def try_change(self, do: Callable[[Transaction], Any], wait: float) -> bool:
         """``change``, if others let us within ``wait`` seconds; whether it was done."""
-        if not self._lock.acquire(timeout=wait):
-            return False
         try:
-            if self._connection is None:
-                return False
-            self._connection.execute(f"PRAGMA busy_timeout = {int(1000 * wait)}")
-            try:
-                self._transact(self._connection, do)
-            finally:
-                self._connection.execute(f"PRAGMA busy_timeout = {int(1000 * self._timeout)}")
-            return True
+            with self._locked(wait):
+                if self._connection is None:
+                    return False
+                self._connection.execute(f"PRAGMA busy_timeout = {int(1000 * wait)}")
+                try:
+                    self._transact(self._connection, do)
+                finally:
+                    self._connection.execute(f"PRAGMA busy_timeout = {int(1000 * self._timeout)}")
+                return True
         except (sqlite3.Error, Unusable, OSError):
             return False  # whoever needs the index next finds out why
-        finally:
-            self._lock.release()
 
     def totals(self) -> tuple[int, int]:
         """How many entries, and of how many bytes."""
@@ -206,6 +234,10 @@ class Index:
         ):
             for (after,) in page:
                 yield after
+
+    def newest(self) -> int:
+        """The latest use that it knows of; 0 where it is empty."""
+        return self._select("SELECT COALESCE(MAX(last_used), 0) FROM entries")[0][0]
 
     def check(self) -> None:
         """Reads all of the index; makes a new one if it is damaged."""
@@ -228,7 +260,12 @@ class Index:
 
     def _run(self, do: Callable[[sqlite3.Connection], Result]) -> Result:
         """``do(connection)``; once more with a new index if this one turns out to be unusable."""
-        with self._lock:
+        if self._unusable_child:
+            raise StoreUnavailable(
+                f"this process was forked while another thread changed the index {self.path}, whose "
+                "locks it can't tell from its own; start processes before, or by spawn"
+            )
+        with self._locked(self._timeout):
             for last in (False, True):
                 try:
                     if self._connection is None:
@@ -260,16 +297,16 @@ class Index:
     def _open(self, problem: Exception | None = None) -> None:
         """Opens the index; makes it anew where it is missing or unusable, or was, by ``problem``."""
         damaged = self._inode if problem is not None and _is_damage(problem) else None
-        with alone(self.path.with_suffix(".lock")):
+        with alone(self.path.with_suffix(".lock"), timeout=self._timeout):
             try:
                 # What was damaged when we met it may have been replaced before we held the lock.
                 if damaged is not None and _inode(self.path) == damaged:
                     raise Unusable(str(problem))
                 self._connect()
             except (Unusable, sqlite3.Error) as error:
+                self._close()
                 if isinstance(error, sqlite3.Error) and not _is_damage(error):
                     raise self._as_os_error(error) from error
-                self._close()
                 existed = self._set_aside(error)
                 self._rebuild()
                 self._connect()
@@ -340,15 +377,34 @@ class Index:
 
     def _as_os_error(self, error: sqlite3.Error) -> OSError:
         message = str(error)
-        if "full" in message:
-            return OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {message}", str(self.path))
         if "locked" in message or "busy" in message:
             return StoreUnavailable(
                 f"expected the index {self.path} within {self._timeout} s, got: {message}"
             )
         if "readonly" in message:
             return PermissionError(errno.EACCES, message, str(self.path))
-        return OSError(errno.EIO, message, str(self.path))
+        if "full" in message:
+            return OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {message}", str(self.path))
+        # SQLite says the same of a quota, of inodes and of files that have run out as of a broken disk.
+        cause = _why_not_written(self.path.parent)
+        if cause is None:
+            return OSError(errno.EIO, message, str(self.path))
+        return OSError(cause.errno, f"{cause.strerror}: {message}", str(self.path))
+
+
+def _why_not_written(folder: Path) -> OSError | None:
+    """What the system says to a new file in a folder; None where it takes one."""
+    path = folder / f"index.probe-{secrets.token_hex(4)}"
+    try:
+        with open(path, "xb", buffering=0) as file:
+            file.write(_PROBE)
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    finally:
+        with suppress(OSError):
+            os.unlink(path)
+    return None
 
 
 def _is_damage(error: Exception) -> bool:
@@ -368,17 +424,38 @@ def _inode(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-@contextmanager
-def alone(path: Path, mode: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Holds the lock file ``path``, among threads and processes; alone, or with others by LOCK_SH.
+# --- forks
 
-    The kernel lets go of it for a process that dies.
-    """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(fd, mode)
-        yield
-    finally:
-        # Explicitly, because a child forked meanwhile has a copy of fd that it doesn't know of.
-        fcntl.flock(fd, fcntl.LOCK_UN)
-        os.close(fd)
+_indexes: weakref.WeakSet[Index] = weakref.WeakSet()
+_quiet: list[tuple[Index, threading.Lock | None]] = []  # while a thread forks
+
+
+def _before_fork() -> None:
+    """Waits for the changes under way: a child can't make sense of half of one."""
+    end = time.monotonic() + _FORK_PATIENCE
+    for index in list(_indexes):
+        lock: threading.Lock | None = index._lock
+        own = index._owner == threading.get_ident()
+        if own or not lock.acquire(timeout=max(end - time.monotonic(), 0)):
+            lock = None
+        _quiet.append((index, lock))
+
+
+def _after_fork_in_parent() -> None:
+    while _quiet:
+        _, lock = _quiet.pop()
+        if lock is not None:
+            lock.release()
+
+
+def _after_fork_in_child() -> None:
+    while _quiet:
+        index, lock = _quiet.pop()
+        index._renew(quiet=lock is not None)
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)

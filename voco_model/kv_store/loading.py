@@ -4,14 +4,15 @@ cache."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from voco_kernels.kv import CompactKV
 from voco_kernels.kv_load import prepare_load
 from voco_kernels.kv_transfer import Transfer
-from voco_model.kv_store.format import EntryError
+from voco_model.kv_store.format import EntryError, Header
 from voco_model.kv_store.reader import EntryReader
 
 if TYPE_CHECKING:
@@ -32,35 +33,54 @@ def load_from_files(
     store: KVStore, cache: Any, keys: Sequence[Sequence[str]], placement: dict[str, Any]
 ) -> list[str]:
     """``Store.load_into`` for a store of files; ``placement`` are its keyword arguments."""
-    missing = []
-    with ExitStack() as all_of_them:
-        opened = []
-        for key in (key for row in keys for key in row):
-            context = all_of_them.enter_context(ExitStack())
-            reader = context.enter_context(store.reader(key))
-            opened.append((key, context, reader))
-            if reader is None:
+    # Each file is opened twice and one at a time, since there may be more than a process may have open:
+    # first for what says where it goes, then for what it holds.
+    flat = [key for row in keys for key in row]
+    outlines = [store.outline(key) for key in flat]
+    missing = [key for key, outline in zip(flat, outlines, strict=True) if outline is None]
+    if missing:
+        return list(dict.fromkeys(missing))
+    shells = iter(shell for shell, _ in outlines)
+    transfer = prepare_load(cache, [[next(shells) for _ in row] for row in keys], **placement)
+    for index, key in enumerate(flat):
+        try:
+            if not _load(transfer, index, key, outlines[index], store):
                 missing.append(key)
-        if missing:
-            return list(dict.fromkeys(missing))
-        outlines = [reader.outline() for _, _, reader in opened]
-        shells = iter(shell for shell, _ in outlines)
-        transfer = prepare_load(cache, [[next(shells) for _ in row] for row in keys], **placement)
-        for index, (key, context, reader) in enumerate(opened):
-            try:
-                with context:
-                    if transfer.takes_bytes(index):
-                        _write(transfer, index, reader, store)
-                    else:
-                        _feed(transfer, index, reader, outlines[index][1], store)
-                    reader.check()
-            except (EntryError, OSError):  # counted and logged by the store
-                missing.append(key)
-        if missing:
-            transfer.cancel()
-        else:
-            transfer.commit()
+        except (EntryError, OSError):  # counted and logged by the store
+            missing.append(key)
+    if missing:
+        transfer.cancel()
+    else:
+        transfer.commit()
     return list(dict.fromkeys(missing))
+
+
+def _load(
+    transfer: Transfer, index: int, key: str, outline: tuple[CompactKV, Header], store: KVStore
+) -> bool:
+    """Puts an entry where it goes; False if it isn't there any more, or is another by now."""
+    with store.reader(key) as reader:
+        if reader is None:
+            return False
+        shell, scales = reader.outline()
+        if not _alike(outline, (shell, reader.header)):
+            return False
+        if transfer.takes_bytes(index):
+            _write(transfer, index, reader, store)
+        else:
+            _feed(transfer, index, reader, scales, store)
+        reader.check()
+    return True
+
+
+def _alike(one: tuple[CompactKV, Header], other: tuple[CompactKV, Header]) -> bool:
+    """Whether an entry that was put in the place of another one goes where that was to go."""
+    (shell, header), (other_shell, other_header) = one, other
+    return header.digest == other_header.digest or (
+        header._replace(digest=other_header.digest) == other_header
+        and torch.equal(shell.positions, other_shell.positions)
+        and (shell.rope is None or shell.rope.same(other_shell.rope))
+    )
 
 
 def _write(transfer: Transfer, index: int, reader: EntryReader, store: KVStore) -> None:

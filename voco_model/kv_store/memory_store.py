@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -49,17 +51,21 @@ class MemoryStore(Store):
         self._entries: OrderedDict[str, tuple[CompactKV, int, list[int]]] = OrderedDict()
         self._bytes = 0
         self._tally = Tally(StoreStats())
-        self._unlock()
-        after_fork(self, MemoryStore._unlock)
-
-    def _unlock(self) -> None:
         self._lock = threading.Lock()
+        after_fork(self, MemoryStore._begin_in_child)
+
+    def _begin_in_child(self) -> None:
+        self._lock = threading.Lock()
+        # Another thread of the parent may have been between an entry and the sum.
+        self._bytes = sum(size for _, size, _ in self._entries.values())
+        self._pin = False  # CUDA doesn't survive a fork
 
     def __repr__(self) -> str:
         return f"MemoryStore({self._bytes} of {self._max_bytes} B{', pinned' if self._pin else ''})"
 
     def put(self, entry: CompactKV, key: str | None = None) -> None:
-        """As ``Store.put``; an entry larger than ``max_bytes`` is a ValueError too."""
+        """As ``Store.put``; an entry larger than ``max_bytes`` is a ValueError too, and memory that the
+        system doesn't have an OSError."""
         key = key_of(entry, key, self.fingerprint)
         size = sum(tensor.nbytes for tensor in _tensors(entry))
         if size > self._max_bytes:
@@ -71,7 +77,11 @@ class MemoryStore(Store):
         with self._lock:
             self._drop(key)
             self._evict(self._max_bytes - size)
-        copy = self._copy(entry, key)
+        try:
+            copy = self._copy(entry, key)
+        except (MemoryError, RuntimeError) as error:  # torch's, of memory or of pinning it
+            self._tally.add(put_failures=1)
+            raise OSError(errno.ENOMEM, f"{os.strerror(errno.ENOMEM)}: {error}") from error
         with self._lock:
             self._drop(key)
             self._evict(self._max_bytes - size)

@@ -11,7 +11,15 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from voco_kernels.kv import CompactKV
-from voco_model.kv_store.base import Store, StoreStats, StoreUnavailable, Tally, key_of, logger
+from voco_model.kv_store.base import (
+    Store,
+    StoreStats,
+    StoreUnavailable,
+    Tally,
+    key_of,
+    logger,
+    may_serve,
+)
 from voco_model.kv_store.bounded import Breaker, BusyError, Deadline, Workers
 from voco_model.kv_store.disk import VerifyReport
 from voco_model.kv_store.format import VERSION, EntryError, check_key, decode, encode
@@ -27,7 +35,8 @@ class ObjectStore(Store):
 
     The objects are ``<url>/v1/ab/<key>.safetensors``, with the bytes and names of the files of a
     ``KVStore``. On object stores a put is atomic; elsewhere an entry is written to ``<url>/tmp/`` and
-    moved, which is atomic where renaming is. Bad objects are moved to ``<url>/quarantine/``.
+    moved, which is atomic where renaming is. Bad objects are moved to ``<url>/quarantine/``;
+    another model's entry stays.
 
     Whatever is wrong with the other side, a call ends in time: within ``timeout`` seconds and what its
     bytes take at ``min_bandwidth``. A call that is given up goes on in its thread until the file system
@@ -134,7 +143,8 @@ class ObjectStore(Store):
             except EntryError as error:
                 self._tally.add(error.reason)
                 entry = self._quarantine(key, error)
-        if entry is None:
+        if entry is None or not may_serve(self, entry, key, self._tally):
+            entry = None
             self._tally.add(misses=1)
         else:
             self._tally.add(hits=1, bytes_read=entry.nbytes)
@@ -260,10 +270,10 @@ class ObjectStore(Store):
     def _decode(self, key: str, data: bytes | EntryError) -> CompactKV:
         if isinstance(data, EntryError):
             raise data
-        return decode(data, key=key, fingerprint=self.fingerprint)
+        return decode(data, key=key)
 
     def _quarantine(self, key: str, error: EntryError) -> CompactKV | None:
-        """Set a bad object aside; or return the good entry that has replaced it meanwhile."""
+        """Sets a bad object aside; or returns the good entry that has replaced it meanwhile."""
 
         def quarantine(fs, root, deadline):
             path = _path(root, key)

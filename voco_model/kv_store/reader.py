@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from voco_kernels.kv import CompactKV
+from voco_model.kv_store.base import after_fork
 from voco_model.kv_store.buffers import BufferPool
 from voco_model.kv_store.format import (
     ALIGNMENT,
@@ -26,12 +28,14 @@ from voco_model.kv_store.format import (
     parse_header,
     tensor_over,
 )
+from voco_model.kv_store.locks import close_locked
 
 # Bytes that are hashed while they are still in the cache that the read brought them into.
 CHUNK = 2**20
 _MOST_MEMORIES = 1024  # of one preadv: IOV_MAX on Linux
-# Without O_NONBLOCK, opening a pipe that somebody left here would wait for its writer.
-OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+# Without O_NONBLOCK, opening a pipe would wait for its writer. An entry is a file: what a symbolic link
+# leads to may be another store's, or change.
+OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
 # An evictor locks a file only to unlink it, which takes microseconds.
 _LOCK_PATIENCE = 1.0
 
@@ -47,7 +51,8 @@ class EntryReader:
                 ...  # use chunk, but don't rely on it yet
             entry = reader.finish(kv)  # now the checksum has been compared
 
-    Not for several threads at a time.
+    Not for several threads at a time. A child that was forked by the thread that opened it has a lock of
+    its own; any other child uses the file without one.
 
     Attributes:
         fd: the open file.
@@ -59,6 +64,7 @@ class EntryReader:
 
     Raises:
         FileNotFoundError: there is none.
+        EntryError: a symbolic link.
         OSError: it can't be opened.
     """
 
@@ -66,8 +72,31 @@ class EntryReader:
         self.header: Header | None = None
         self._buffers = buffers
         self.fd, self._status = _open_shared(path)
+        self._locked = True
+        self._thread = threading.get_ident()
+        after_fork(self, EntryReader._renew)
         self._next_byte = 0  # of kv
         self._tail_hashed = False
+
+    def _renew(self) -> None:
+        """In a forked child: a lock of its own, since parent and child share that of the open file, and
+        unlocking it here would end the parent's."""
+        if self.fd < 0:
+            return
+        self._locked = False
+        if self._thread != threading.get_ident():
+            return  # of a thread that this process doesn't have
+        try:
+            fd = os.open(f"/proc/self/fd/{self.fd}", OPEN_FLAGS & ~os.O_NOFOLLOW)
+        except OSError:
+            return  # no such folder on this system
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)  # being evicted
+            return
+        os.close(self.fd)
+        self.fd, self._locked = fd, True
 
     def start(self, *, key: str | None = None, fingerprint: str | None = None) -> Header:
         """Reads all but ``kv``, and checks everything but the checksum.
@@ -214,14 +243,13 @@ class EntryReader:
         self.check()
         return assemble(self.header, kv, self._tail)
 
-    def mark_used(self) -> None:
-        """Makes it the last that eviction would take: by its mtime, in nanoseconds."""
-        mark_used(self.fd)
-
     def close(self) -> None:
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
-            close_locked(fd)
+            if self._locked:
+                close_locked(fd)
+            else:
+                os.close(fd)
 
     def __enter__(self) -> EntryReader:
         return self
@@ -264,13 +292,27 @@ def read_entry(
     return entry_over(memory, header), size
 
 
-def mark_used(fd: int) -> None:
-    """Makes a file the last that eviction would take: by its mtime, in nanoseconds."""
-    now = time.time_ns()
+def mark_used(fd: int, now: int) -> None:
+    """Makes a file the last that eviction would take: by its mtime, in nanoseconds of a ``UseClock``."""
     try:
         os.utime(fd, ns=(now, now))
     except OSError:
-        pass  # somebody else's file, or a disk that is read-only
+        pass  # another user's file, or a disk that is read-only
+
+
+def open_entry(path: Path | str) -> int:
+    """Opens a file of an entry.
+
+    Raises:
+        EntryError: a symbolic link.
+        OSError: it can't be opened.
+    """
+    try:
+        return os.open(path, OPEN_FLAGS)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise EntryError("foreign", "expected a file, got a symbolic link") from error
+        raise
 
 
 def _read_fully(fd: int, into: memoryview, at: int) -> None:
@@ -282,18 +324,11 @@ def _read_fully(fd: int, into: memoryview, at: int) -> None:
         got += more
 
 
-def close_locked(fd: int) -> None:
-    """Unlocks and closes. A child forked meanwhile has a copy of fd, which would keep the lock."""
-    with suppress(OSError):
-        fcntl.flock(fd, fcntl.LOCK_UN)
-    os.close(fd)
-
-
 def _open_shared(path: Path | str) -> tuple[int, os.stat_result]:
     """An open file with a lock that keeps eviction away."""
     deadline = None
     while True:
-        fd = os.open(path, OPEN_FLAGS)
+        fd = open_entry(path)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             status = os.fstat(fd)

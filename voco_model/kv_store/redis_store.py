@@ -12,10 +12,18 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from voco_kernels.kv import CompactKV
-from voco_model.kv_store.base import Store, StoreStats, StoreUnavailable, Tally, key_of, logger
+from voco_model.kv_store.base import (
+    Store,
+    StoreStats,
+    StoreUnavailable,
+    Tally,
+    key_of,
+    logger,
+    may_serve,
+)
 from voco_model.kv_store.bounded import Breaker, BusyError, Deadline, Workers
 from voco_model.kv_store.disk import VerifyReport
-from voco_model.kv_store.format import EntryError, check_key, decode, encode
+from voco_model.kv_store.format import COMPACT, EntryError, check_key, decode, encode
 
 QUARANTINE = "voco-kv:quarantine:"
 MAX_VALUE_BYTES = 512 * 2**20  # of one string in Redis
@@ -24,7 +32,7 @@ _BATCH_KEYS = 1000
 
 
 class RedisStore(Store):
-    """A store in Redis: one string an entry, the same bytes as the file of ``KVStore``.
+    """A store in Redis: one string an entry, the bytes of ``KVStore``'s file with a shorter header.
 
     Whatever is wrong with the server, a call ends in time: within ``timeout`` seconds and what its bytes
     take at ``min_bandwidth``; connecting, the name lookup and a server that dribbles are included. After
@@ -37,10 +45,10 @@ class RedisStore(Store):
     ``noeviction`` puts fail while it is full, and gets go on) and its persistence. There is no
     ``max_bytes`` here: one client of many can't bound a server.
 
-    A value that isn't an intact entry of its key and model is a miss, counted under its reason, and
-    renamed to ``voco-kv:quarantine:<name>:<time>``, where it expires; never one that a good value has
-    replaced meanwhile. ``stats`` counts two more reasons: "unavailable", where the server was asked in
-    vain, and "backing off", where it wasn't asked.
+    A value that isn't an intact entry of its key is a miss, counted under its reason, and renamed to
+    ``voco-kv:quarantine:<name>:<time>``, where it expires; never one that a good value has replaced
+    meanwhile. Another model's entry is a miss, too, and stays. ``stats`` counts two more reasons:
+    "unavailable", where the server was asked in vain, and "backing off", where it wasn't asked.
 
     Args:
         server: ``redis://[user:password@]host[:port][/db]``, ``rediss://`` (TLS), ``unix://path?db=0``,
@@ -152,7 +160,7 @@ class RedisStore(Store):
     def put(self, entry: CompactKV, key: str | None = None) -> None:
         """As ``Store.put``; an entry of more than 512 MiB, Redis' limit, is a ValueError too."""
         key = key_of(entry, key, self.fingerprint)
-        parts = encode(entry, key)
+        parts = encode(entry, key, COMPACT)
         size = sum(map(len, parts))
         if size > MAX_VALUE_BYTES:
             raise ValueError(
@@ -343,7 +351,7 @@ class RedisStore(Store):
     def _decode(self, key: str, value: Any) -> CompactKV:
         if isinstance(value, Exception):
             raise EntryError("foreign", f"expected a string, Redis says {value}")
-        return decode(value, key=key, fingerprint=self.fingerprint)
+        return decode(value, key=key, alignment=COMPACT)
 
     def _open(self, key: str, value: Any) -> CompactKV | None:
         """The entry in a value, if it may be served."""
@@ -354,12 +362,13 @@ class RedisStore(Store):
         except EntryError as error:
             self._tally.add(error.reason)
             entry = self._quarantine(key, error)
-        if entry is not None:
-            self._tally.add(bytes_read=entry.nbytes)
+        if entry is None or not may_serve(self, entry, key, self._tally):
+            return None
+        self._tally.add(bytes_read=entry.nbytes)
         return entry
 
     def _quarantine(self, key: str, error: EntryError) -> CompactKV | None:
-        """Put a bad value aside; or return the good entry that has replaced it meanwhile."""
+        """Puts a bad value aside; or returns the good entry that has replaced it meanwhile."""
         name = self._name(key)
         aside = f"{QUARANTINE}{name}:{time.time_ns()}"
 

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,11 +21,14 @@ from voco_model.kv_store.base import (
     after_fork,
     key_of,
     logger,
+    may_serve,
 )
 from voco_model.kv_store.disk import VerifyReport
 from voco_model.kv_store.format import check_key
 
-_RUNNING_SECONDS = 30.0  # that a delete waits for a write of its key that has begun
+_RUNNING_SECONDS = 30.0  # that a put or delete waits for another write of its key that has begun
+_READ_AGAIN = 2  # times, where entries were put or deleted while they were read
+_MOST_STALE = 1 << 20  # keys that a tier may have old entries of
 _EXIT_SECONDS = 5.0  # for what is in the background when the interpreter exits
 
 
@@ -58,6 +61,11 @@ class TieredStore(Store):
     tiers below get the entry in the background; a write that fails there, or finds the queue full, is
     counted and logged. ``flush`` waits for them.
 
+    What a put has replaced, or a delete removed, isn't served from any tier once that call has returned.
+    A tier that couldn't take an entry isn't asked for its key until the one before is deleted there.
+    This holds for calls of one process. A tier in this process's memory doesn't know of another
+    process's puts, which matters only for keys of your own: ``image_key`` never names two entries alike.
+
     ``get`` asks from above, and a hit puts the entry into the tiers above it: into memory before it
     returns, into others in the background. A tier is asked only for what those above don't have, so a
     slow one never delays a hit above it.
@@ -71,7 +79,7 @@ class TieredStore(Store):
         close_timeout: seconds.
 
     Raises:
-        ValueError: no tier.
+        ValueError: no tier, or tiers for different models.
     """
 
     def __init__(
@@ -87,34 +95,55 @@ class TieredStore(Store):
         for tier in self.tiers:
             if not isinstance(tier, Store):
                 raise TypeError(f"expected tiers that are stores, got {type(tier).__name__}")
+        models = {tier.fingerprint for tier in self.tiers} - {None}
+        if len(models) > 1:
+            raise ValueError(f"expected tiers for one model, got some for each of {sorted(models)}")
+        self.fingerprint = next(iter(models), None)
         self._close_timeout = close_timeout
         self._tally = Tally(TieredStats())
-        self._levels = [_Level(tier, self._tally, max_waiting_bytes) for tier in self.tiers]
+        self._keys = _Keys()
+        self._levels = [
+            _Level(tier, self._tally, max_waiting_bytes, self._keys) for tier in self.tiers
+        ]
         self._prefetcher = _Background(_weakly(self._promote_all), 4096, "voco-kv-prefetch", 16)
 
     def __repr__(self) -> str:
         return f"TieredStore({self.tiers})"
 
     def put(self, entry: CompactKV, key: str | None = None) -> None:
-        key = key_of(entry, key, None)
-        taken, acknowledged, refusal = False, False, None
+        key = key_of(entry, key, self.fingerprint)
+        with self._keys.writing(key):
+            refusal = self._put(key, entry)
+        if refusal is not None:
+            self._tally.add(put_failures=1)
+            raise refusal
+        self._tally.add(puts=1, bytes_written=entry.nbytes)
+
+    def _put(self, key: str, entry: CompactKV) -> Exception | None:
+        """Why no durable tier has taken it, if none has."""
+        refused: list[_Level] = []
+        took, acknowledged, refusal = False, False, None
         for level in self._levels:
             if acknowledged:
-                level.later(key, entry, None)
+                level.later(key, entry)
                 continue
             try:
-                level.tier.put(entry, key)
+                level.put(key, entry)
             except (OSError, ValueError) as error:
                 logger.warning("%s: put of %s failed: %s", level.tier, key, error)
+                refused.append(level)
                 if refusal is None or level.tier.durable:
                     refusal = error
             else:
-                taken, acknowledged = True, level.tier.durable
-        if acknowledged or (taken and not any(tier.durable for tier in self.tiers)):
-            self._tally.add(puts=1, bytes_written=entry.nbytes)
-            return
-        self._tally.add(put_failures=1)
-        raise refusal
+                took, acknowledged = True, level.tier.durable
+        if acknowledged or (took and not any(tier.durable for tier in self.tiers)):
+            for level in refused:
+                level.forget(key)
+            return None
+        if took:  # it is served from there: when that ends, not the one before again
+            for level in refused:
+                level.distrust(key)
+        return refusal
 
     def get(self, key: str) -> CompactKV | None:
         return self.get_many([key])[0]
@@ -148,11 +177,12 @@ class TieredStore(Store):
         """
         check_key(key)
         deleted, refusal = False, None
-        for level in reversed(self._levels):  # nothing is promoted from what is gone below
-            try:
-                deleted |= level.delete(key)
-            except OSError as error:
-                refusal = error
+        with self._keys.writing(key):
+            for level in reversed(self._levels):
+                try:
+                    deleted |= level.delete(key)
+                except OSError as error:
+                    refusal = error
         if refusal is not None:
             raise refusal
         self._tally.add(deletes=deleted)
@@ -201,86 +231,225 @@ class TieredStore(Store):
             level.tier.close()
 
     def _read(self, keys: list[str]) -> dict[str, CompactKV]:
-        """What there is of these entries, promoted into the tiers above those that had them."""
-        deletes = [level.deletes for level in self._levels]
+        """What there is of these entries, promoted into the tiers above those that had them.
+
+        What is put or deleted meanwhile is read again.
+        """
         found: dict[str, CompactKV] = {}
-        for depth, tier in enumerate(self.tiers):
-            missing = [key for key in keys if key not in found]
-            if not missing:
+        for _ in range(1 + _READ_AGAIN):
+            readings = {key: self._keys.read(key) for key in keys}
+            for key in keys:
+                found.pop(key, None)
+            found.update(self._read_once(readings))
+            keys = [key for key, reading in readings.items() if reading.outdated]
+            if not keys:
                 break
+        return found
+
+    def _read_once(self, readings: dict[str, _Reading]) -> dict[str, CompactKV]:
+        found: dict[str, CompactKV] = {}
+        for depth, level in enumerate(self._levels):
+            missing = [key for key in readings if key not in found and level.current(key)]
+            if not missing:
+                continue
             try:
-                entries = tier.get_many(missing)
+                entries = level.tier.get_many(missing)
             except OSError as error:  # which a store shouldn't raise here
                 self._tally.add("unreadable")
-                logger.warning("%s: get of %d entries failed: %s", tier, len(missing), error)
+                logger.warning("%s: get of %d entries failed: %s", level.tier, len(missing), error)
                 continue
-            here = {key: e for key, e in zip(missing, entries, strict=True) if e is not None}
+            here = {
+                key: entry
+                for key, entry in zip(missing, entries, strict=True)
+                if entry is not None and may_serve(self, entry, key, self._tally)
+            }
             found.update(here)
-            for level, before in zip(self._levels[:depth], deletes, strict=False):
+            for above in self._levels[:depth]:
                 for key, entry in here.items():
-                    if level.tier.durable:
-                        level.later(key, entry, before)
-                    else:
-                        level.write(key, entry, before)
+                    above.promote(key, entry, readings[key])
         return found
 
     def _promote_all(self, jobs: list[tuple[str, Any]]) -> None:
         self._read([key for key, _ in jobs if key not in self.tiers[0]])
 
 
+class _Reading:
+    """One key while it is read; ``outdated`` once a put or delete of it has ended."""
+
+    __slots__ = ("__weakref__", "outdated")
+
+    def __init__(self) -> None:
+        self.outdated = False
+
+
+class _Keys:
+    """Keys that are being written, one write of each at a time, and those that are being read."""
+
+    def __init__(self) -> None:
+        self._begin()
+        after_fork(self, _Keys._begin)
+
+    def _begin(self) -> None:
+        self._changed = threading.Condition()
+        self._written: set[str] = set()
+        # Here for as long as a read or a promotion of its key keeps it.
+        self._readings: weakref.WeakValueDictionary[str, _Reading] = weakref.WeakValueDictionary()
+
+    def read(self, key: str) -> _Reading:
+        with self._changed:
+            reading = self._readings.get(key)
+            if reading is None:
+                reading = self._readings[key] = _Reading()
+            return reading
+
+    @contextmanager
+    def writing(self, key: str) -> Iterator[None]:
+        """While an entry is put or deleted.
+
+        Raises:
+            StoreUnavailable: another write of the key doesn't end.
+        """
+        with self._changed:
+            free = self._changed.wait_for(lambda: key not in self._written, _RUNNING_SECONDS)
+            if not free:
+                raise StoreUnavailable(
+                    f"another write of {key} has not ended in {_RUNNING_SECONDS} s"
+                )
+            self._written.add(key)
+        try:
+            yield
+        finally:
+            self._end(key, outdates=True)
+
+    @contextmanager
+    def promoting(self, key: str, reading: _Reading) -> Iterator[bool]:
+        """While an entry that was read is copied; gives whether it may be: no put or delete of its key
+        is under way, nor has one ended since it was read."""
+        with self._changed:
+            may = not reading.outdated and key not in self._written
+            if may:
+                self._written.add(key)
+        try:
+            yield may
+        finally:
+            if may:
+                self._end(key, outdates=False)
+
+    def _end(self, key: str, *, outdates: bool) -> None:
+        with self._changed:
+            reading = self._readings.pop(key, None) if outdates else None
+            if reading is not None:
+                reading.outdated = True
+            self._written.discard(key)
+            self._changed.notify_all()
+
+
 class _Level:
-    """A tier, and what is written to it behind the back of who puts and gets.
+    """A tier, and what is written to it in the background."""
 
-    Attributes:
-        deletes: how many there were. What was read before a delete isn't promoted after it: it might
-            bring back what is gone.
-    """
-
-    def __init__(self, tier: Store, tally: Tally, max_waiting_bytes: int) -> None:
+    def __init__(self, tier: Store, tally: Tally, max_waiting_bytes: int, keys: _Keys) -> None:
         self.tier = tier
-        self.deletes = 0
         self._tally = tally
+        self._keys = keys
+        # Keys of which it may have an entry that was replaced; None if they were too many to remember.
+        self._stale: set[str] | None = set()
         self.background = _Background(self._do, max_waiting_bytes, f"voco-kv-{type(tier).__name__}")
-        self._unlock()
-        after_fork(self, _Level._unlock)
+        after_fork(self, _Level._begin_in_child)
 
-    def _unlock(self) -> None:
-        self._lock = threading.Lock()
+    def _begin_in_child(self) -> None:
+        # What waits in the parent may not be written yet when this process asks for it.
+        for key in self.background.left_to_parent:
+            self.distrust(key)
 
-    def later(self, key: str, entry: CompactKV, deletes: int | None) -> None:
-        """``write``, in the background."""
-        # A copy, because who put or got the entry may write to its tensors once the call is over.
-        if not self.background.add(key, (_copy(entry), deletes), entry.nbytes):
+    def current(self, key: str) -> bool:
+        """Whether the entry that the tier has, if any, is the one put last."""
+        return self._stale is not None and key not in self._stale and key not in self.background
+
+    def put(self, key: str, entry: CompactKV) -> None:
+        self.background.cancel(key)  # or it would replace this one
+        self.tier.put(entry, key)
+        self._trust(key)
+
+    def later(self, key: str, entry: CompactKV) -> None:
+        """``put``, in the background."""
+        # A copy, because the caller may write to the entry's tensors once the call is over.
+        self._trust(key)  # once it is written: see current
+        if self.background.add(key, (_copy(entry), None), entry.nbytes):
+            return
+        self.distrust(key)
+        self._tally.add(background_failures=1)
+        logger.warning("%s: put of %s left out: too much waits for it", self.tier, key)
+
+    def promote(self, key: str, entry: CompactKV, reading: _Reading) -> None:
+        """Copies an entry from a tier below, unless it is put or deleted meanwhile."""
+        if not self.tier.durable:
+            self._promote(key, entry, reading)
+        elif not self.background.add(key, (_copy(entry), reading), entry.nbytes, replace=False):
             self._tally.add(background_failures=1)
             logger.warning("%s: put of %s left out: too much waits for it", self.tier, key)
 
-    def write(self, key: str, entry: CompactKV, deletes: int | None) -> None:
-        """Put an entry that another tier has; a promotion unless there was a delete since."""
+    def delete(self, key: str) -> bool:
+        self.background.cancel(key)
+        deleted = self.tier.delete(key)
+        self._trust(key)
+        return deleted
+
+    def forget(self, key: str) -> None:
+        """Has the tier not serve what it has under a key."""
+        self.distrust(key)
+        if key not in self.background:  # a write that doesn't end would bring it back
+            self._delete_old(key)
+
+    def _delete_old(self, key: str) -> None:
         try:
-            if deletes is None:
-                self.tier.put(entry, key)
-                return
-            with self._lock:  # which a delete waits for
-                if self.deletes != deletes:
-                    return
-                self.tier.put(entry, key)
-        except Exception as error:  # whatever it is, nobody else would hear of it
+            self.tier.delete(key)
+        except OSError as error:
+            logger.warning("%s: the old entry of %s is still there: %s", self.tier, key, error)
+        else:
+            self._trust(key)
+
+    def distrust(self, key: str) -> None:
+        """Has the tier not asked for a key until something is put or deleted there."""
+        if self._stale is None:
+            return
+        self._stale.add(key)
+        if len(self._stale) > _MOST_STALE:
+            self._stale = None
+            logger.error(
+                "%s: it is not read any more, since it may have old entries of more than %d keys; "
+                "open the store again when it works",
+                self.tier,
+                _MOST_STALE,
+            )
+
+    def _trust(self, key: str) -> None:
+        if self._stale is not None:
+            self._stale.discard(key)
+
+    def _promote(self, key: str, entry: CompactKV, reading: _Reading) -> None:
+        with self._keys.promoting(key, reading) as may:
+            if may and self._write(key, entry):
+                self._trust(key)
+                self._tally.add(promotions=1)
+
+    def _write(self, key: str, entry: CompactKV) -> bool:
+        try:
+            self.tier.put(entry, key)
+        except Exception as error:  # whatever it is, no caller would hear of it
             self._tally.add(background_failures=1)
             logger.warning(
                 "%s: put of %s, which another tier has, failed: %s", self.tier, key, error
             )
-        else:
-            self._tally.add(promotions=1)
+            return False
+        return True
 
-    def delete(self, key: str) -> bool:
-        self.background.cancel(key)
-        with self._lock:
-            self.deletes += 1
-        return self.tier.delete(key)
-
-    def _do(self, jobs: list[tuple[str, tuple[CompactKV, int | None]]]) -> None:
-        for key, (entry, deletes) in jobs:
-            self.write(key, entry, deletes)
+    def _do(self, jobs: list[tuple[str, tuple[CompactKV, _Reading | None]]]) -> None:
+        for key, (entry, reading) in jobs:
+            if reading is not None:
+                self._promote(key, entry, reading)
+            elif not self._write(key, entry):
+                self.distrust(key)
+                self._delete_old(key)
 
 
 class _Background:
@@ -299,12 +468,17 @@ class _Background:
         batch: int = 1,
     ) -> None:
         self._do, self._limit, self._name, self._batch = do, limit, name, batch
+        self.left_to_parent: list[str] = []  # in a forked child
         self._begin()
-        after_fork(self, _Background._begin)
+        after_fork(self, _Background._begin_in_child)
         _backgrounds.add(self)
 
+    def _begin_in_child(self) -> None:
+        """What waits is the parent's to do."""
+        self.left_to_parent = [*self._waiting, *self._running]
+        self._begin()
+
     def _begin(self) -> None:
-        """Also in a forked child: what waits is the parent's to do."""
         self._changed = threading.Condition()
         self._waiting: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self._cost = 0
@@ -315,9 +489,20 @@ class _Background:
         with self._changed:
             return len(self._waiting) + len(self._running)
 
-    def add(self, key: str, job: Any, cost: int) -> bool:
-        """A job, in place of one of that key that waits; False if there is no room for it."""
+    def __contains__(self, key: str) -> bool:
+        """Whether a job of this key waits or runs."""
         with self._changed:
+            return key in self._waiting or key in self._running
+
+    def add(self, key: str, job: Any, cost: int, *, replace: bool = True) -> bool:
+        """A job, in place of one of that key that waits; False if there is no room for it.
+
+        Args:
+            replace: otherwise it is dropped where a job of that key waits or runs.
+        """
+        with self._changed:
+            if not replace and (key in self._waiting or key in self._running):
+                return True
             self._forget(key)
             if self._waiting and self._cost + cost > self._limit:
                 return False

@@ -467,6 +467,18 @@ def test_leftovers_of_dead_writers_are_swept_and_those_of_living_ones_are_not(tm
         check_consistent(store)
 
 
+@pytest.mark.parametrize("when", ["verified", "full"])
+def test_leftovers_are_swept_from_a_store_that_stays_open(store, monkeypatch, when):
+    store.put(make_entry(1))
+    dead = store.path / "tmp" / f"{make_key(2)}.1-00"
+    dead.write_bytes(bytes(100))
+    if when == "verified":
+        assert store.verify().ok
+    else:
+        store._make_room(0, OSError(errno.ENOSPC, "full"))
+    assert not dead.exists()
+
+
 def damage_by_garbage(path):
     path.write_bytes(os.urandom(20_000))
 

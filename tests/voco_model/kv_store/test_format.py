@@ -18,6 +18,7 @@ from tests.voco_model.kv_store.samples import assert_same, make_entry, make_key
 from voco_kernels.kv import Rope
 from voco_model.kv_store import format as kv_format
 from voco_model.kv_store.format import (
+    COMPACT,
     REASONS,
     Digest,
     EntryError,
@@ -409,3 +410,20 @@ def test_nothing_is_allocated_by_what_a_header_says(monkeypatch):
     refuse(data)
     with pytest.raises(EntryError):
         parse_header(SAMPLES[1][:4096], 2**62)
+
+
+def test_a_compact_header_is_for_those_who_ask_for_it():
+    entry = make_entry(1, tokens=3)
+    compact = b"".join(encode(entry, entry.key, COMPACT))
+    padded = b"".join(encode(entry, entry.key))
+    assert len(compact) < len(padded) - 3000
+    for data in (compact, padded):
+        assert_same(decode(data, alignment=COMPACT), entry)
+        assert {name for name in load(data)} == {"kv", "positions", "inv_freq"}
+    with pytest.raises(EntryError, match="foreign"):
+        decode(compact)
+    # More padding than it takes is no header of ours.
+    (length,) = struct.unpack_from("<Q", compact)
+    longer = struct.pack("<Q", length + 8) + compact[8 : 8 + length] + b" " * 8
+    with pytest.raises(EntryError, match="expected up to 7 spaces"):
+        decode(longer + compact[8 + length :], alignment=COMPACT)

@@ -102,7 +102,6 @@ def test_it_reads_a_copy_of_a_kvstores_folder(tmp_path):
         (lambda value: b"\x80\x04\x95pickle" * 1000, "foreign"),
         (lambda value: value_of(make_entry(1), make_key(2)), "foreign"),
         (lambda value: value.replace(b'"version":"1"', b'"version":"2"'), "version"),
-        (lambda value: value_of(make_entry(1, fingerprint="model-b")), "model"),
     ],
 )
 def test_a_bad_object_is_a_miss_and_set_aside(url, files, spoil, reason, caplog):
@@ -117,6 +116,20 @@ def test_a_bad_object_is_a_miss_and_set_aside(url, files, spoil, reason, caplog)
         assert files.read(aside) == bad
         store.put(make_entry(1))
         assert_same(store.get(make_key(1)), make_entry(1))
+
+
+def test_another_model_s_entry_is_a_miss_and_stays(url, files, caplog):
+    with (
+        ObjectStore(url, timeout=PATIENT, fingerprint="model-a") as ours,
+        ObjectStore(url, timeout=PATIENT, fingerprint="model-b") as theirs,
+    ):
+        ours.put(make_entry(1))
+        assert theirs.get(make_key(1)) is None
+        assert (theirs.stats().failures, theirs.stats().misses) == ({"model": 1}, 1)
+        assert "model-a" in caplog.text and make_key(1) in caplog.text
+        report = theirs.verify()
+        assert report.entries == 1 and not report.bad
+        assert_same(ours.get(make_key(1)), make_entry(1))
 
 
 def test_a_folder_where_an_object_should_be(store, files):

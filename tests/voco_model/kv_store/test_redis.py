@@ -8,17 +8,19 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from tests.voco_model.kv_store.conftest import PATIENT, free_port
 from tests.voco_model.kv_store.samples import assert_same, make_entry, make_key
 from voco_kernels.kv import CompactKV
 from voco_model.kv_store.base import StoreUnavailable
 from voco_model.kv_store.bounded import Breaker, BusyError, Deadline, Workers
-from voco_model.kv_store.format import encode
+from voco_model.kv_store.format import COMPACT, encode
 from voco_model.kv_store.redis_store import QUARANTINE, RedisStore
 
 redis = pytest.importorskip("redis")
@@ -79,10 +81,10 @@ def test_round_trip(store, dtype):
     assert stats.failures == {}
 
 
-def test_the_value_is_the_file(store, client):
+def test_the_value_is_the_file_with_a_compact_header(store, client):
     entry = make_entry(1)
     store.put(entry)
-    assert client.get(name_of(1)) == value_of(entry)
+    assert client.get(name_of(1)) == b"".join(encode(entry, entry.key, COMPACT))
 
 
 def test_through_a_unix_socket(redis_server):
@@ -135,7 +137,7 @@ def test_a_large_entry(store):
 
 
 def test_an_entry_beyond_redis_limit_is_refused(store, monkeypatch):
-    monkeypatch.setattr("voco_model.kv_store.redis_store.MAX_VALUE_BYTES", 4096)
+    monkeypatch.setattr("voco_model.kv_store.redis_store.MAX_VALUE_BYTES", 512)
     with pytest.raises(ValueError, match="Redis' limit"):
         store.put(make_entry(1))
 
@@ -520,8 +522,6 @@ def spoil(value: bytes, how: str) -> bytes:
             return b"\x80\x04\x95pickle" * 1000
         case "another key":
             return value_of(make_entry(1), make_key(2))
-        case "another model":
-            return value_of(make_entry(1, fingerprint="model-b"))
     return bytes(flipped)
 
 
@@ -538,7 +538,6 @@ def spoil(value: bytes, how: str) -> bytes:
         ("version", "version"),
         ("foreign", "foreign"),
         ("another key", "foreign"),
-        ("another model", "model"),
     ],
 )
 @pytest.mark.parametrize("many", [False, True], ids=["get", "get_many"])
@@ -656,6 +655,39 @@ def test_entries_of_another_model_are_refused(redis_server):
             store.put(make_entry(1))
         with pytest.raises(ValueError, match="64"):
             store.get("no key")
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["get", "get_many"])
+def test_another_model_s_entry_is_a_miss_and_stays(redis_server, many, caplog):
+    with (
+        RedisStore(redis_server.url, fingerprint="model-a", timeout=PATIENT) as ours,
+        RedisStore(redis_server.url, fingerprint="model-b", timeout=PATIENT) as theirs,
+    ):
+        ours.put(make_entry(1))
+        got = theirs.get_many([make_key(1)])[0] if many else theirs.get(make_key(1))
+        assert got is None
+        assert (theirs.stats().failures, theirs.stats().misses) == ({"model": 1}, 1)
+        assert "model-a" in caplog.text and make_key(1) in caplog.text
+        assert theirs.load_into(DynamicCache(), [make_key(1)]) == [make_key(1)]
+        assert theirs.verify().ok and theirs.verify().entries == 1
+        assert_same(ours.get(make_key(1)), make_entry(1))
+
+
+def test_a_value_has_a_short_header_and_those_written_before_are_read(redis_server, client):
+    """Half of a megabyte of keys and values, as LLaVA-1.5-7B has them for one token."""
+    entry = make_entry(1)
+    large = replace(entry, kv=torch.randn(32, 2, 32, 1, 128).bfloat16())
+    with RedisStore(redis_server.url, timeout=PATIENT) as store:
+        for each in (entry, large):
+            store.put(each)
+            assert client.strlen(name_of(1)) - (each.kv.nbytes + 8 + 4 * 8) < 1024
+            assert_same(store.get(make_key(1)), each)
+            padded = value_of(each)
+            assert len(padded) == 4096 + each.kv.nbytes + 8 + 4 * 8
+            client.set(name_of(1), padded)
+            assert_same(store.get(make_key(1)), each)
+            assert client.get(name_of(1)) == padded
+        assert store.verify().ok
 
 
 def test_without_redis_py_the_extra_is_named():

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
+import torch
+from transformers import DynamicCache
 
 from tests.voco_model.kv_store.conftest import PATIENT, free_port
 from tests.voco_model.kv_store.samples import assert_same, make_entry, make_key
@@ -286,9 +290,206 @@ def test_what_is_deleted_while_it_is_read_is_not_promoted(
         return found
 
     monkeypatch.setattr(remote, "get_many", read_and_lose)
-    assert_same(store.get(make_key(1)), make_entry(1))
+    assert store.get(make_key(1)) is None, "the delete has returned before"
     assert store.flush(PATIENT)
     assert make_key(1) not in memory and make_key(1) not in middle and make_key(1) not in remote
+
+
+# --- nothing that was replaced
+
+OLD, NEW = make_entry(1), replace(make_entry(2), key=make_key(1))
+
+
+@pytest.mark.parametrize("slow", ["middle", "remote"])
+@pytest.mark.parametrize("how", ["get", "get_many", "prefetch", "load_into"])
+def test_what_is_replaced_while_it_is_read_is_neither_served_nor_promoted(
+    store, memory, middle, remote, monkeypatch, slow, how
+):
+    tier = {"middle": middle, "remote": remote}[slow]
+    tier.put(OLD)
+    read, replaced = threading.Event(), threading.Event()
+    get_many = tier.get_many
+
+    def get_slowly(keys):
+        found = get_many(keys)
+        read.set()
+        assert replaced.wait(PATIENT)
+        return found
+
+    monkeypatch.setattr(tier, "get_many", get_slowly)
+    served = []
+    loaded = DynamicCache()
+    calls = {
+        "get": lambda: served.append(store.get(OLD.key)),
+        "get_many": lambda: served.extend(store.get_many([OLD.key, make_key(9)])[:1]),
+        "prefetch": lambda: store.prefetch([OLD.key]),
+        "load_into": lambda: store.load_into(loaded, [OLD.key]),
+    }
+    reading = threading.Thread(target=calls[how])
+    reading.start()
+    assert read.wait(PATIENT)
+    store.put(NEW)
+    replaced.set()
+    reading.join(PATIENT)
+    assert store.flush(PATIENT)
+    if how == "load_into":
+        keys = torch.stack([layer.keys[0] for layer in loaded.layers])
+        assert torch.equal(keys, NEW.kv[:, 0])
+    for entry in served:
+        assert_same(entry, NEW)
+    for each in (store, memory, middle, remote):
+        assert_same(each.get(OLD.key), NEW)
+
+
+def test_a_promotion_that_waits_gives_way_to_a_put(store, memory, middle, remote):
+    """And to one of another key that the same tier is slow with."""
+    remote.put(OLD)
+    remote.put(make_entry(5))
+    middle.gate.clear()
+    store.get(make_key(5))
+    assert middle.reached.wait(PATIENT)  # its promotion is under way
+    assert_same(store.get(OLD.key), OLD)  # this one's waits
+    putting = threading.Thread(target=store.put, args=(NEW,))
+    putting.start()
+    middle.gate.set()
+    putting.join(PATIENT)
+    assert store.flush(PATIENT)
+    for tier in (memory, middle, remote):
+        assert_same(tier.get(OLD.key), NEW)
+
+
+def test_a_tier_is_not_asked_for_what_is_still_to_be_written_there(store, memory, middle, remote):
+    remote.put(OLD)
+    remote.gate.clear()
+    store.put(NEW)
+    for tier in (memory, middle):
+        tier.delete(OLD.key)  # evicted, say
+    assert store.get(OLD.key) is None
+    remote.gate.set()
+    assert store.flush(PATIENT)
+    assert_same(store.get(OLD.key), NEW)
+
+
+def test_a_tier_below_that_fails_to_take_an_entry_forgets_the_one_before(
+    store, memory, middle, remote, monkeypatch
+):
+    """Also if it can't forget: then it isn't asked until it has taken another one."""
+    for deletes in (True, False):
+        remote.put(OLD)
+        with monkeypatch.context() as patch:
+            if deletes:
+                patch.setattr(remote, "put", fails(OSError(28, "full")))
+            else:
+                remote.wrong = StoreUnavailable("gone")
+            store.put(NEW)
+            assert store.flush(PATIENT)
+        remote.wrong = None
+        assert (OLD.key in remote) == (not deletes)
+        for tier in (memory, middle):
+            tier.delete(OLD.key)
+        assert store.get(OLD.key) is None
+        store.put(NEW)
+        assert store.flush(PATIENT)
+        for tier in (memory, middle):
+            tier.delete(OLD.key)
+        assert_same(store.get(OLD.key), NEW)
+
+
+def test_what_finds_no_room_in_the_queue_is_not_served_from_below(memory, middle, remote):
+    store = TieredStore([memory, middle, remote], max_waiting_bytes=1)
+    remote.put(OLD)
+    remote.gate.clear()
+    remote.reached.clear()
+    store.put(replace(make_entry(3), key=OLD.key))  # begins to be written there
+    assert remote.reached.wait(PATIENT)
+    store.put(make_entry(4))  # fills the queue
+    store.put(NEW)  # finds none
+    remote.gate.set()
+    assert store.flush(PATIENT)
+    for tier in (memory, middle):
+        tier.delete(OLD.key)
+    assert store.get(OLD.key) is None
+
+
+@pytest.mark.parametrize("upper", ["memory", "middle"])
+def test_a_tier_above_that_refuses_an_entry_forgets_the_one_before(
+    store, memory, middle, remote, monkeypatch, upper
+):
+    store.put(OLD)
+    assert store.flush(PATIENT)
+    tier = {"memory": memory, "middle": middle}[upper]
+    monkeypatch.setattr(tier, "put", fails(ValueError("too large")))
+    store.put(NEW)
+    assert store.flush(PATIENT)
+    memory.delete(OLD.key)
+    assert_same(store.get(OLD.key), NEW)
+
+
+def test_a_put_that_failed_does_not_come_and_go(store, memory, middle, remote):
+    """Memory has what no durable tier took; once it is evicted there, the one before isn't back."""
+    store.put(OLD)
+    assert store.flush(PATIENT)
+    middle.wrong = remote.wrong = OSError(28, "full")
+    with pytest.raises(OSError, match="full"):
+        store.put(NEW)
+    assert_same(store.get(OLD.key), NEW)
+    middle.wrong = remote.wrong = None
+    memory.delete(OLD.key)
+    assert store.get(OLD.key) is None
+    store.put(OLD)
+    memory.delete(OLD.key)
+    assert_same(store.get(OLD.key), OLD)
+
+
+def test_puts_of_one_key_leave_all_tiers_alike(store, memory, middle, remote):
+    entries = [replace(make_entry(number), key=OLD.key) for number in range(12)]
+    threads = [threading.Thread(target=store.put, args=(entry,)) for entry in entries]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENT)
+    assert store.flush(PATIENT)
+    assert_same(middle.get(OLD.key), memory.get(OLD.key))
+    assert_same(remote.get(OLD.key), memory.get(OLD.key))
+
+
+def test_a_child_does_not_ask_for_what_its_parent_is_still_to_write(store, memory, middle, remote):
+    remote.put(OLD)
+    remote.gate.clear()
+    store.put(NEW)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            for tier in (memory, middle):
+                tier.delete(OLD.key)
+            status = 0 if store.get(OLD.key) is None else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    remote.gate.set()
+    assert store.flush(PATIENT)
+    assert_same(remote.get(OLD.key), NEW)
+
+
+def test_tiers_for_a_model_serve_no_other_one_s(tmp_path, caplog):
+    disk = KVStore(tmp_path, max_bytes=10**6, fsync=False)
+    store = TieredStore([MemoryStore(10**6, fingerprint="model-b"), disk])
+    disk.put(OLD)  # of model-a
+    assert store.get(OLD.key) is None
+    assert store.stats().failures == {"model": 1} and "model-a" in caplog.text
+    with pytest.raises(ValueError, match="expected an entry of the model"):
+        store.put(NEW)
+    assert_same(disk.get(OLD.key), OLD)
+    with pytest.raises(ValueError, match="expected tiers for one model"):
+        TieredStore([MemoryStore(1, fingerprint="a"), MemoryStore(1, fingerprint="b")])
+
+
+def fails(error):
+    def put(*_):
+        raise error
+
+    return put
 
 
 def test_delete_says_where_it_could_not(store, memory, middle, remote):
