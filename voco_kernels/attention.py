@@ -24,8 +24,8 @@ def masked_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``softmax(scale * q k^T + mask) v`` under the layout's mask, differentiable, never dense.
 
-    Works under ``torch.compile(fullgraph=True)``, autocast, gradient checkpointing, ``torch.func`` (first
-    derivatives in reverse mode; vmap calls it once for each sample) and, with the ``triton`` and
+    Works under ``torch.compile(fullgraph=True)``, autocast, gradient checkpointing, ``torch.func``
+    (first derivatives in reverse mode; vmap calls it once for each sample) and, with the ``triton`` and
     ``cuda_sm90`` backends, CUDA graphs; the others ask the host for the layout's runs.
 
     Args:
