@@ -6,6 +6,7 @@ from torch import Tensor
 
 from voco_kernels.autograd import attention_forward
 from voco_kernels.dispatch import choose
+from voco_kernels.functorch import TransformableAttention, is_transforming
 from voco_kernels.layout import MaskLayout
 from voco_kernels.validation import cast_for_autocast, validate
 
@@ -23,8 +24,9 @@ def masked_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``softmax(scale * q k^T + mask) v`` under the layout's mask, differentiable, never dense.
 
-    Works under ``torch.compile(fullgraph=True)``, autocast, gradient checkpointing and, with the
-    ``triton`` and ``cuda_sm90`` backends, CUDA graphs; the others ask the host for the layout's runs.
+    Works under ``torch.compile(fullgraph=True)``, autocast, gradient checkpointing, ``torch.func``
+    (first derivatives in reverse mode; vmap calls it once for each sample) and, with the ``triton`` and
+    ``cuda_sm90`` backends, CUDA graphs; the others ask the host for the layout's runs.
 
     Args:
         q: ``[B, Hq, S, D]``, any strides with a contiguous last dimension.
@@ -50,5 +52,6 @@ def masked_attention(
     validate(q, k, v, layout, scale, deterministic)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     backend = choose(q, k, v, backend)
-    out, lse = attention_forward(q, k, v, *layout.tensors(), scale, backend, deterministic)
+    attend = TransformableAttention.apply if is_transforming() else attention_forward
+    out, lse = attend(q, k, v, *layout.tensors(), scale, backend, deterministic)
     return (out, lse) if return_lse else out

@@ -9,6 +9,11 @@ from os import PathLike
 import torch
 from torch import Tensor
 
+from voco_kernels.documents import (
+    check_markers,
+    check_numbered_documents,
+    document_positions,
+)
 from voco_kernels.layout_op import layout_from_token_ids
 from voco_kernels.schedule import PREFIX_START, PREFIX_STOP, Schedule, build_schedule
 from voco_kernels.spans import Span, visibility_from_documents
@@ -114,6 +119,8 @@ class MaskLayout:
         image_token_id: int | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         isolated: bool = False,
     ) -> MaskLayout:
         """Read the layout off token ids, on their device, with no host sync on CUDA.
@@ -127,16 +134,25 @@ class MaskLayout:
         Args:
             input_ids: integer ``[B, S]``.
             voco_token_id, image_token_id: ids of ``<VoCo>`` and of the image placeholder.
-            attention_mask: bool or integer ``[B, S]``, 0 for padding on the left or on the right.
-            position_ids: integer ``[B, S]`` of packed rows: a document starts wherever they don't go
-                on by 1, as in Transformers.
+            attention_mask: bool or integer ``[B, S]``, 0 for padding on the left or on the right. Other
+                integers number the documents packed into a row, ``1 1 2 2 2``.
+            position_ids: integer ``[B, S]`` of packed rows: a document starts wherever they don't
+                increase by 1, as in Transformers.
+            sequence_ids: integer ``[B, S]`` of packed rows: a document starts wherever they change
+                (``seq_idx`` in Transformers).
+            cu_seqlens: integer ``[documents + 1]`` of packed rows, cumulative lengths from 0 to
+                ``B * S``, row after row (``cu_seq_lens_q`` in Transformers). In a single row that is
+                padded on the right, they may stop where its padding begins.
             isolated: see ``from_spans``.
 
         Raises:
             TypeError, ValueError: arguments that don't fit together.
             ValueError: on the CPU, outside ``torch.compile``: VoCo tokens with no context before them,
-                or an attention_mask with holes. On CUDA such a check would need a host sync: there, a
-                VoCo token with nothing before it counts as text, and a hole divides documents.
+                an attention_mask with holes, or markers of documents that disagree, don't cover the
+                tokens or decrease. On CUDA such a check would need a host sync: there, a VoCo token with
+                nothing before it counts as text, a hole divides documents, a document starts where
+                either attention_mask or position_ids says so, and wrong sequence_ids or cu_seqlens fail
+                an assertion on the device.
         """
         if not isinstance(input_ids, Tensor) or not isinstance(voco_token_id, int):
             raise TypeError(
@@ -148,17 +164,19 @@ class MaskLayout:
                 f"expected integer input_ids [B, S] with B, S >= 1, got {input_ids.dtype} "
                 f"{list(input_ids.shape)}"
             )
-        for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
-            if tensor is not None and (
-                tensor.shape != input_ids.shape or tensor.device != input_ids.device
-            ):
-                raise ValueError(
-                    f"expected {name} of shape {list(input_ids.shape)} on {input_ids.device} like "
-                    f"input_ids, got {list(tensor.shape)} on {tensor.device}"
-                )
+        check_markers(input_ids, attention_mask, position_ids, sequence_ids, cu_seqlens)
         may_read_values = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         if may_read_values and attention_mask is not None:
             check_padding(attention_mask)
+            check_numbered_documents(attention_mask, position_ids)
+        if sequence_ids is not None or cu_seqlens is not None:
+            position_ids = document_positions(
+                input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                sequence_ids=sequence_ids,
+                cu_seqlens=cu_seqlens,
+            )
         *tensors, stray = layout_from_token_ids(
             input_ids, voco_token_id, image_token_id, attention_mask, position_ids, isolated
         )

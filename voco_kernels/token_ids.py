@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from voco_kernels.documents import starts_of_documents
 from voco_kernels.scans import last_index_where, next_index_where, shift_left, shift_right
 
 
@@ -23,7 +24,10 @@ def visibility_from_token_ids(
     Static shapes and tensor operations only, so legal inside ``torch.compile`` and graph capture.
     """
     length = input_ids.shape[1]
-    real, starts_document = _documents(input_ids, attention_mask, position_ids)
+    real = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        real = attention_mask != 0
+    starts_document = starts_of_documents(real, attention_mask, position_ids)
     ends_document = real & shift_left(starts_document | ~real, True)
     is_voco = real & (input_ids == voco_token_id)
     ends_run = is_voco & (ends_document | ~shift_left(is_voco, False))
@@ -74,19 +78,6 @@ def check_context(stray: Tensor, voco_token_id: int) -> None:
             f"token {voco_token_id} at position {position} of row {row} with none before it; put "
             "the image in front of it, or check voco_token_id and image_token_id"
         )
-
-
-def _documents(
-    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Which tokens are real, and at which of them a document starts; bool ``[B, S]`` both."""
-    real = torch.ones_like(input_ids, dtype=torch.bool)
-    if attention_mask is not None:
-        real = attention_mask != 0
-    starts = real & ~shift_right(real, False)
-    if position_ids is not None:
-        starts = starts | (real & (position_ids != shift_right(position_ids, -1) + 1))
-    return real, starts
 
 
 def _shorten(positions: list[int]) -> str:

@@ -200,17 +200,20 @@ def _token(
     ids, attention_mask, position_ids, position, length, voco_token_id
 ):  # fmt: skip
     """Whether these positions of a row hold a real token, a VoCo token, and one whose position id
-    doesn't go on from the one before."""
+    isn't one more than the one before, or whose document number is another."""
     inside = (position >= 0) & (position < length)
     real = inside
+    first = inside & (position < 0)
     if attention_mask is not None:
-        real = inside & (tl.load(attention_mask + position, mask=inside, other=0) != 0)
+        own = tl.load(attention_mask + position, mask=inside, other=0)
+        before = tl.load(attention_mask + position - 1, mask=inside & (position > 0), other=0)
+        real = inside & (own != 0)
+        first = real & (own != before)
     voco = real & (tl.load(ids + position, mask=inside, other=0) == voco_token_id)
-    first = real & (position < 0)
     if position_ids is not None:
         own = tl.load(position_ids + position, mask=inside, other=0)
         before = tl.load(position_ids + position - 1, mask=inside & (position > 0), other=-1)
-        first = real & (own != before + 1)
+        first = first | (real & (own != before + 1))
     return real, voco, first
 
 

@@ -75,7 +75,7 @@ def validate(
     ):
         raise NotImplementedError(
             "expected q, k and v without forward-mode tangents, got some that have them; "
-            "differentiate in reverse mode (backward, torch.func.grad)"
+            "differentiate in reverse mode (backward, or torch.func.grad outside torch.compile)"
         )
     if not isinstance(deterministic, bool):
         raise TypeError(

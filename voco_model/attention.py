@@ -1,9 +1,10 @@
 """What happens inside a forward pass of an enabled model.
 
 ``hand_out_layout`` runs before the base model (``LlavaModel``, ``LlavaNextModel``), reads the
-``MaskLayout`` off the token ids once and hands it to every layer as the keyword argument
-``voco_layout``. ``voco_attention`` is the language model's attention: masked where there is a
-layout, sdpa's where there is none, which is whenever a key/value cache holds something already.
+``MaskLayout`` off the token ids and the markers of packed documents once and hands it to every layer
+as the keyword argument ``voco_layout``. ``voco_attention`` is the language model's attention: masked
+where there is a layout, sdpa's where there is none, which is whenever a key/value cache holds
+something already.
 
 A cache that a masked prompt has filled still holds the image's keys. So that later tokens don't see
 them, the cache carries ``voco_hidden`` (bool ``[B, S]``), and each later forward pass has these
@@ -21,7 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from voco_kernels import MaskLayout, masked_attention
+from voco_kernels.documents import document_positions
 from voco_model.caches import CACHE_ARGUMENT, CompactCache, VoCoCollector
+from voco_model.packing import refuse_markers, take_markers
 
 ATTENTION_NAME = "voco"
 Mask = Tensor | dict | None
@@ -160,15 +163,14 @@ def _mask_whole_prompt(
             "only; pass input_ids, or call undo() on what enable returned to run without VoCo "
             "tokens"
         )
-    real = _real_tokens(kwargs.get("attention_mask"), input_ids, cache)
-    position_ids = kwargs.get("position_ids")
-    if position_ids is not None:
-        position_ids = position_ids.expand_as(input_ids)
+    mask = _padding_mask(kwargs.get("attention_mask"), input_ids, cache)
+    real = mask != 0
+    position_ids = _document_positions(module, cache, input_ids, mask, kwargs)
     kwargs["voco_layout"] = MaskLayout.from_input_ids(
         input_ids,
         voco_token_id=config.voco_token_id,
         image_token_id=config.image_token_id,
-        attention_mask=real,
+        attention_mask=mask,
         position_ids=position_ids,
         isolated=getattr(config, "voco_isolated", False),
     )
@@ -185,20 +187,53 @@ def _mask_whole_prompt(
         # The language model would make the same one, out of reach of what follows.
         cache = kwargs[CACHE_ARGUMENT] = DynamicCache(config=config.text_config)
     if cache is not None and not isinstance(cache, VoCoCollector):
-        hidden = _hidden_from_what_follows(input_ids, real, config)
+        hidden = _hidden_from_what_follows(input_ids, mask, position_ids, config)
         cache.voco_hidden = hidden
         if not torch.compiler.is_compiling():
             if not hidden.any():
-                # No VoCo tokens: decoding keeps its unmasked fast path.
+                # No VoCo tokens, one document: decoding keeps its unmasked fast path.
                 cache.voco_hidden = None
             # Newer Transformers encode images before the first step and pass on what came of it.
             elif kwargs.get("pixel_values") is None and not kwargs.get("mm_encoder_outputs"):
                 _check_no_image_expected(input_ids, config)
 
 
+def _document_positions(
+    module: nn.Module, cache: Cache | None, input_ids: Tensor, mask: Tensor, kwargs: dict
+) -> Tensor | None:
+    """int ``[B, S]``, which start again with each packed document, however its start is marked; None
+    where nothing tells. What marks it otherwise is taken out of ``kwargs``, and gets position_ids there.
+    """
+    position_ids = kwargs.get("position_ids")
+    if position_ids is not None:
+        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, len(input_ids)):
+            raise ValueError(
+                f"expected position_ids of shape {list(input_ids.shape)}, got "
+                f"{list(position_ids.shape)}; LLaVA's text models have one position per token: "
+                "where there are several axes (mrope), pass the text's"
+            )
+        position_ids = position_ids.expand(len(input_ids), -1)
+    markers = take_markers(kwargs)
+    # Numbers in attention_mask can't be told from plain ones without a host sync on an accelerator.
+    # Positions from 0 are right for both, but what follows a cache must go on from the plain ones.
+    readable = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    numbered = mask.dtype != torch.bool and (
+        bool((mask > 1).any()) if readable else module.training and cache is None
+    )
+    if markers or (numbered and position_ids is None):
+        positions = document_positions(
+            input_ids, attention_mask=mask, position_ids=position_ids, **markers
+        )
+        if position_ids is None:
+            kwargs["position_ids"] = positions
+        return positions
+    return position_ids
+
+
 def _continue_from_cache(
     config, cache: Cache, input_ids: Tensor | None, length: int, kwargs: dict
 ) -> None:
+    refuse_markers(cache, length, kwargs)
     if isinstance(cache, CompactCache):
         cache.check_continuation(length, kwargs.get("attention_mask"), kwargs.get("position_ids"))
     if length > 1 and input_ids is not None:
@@ -218,21 +253,23 @@ def _continue_from_cache(
         kwargs["attention_mask"] = _without(mask, hidden)
 
 
-def _real_tokens(mask: Mask, input_ids: Tensor, cache: Cache | None) -> Tensor:
-    """bool ``[B, S]``, False for padding."""
+def _padding_mask(mask: Mask, input_ids: Tensor, cache: Cache | None) -> Tensor:
+    """bool or integer ``[B, S]``, 0 for padding; integers number packed documents."""
     if isinstance(mask, dict):
         mask = mask["full_attention"]
     if mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
     if mask.dim() == 2:
-        return mask != 0
+        return mask
     # generate makes dense masks in advance for a static cache; a token that sees itself is real.
     if mask.dim() == 4 and cache is not None and cache.is_compileable:
         sees_itself = mask.diagonal(dim1=-2, dim2=-1)[:, 0]
         return sees_itself if mask.dtype == torch.bool else sees_itself == 0
     raise ValueError(
         f"expected an attention_mask of shape {list(input_ids.shape)}, 0 for padding, got "
-        f"{list(mask.shape)}; an enabled model derives the rest of its mask from input_ids"
+        f"{list(mask.shape)}; an enabled model derives the rest of its mask from input_ids: for "
+        "packed documents pass their numbers (1, 1, 2, 2, 2), position_ids that start again, or "
+        "cu_seq_lens_q"
     )
 
 
@@ -245,18 +282,32 @@ def _check_no_image_expected(input_ids: Tensor, config) -> None:
         )
 
 
-def _hidden_from_what_follows(input_ids: Tensor, real: Tensor, config) -> Tensor:
+def _hidden_from_what_follows(
+    input_ids: Tensor, mask: Tensor, position_ids: Tensor | None, config
+) -> Tensor:
     """bool ``[B, S]``: the keys that a text token right after this prompt doesn't see."""
+    real = mask != 0
     text_id = min({0, 1, 2} - {config.voco_token_id, config.image_token_id})
-    one_more = F.pad(real, (0, 1)) | F.pad(real, (1, 0))
+    if position_ids is not None:
+        position_ids = _with_one_more(position_ids, real, 1)
+    one_more = _with_one_more(mask, real, 0)
     layout = MaskLayout.from_input_ids(
         F.pad(input_ids.masked_fill(~real, text_id), (0, 1), value=text_id),
         voco_token_id=config.voco_token_id,
         image_token_id=config.image_token_id,
         attention_mask=one_more,
+        position_ids=position_ids,
     )
-    stop = torch.where(one_more, layout.visible_until, 0).amax(dim=1, keepdim=True)
+    stop = torch.where(one_more != 0, layout.visible_until, 0).amax(dim=1, keepdim=True)
     return real & (layout.visible_until[:, :-1] < stop)
+
+
+def _with_one_more(values: Tensor, real: Tensor, step: int) -> Tensor:
+    """``[B, S + 1]``: a value for the token right after each row's last, ``step`` more than its own."""
+    behind_last = F.pad(real, (1, 0)) & ~F.pad(real, (0, 1))
+    before = F.pad(values, (1, 0))
+    before = before + step if step else before
+    return torch.where(behind_last, before, F.pad(values, (0, 1)))
 
 
 def _without(mask: Mask, hidden: Tensor) -> Mask:

@@ -109,6 +109,16 @@ CATALOGUE = {
 
 @interpreted
 @pytest.mark.parametrize("block", [8, 32])
+def test_interpreted_kernels_read_document_numbers(block):
+    """Of the attention mask, alone and beside position ids that start elsewhere."""
+    ids, _, positions = batch("TIIVTTTIIIVVTTTIVTT___", "TIIVTTTIIIVV TTTIVTT___")
+    numbers = torch.tensor([[1] * 7 + [2] * 5 + [3] * 7 + [0] * 3, [4] * 7 + [5] * 12 + [0] * 3])
+    for position_ids in (None, positions):
+        assert_kernels_equal_torch((ids, VOCO, IMAGE, numbers, position_ids, False), block, tile=4)
+
+
+@interpreted
+@pytest.mark.parametrize("block", [8, 32])
 @pytest.mark.parametrize("isolated", [False, True])
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_interpreted_kernels_equal_torch_on_the_catalogue(name, isolated, block):

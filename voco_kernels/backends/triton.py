@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from voco_kernels import interpreter
 from voco_kernels.backends.triton_config import Config, config
 from voco_kernels.layout import MaskLayout
 from voco_kernels.reasons import dtype_reasons, strided_reasons
@@ -28,7 +29,7 @@ def missing() -> list[str]:
     if not _INSTALLED:
         return ["triton is not installed; CUDA builds of torch bring it"]
     if not torch.cuda.is_available() and not _INTERPRETED:
-        return ["no CUDA device; TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests"]
+        return [f"no CUDA device; {interpreter.HINT}"]
     return []
 
 
@@ -43,6 +44,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         )
     if q.shape[-1] > _LARGEST_HEAD_DIM:
         reasons.append(f"expected head_dim up to {_LARGEST_HEAD_DIM}, got {q.shape[-1]}")
+    if _INTERPRETED and not reasons:
+        reasons += interpreter.attention_reasons(q.dtype)
     return reasons
 
 

@@ -249,7 +249,9 @@ def dkdv_kernel(
         in_tile = rank < stop
         wide_row, wide_kv_head = tl.cast(row, tl.int64), tl.cast(kv_head, tl.int64)
         kept = kept_positions + wide_row * length
-        key = tl.where(gathered, tl.load(kept + rank, mask=in_tile & gathered, other=0), rank)
+        # A comparison with a scalar: newer interpreters refuse "block & scalar" as a mask.
+        kept_stop = tl.where(gathered, stop, 0)
+        key = tl.where(gathered, tl.load(kept + rank, mask=rank < kept_stop, other=0), rank)
         position = key.to(tl.int64)
         k_base = K + wide_row * stride_kb + wide_kv_head * stride_kh
         v_base = V + wide_row * stride_vb + wide_kv_head * stride_vh

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import torch
 
+from voco_kernels import interpreter
 from voco_kernels.kv_move import Move, kernel_reasons
 
 # As the attention backend does. Triton, too, decides when it is imported.
@@ -26,7 +27,7 @@ def missing() -> list[str]:
     if not _INSTALLED:
         return ["triton is not installed; CUDA builds of torch bring it"]
     if not torch.cuda.is_available() and not _INTERPRETED:
-        return ["no CUDA device; TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests"]
+        return [f"no CUDA device; {interpreter.HINT}"]
     return []
 
 
@@ -35,7 +36,10 @@ def unsupported(move: Move) -> list[str]:
         return [f"expected a cache on CUDA, got {move.device}"]
     if move.device.type == "cuda" and torch.cuda.get_device_capability(move.device) < (8, 0):
         return [f"expected a device of compute capability 8.0 or later, got {move.device}"]
-    return kernel_reasons(move)
+    reasons = kernel_reasons(move)
+    if _INTERPRETED and not reasons:
+        reasons += interpreter.loader_reasons(move)
+    return reasons
 
 
 def run(move: Move) -> None:

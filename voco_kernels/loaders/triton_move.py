@@ -157,7 +157,9 @@ def move_kernel(
             scales = None
             if ENTRY_BYTES == 1:
                 scales = (scales_of_entry + row.to(tl.int64) * 4).to(tl.pointer_type(tl.float32))
-                scales = tl.load(scales, mask=inside & (scales_of_entry != 0), other=1.0)
+                # A comparison with a scalar: newer interpreters refuse "block & scalar" as a mask.
+                scaled_rows = tl.where(scales_of_entry != 0, num_rows, 0)
+                scales = tl.load(scales, mask=row < scaled_rows, other=1.0)
             if ROTARY_DIM > 0:
                 is_key = inside & (plane % 2 == 0)
                 shift = tl.load(place + 1, mask=is_key, other=0)
