@@ -110,7 +110,7 @@ def test_refuses_what_it_cannot_write(with_processor):
     refused("'system' in message 1", HELLO + SYSTEM)
     refused("'image' and 'text'", [{"role": "user", "content": [{"type": "video"}]}])
     refused("got none", [])
-    refused("num_voco 0", "Hello?", num_voco=0)
+    refused("int num_voco >= 1, got 0", "Hello?", num_voco=0)
     for turns in ([{"role": "user", "content": "<VoCo>"}], HELLO + SYSTEM):
         with pytest.raises(Exception, match="expected (text without|role user)"):
             with_processor.apply_chat_template(turns)

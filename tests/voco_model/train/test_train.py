@@ -158,17 +158,17 @@ def test_the_model_is_what_load_and_from_pretrained_read(kind, tmp_path, data):
     source = instruction.write_checkpoint(tmp_path / "checkpoint", kind)
     changes = {
         "voco": {"tokens": [1, 2, 4], "distinct": True, "isolated": True},
-        "prompt": "chatml",
+        "prompt": "mistral",
     }
     values = instruction.config(source, data, tmp_path / "out", **changes)
     saved = train(make_config(values))
 
     model, processor = load(saved)
     assert (model.config.num_voco, model.config.voco_distinct) == (4, True)
-    assert (model.config.voco_isolated, model.config.voco_prompt) == (True, "chatml")
+    assert (model.config.voco_isolated, model.config.voco_prompt) == (True, "mistral")
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     written = processor.apply_chat_template(question, add_generation_prompt=True)
-    assert written == voco_model.prompt("What?", 4, style="chatml")
+    assert written == voco_model.prompt("What?", 4, style="mistral")
     plain = type(model).from_pretrained(saved)
     assert torch.equal(instruction.weights(plain), instruction.weights(model))
     # Each VoCo token has learnt a row of its own.
@@ -213,7 +213,7 @@ def test_a_run_goes_on_where_it_was_and_refuses_to_be_another(changes, values, t
     for other, said in (
         ({"seed": 1}, "seed 42 before, 1 now"),
         ({"voco": {"tokens": 1}}, "voco .*'tokens': 2.* before, .*'tokens': 1.* now"),
-        ({"prompt": "chatml"}, "prompt vicuna before, chatml now"),
+        ({"prompt": "mistral"}, "prompt vicuna before, chatml now"),
         ({"optimizer": {"learning_rate": 0.1}}, "'learning_rate': 0.1"),
         ({"checkpoints": {"resume": False}}, "expected no checkpoints"),
     ):
