@@ -57,7 +57,7 @@ class _AnswerMask:
         return made
 
     def __reduce__(self):
-        return _restored, (type(self).__mro__[2], self.__dict__)
+        return _restored, (type(self).__bases__[1], self.__dict__)
 
 
 @cache

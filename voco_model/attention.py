@@ -160,7 +160,11 @@ def _mask_whole_prompt(
             "only; pass input_ids, or call undo() on what enable returned to run without VoCo "
             "tokens"
         )
+    if kwargs.get("pixel_values") is not None:
+        _check_image_sizes(config, kwargs)
     real = _real_tokens(kwargs.get("attention_mask"), input_ids, cache)
+    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_images_first(input_ids, config)  # elsewhere looking would cost a host sync
     position_ids = kwargs.get("position_ids")
     if position_ids is not None:
         position_ids = position_ids.expand_as(input_ids)
@@ -234,6 +238,27 @@ def _real_tokens(mask: Mask, input_ids: Tensor, cache: Cache | None) -> Tensor:
         f"expected an attention_mask of shape {list(input_ids.shape)}, 0 for padding, got "
         f"{list(mask.shape)}; an enabled model derives the rest of its mask from input_ids"
     )
+
+
+def _check_image_sizes(config, kwargs: dict) -> None:
+    # Only LLaVA-NeXT's config has grids, into which an image of some size is cut.
+    if hasattr(config, "image_grid_pinpoints") and kwargs.get("image_sizes") is None:
+        raise ValueError(
+            "expected image_sizes, int64 [images, 2], with pixel_values of a LLaVA-NeXT, got none; pass "
+            "on all that the processor returns"
+        )
+
+
+def _check_images_first(input_ids: Tensor, config) -> None:
+    is_voco = input_ids == config.voco_token_id
+    without = is_voco & ((input_ids == config.image_token_id).cumsum(1) == 0)
+    if without.any():
+        row, place = without.nonzero()[0].tolist()
+        raise ValueError(
+            f"expected an image in front of every run of VoCo tokens (id {config.voco_token_id}), got "
+            f"one without at position {place} of row {row}; build the prompt with voco_model.prompt or "
+            "the processor's chat template"
+        )
 
 
 def _check_no_image_expected(input_ids: Tensor, config) -> None:

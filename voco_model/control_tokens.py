@@ -146,8 +146,9 @@ def check_adds_nothing_behind(tokenizer) -> None:
     if behind:
         raise ValueError(
             "expected a tokenizer that puts nothing behind a text, got one that puts "
-            f"{tokenizer.convert_ids_to_tokens(behind)} there, in front of the answer; set "
-            "tokenizer.add_eos_token = False, or pass the processor that was given to enable"
+            f"{tokenizer.convert_ids_to_tokens(behind)} there, in front of the answer; pass the "
+            "processor that was given to enable, or set tokenizer.add_bos_token = True and "
+            "tokenizer.add_eos_token = False"
         )
 
 

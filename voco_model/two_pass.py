@@ -308,7 +308,9 @@ def _check_entries(model, entries: Sequence[CompactKV]) -> None:
         raise ValueError("expected at least one compact entry, got none")
     text = model.config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    expected = (text.num_hidden_layers, text.num_key_value_heads, head_dim)
+    # A model whose heads all have keys of their own may not name their number again.
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    expected = (text.num_hidden_layers, kv_heads, head_dim)
     for index, entry in enumerate(entries):
         if not isinstance(entry, CompactKV):
             raise TypeError(

@@ -213,7 +213,7 @@ def test_a_run_goes_on_where_it_was_and_refuses_to_be_another(changes, values, t
     for other, said in (
         ({"seed": 1}, "seed 42 before, 1 now"),
         ({"voco": {"tokens": 1}}, "voco .*'tokens': 2.* before, .*'tokens': 1.* now"),
-        ({"prompt": "mistral"}, "prompt vicuna before, chatml now"),
+        ({"prompt": "mistral"}, "prompt vicuna before, mistral now"),
         ({"optimizer": {"learning_rate": 0.1}}, "'learning_rate': 0.1"),
         ({"checkpoints": {"resume": False}}, "expected no checkpoints"),
     ):
