@@ -16,7 +16,7 @@ import voco_model.attention
 import voco_model.train.run
 from tests.voco_model import instruction, tiny
 from voco_model.data.faults import DataError
-from voco_model.load import load
+from voco_model.load import load, load_processor
 from voco_model.prompt import STYLES
 from voco_model.train import checkpoints, make_config, train
 
@@ -294,6 +294,21 @@ def test_dry_run_touches_no_model(values, capsys, tmp_path):
     said = capsys.readouterr().err
     assert re.search(r"24 samples, [\d,]+ tokens, 3 steps an epoch", said)
     assert not (tmp_path / "out" / "train.yaml").exists()
+
+
+def test_dry_run_refuses_a_processor_that_does_not_fit(values, tmp_path):
+    found = values()
+    shutil.copytree(found["model"], tmp_path / "other")
+    found["model"] = str(tmp_path / "other")
+    processor = load_processor(found["model"])
+    processor.num_additional_image_tokens = 0
+    processor.save_pretrained(found["model"])
+    with pytest.raises(ValueError, match="num_additional_image_tokens 1, got 0"):
+        train(make_config(found), dry_run=True)
+    processor.num_additional_image_tokens = 1
+    processor.save_pretrained(found["model"])
+    with pytest.raises(ValueError, match=r"the token <\|im_end\|>, which ends answers"):
+        train(make_config(found | {"prompt": "chatml"}), dry_run=True)
 
 
 @pytest.mark.parametrize(
