@@ -12,7 +12,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from transformers.processing_utils import ProcessorMixin
 
+from voco_model.answer_mask import mark_answers
+from voco_model.arguments import whole_number
 from voco_model.attention import ATTENTION_NAME, hand_out_layout
+from voco_model.control_tokens import control_tokens, prepare_tokenizer
+from voco_model.devices import is_offloaded
+from voco_model.processor_check import check_processor
 from voco_model.prompt import VOCO_TOKEN, chat_template, style_of
 from voco_model.voco_embeddings import name_of_row, number_rows
 
@@ -76,7 +81,8 @@ def enable(
     Args:
         model: LLaVA-1.5 or LLaVA-NeXT, with any text model that has plain full attention.
         processor: its tokenizer gets the token ``<VoCo>`` (the model's embeddings grow only where
-            they have no row left for it), and its chat template becomes that of Listing 1.
+            they have no row left for it), keeps text that spells a control token text, and puts nothing
+            behind a prompt; its chat template becomes that of Listing 1.
         num_voco: VoCo tokens an image; by default what the model's config says, else 1.
         voco_token_id: the token's id, where there is no processor to ask. By default what the
             model's config says.
@@ -98,13 +104,13 @@ def enable(
         TypeError: another model class, or no processor where one is expected.
         ValueError: a model that is enabled already, has a method of ``voco_model.baselines`` applied or
             the projector of one, sliding-window attention, attention dropout or soft-capping, an unknown
-            token id, or ids that don't fit together. Nothing is changed then.
+            token id, or ids that don't fit together; a processor that counts image tokens otherwise than
+            the model, or whose tokenizer lacks the token that ends an answer. Nothing is changed then.
     """
     _check_model(model)
     tokenizer = _checked_tokenizer(model, processor)
     num_voco = _first_given(num_voco, getattr(model.config, "num_voco", None), 1)
-    if isinstance(num_voco, bool) or not isinstance(num_voco, int) or num_voco < 1:
-        raise ValueError(f"expected num_voco >= 1, got {num_voco!r}")
+    num_voco = whole_number("num_voco", num_voco, at_least=1)
     isolated = _first_given(isolated, getattr(model.config, "voco_isolated", None), False)
     if not isinstance(isolated, bool):
         raise ValueError(f"expected isolated as True or False, got {isolated!r}")
@@ -113,12 +119,15 @@ def enable(
         raise ValueError(f"expected distinct as True or False, got {distinct!r}")
     style = _first_given(prompt, getattr(model.config, "voco_prompt", None), "vicuna")
     style_of(style)
+    if processor is not None:
+        check_processor(processor, model.config, style)
     rows = num_voco if distinct else 1
     with ExitStack() as steps:  # on an error, what was done is undone
         if tokenizer is not None:
             name_tokens(tokenizer, rows, steps)
             _remember(steps, processor, "chat_template")
-            processor.chat_template = chat_template(num_voco, style)
+            processor.chat_template = chat_template(num_voco, style, control_tokens(tokenizer))
+            mark_answers(processor, steps)
         token_id = _agreed_token_id(model, tokenizer, voco_token_id)
         _make_room(steps, model, tokenizer, token_id, rows)
         facts = {
@@ -238,16 +247,22 @@ def _checked_tokenizer(model, processor):
 
 
 def name_tokens(tokenizer, rows: int = 1, steps: ExitStack | None = None) -> None:
-    """Make ``<VoCo>`` the special token ``tokenizer.voco_token``, if it isn't yet.
+    """Make ``<VoCo>`` the special token ``tokenizer.voco_token``, if it isn't yet, and prepare the
+    tokenizer for prompts.
 
     Args:
         rows: embedding rows of VoCo tokens; each behind the first has a name of its own.
         steps: gets the way back.
 
     Raises:
-        ValueError: ids behind ``<VoCo>``'s that are taken. The tokenizer is changed then, if ``steps``
-            isn't closed.
+        ValueError: ids behind ``<VoCo>``'s that are taken, or as ``prepare_tokenizer``. The tokenizer is
+            changed then, if ``steps`` isn't closed.
     """
+    _add_tokens(tokenizer, rows, steps)
+    prepare_tokenizer(tokenizer, steps)
+
+
+def _add_tokens(tokenizer, rows: int, steps: ExitStack | None) -> None:
     others = [name_of_row(row) for row in range(1, rows)]
     known = getattr(tokenizer, "voco_token", None) == VOCO_TOKEN
     if known and set(others) <= set(tokenizer.get_vocab()):
@@ -311,6 +326,12 @@ def _make_room(steps: ExitStack, model, tokenizer, token_id: int, rows: int) -> 
         raise ValueError(
             f"expected a voco_token_id among the model's {there} embedding rows, got {wanted}; "
             "pass the processor, so that enable can add a row"
+        )
+    if is_offloaded(model.get_input_embeddings()) or is_offloaded(model.get_output_embeddings()):
+        raise ValueError(
+            f"expected embeddings in memory, for a row of {VOCO_TOKEN} more, got offloaded ones; leave "
+            "embed_tokens and lm_head out of what device_map offloads, or enable the model without "
+            "device_map, save it, and load that"
         )
     _remember(steps, model, "vocab_size")
     steps.callback(partial(model.resize_token_embeddings, there))

@@ -163,6 +163,12 @@ def _mask_whole_prompt(
             "only; pass input_ids, or call undo() on what enable returned to run without VoCo "
             "tokens"
         )
+    if kwargs.get("pixel_values") is not None:
+        _check_image_sizes(config, kwargs)
+    # Looking costs a host sync on a GPU, of which filling a cache has one anyway (below).
+    readable = input_ids.device.type == "cpu" or cache is not None
+    if readable and not torch.compiler.is_compiling():
+        _check_images_first(input_ids, config)
     mask = _padding_mask(kwargs.get("attention_mask"), input_ids, cache)
     real = mask != 0
     position_ids = _document_positions(module, cache, input_ids, mask, kwargs)
@@ -271,6 +277,27 @@ def _padding_mask(mask: Mask, input_ids: Tensor, cache: Cache | None) -> Tensor:
         "packed documents pass their numbers (1, 1, 2, 2, 2), position_ids that start again, or "
         "cu_seq_lens_q"
     )
+
+
+def _check_image_sizes(config, kwargs: dict) -> None:
+    # Only LLaVA-NeXT's config has grids, into which an image of some size is cut.
+    if hasattr(config, "image_grid_pinpoints") and kwargs.get("image_sizes") is None:
+        raise ValueError(
+            "expected image_sizes, int64 [images, 2], with pixel_values of a LLaVA-NeXT, got none; pass "
+            "on all that the processor returns"
+        )
+
+
+def _check_images_first(input_ids: Tensor, config) -> None:
+    is_voco = input_ids == config.voco_token_id
+    without = is_voco & ((input_ids == config.image_token_id).cumsum(1) == 0)
+    if without.any():
+        row, place = without.nonzero()[0].tolist()
+        raise ValueError(
+            f"expected an image in front of every run of VoCo tokens (id {config.voco_token_id}), got "
+            f"one without at position {place} of row {row}; build the prompt with voco_model.prompt or "
+            "the processor's chat template"
+        )
 
 
 def _check_no_image_expected(input_ids: Tensor, config) -> None:

@@ -4,7 +4,8 @@
 
 That is Vicuna's form; ``STYLES`` has those of other language models. There is no BOS here: the
 tokenizer adds it, once. ``prompt`` and ``chat_template`` write the same strings, one for Python, one
-for ``processor.apply_chat_template``.
+for ``processor.apply_chat_template``. What a text spells of control tokens is marked in both, see
+``voco_model.control_tokens``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from voco_model.arguments import whole_number
+from voco_model.control_tokens import COMMON_TOKENS, MARK, as_text
 
 VOCO_TOKEN = "<VoCo>"
 IMAGE_TOKEN = "<image>"
@@ -105,8 +109,9 @@ def prompt(
     add_generation_prompt: bool = True,
     eos_token: str = "</s>",
     style: str = "vicuna",
+    control_tokens: Sequence[str] | None = None,
 ) -> str:
-    """The whole prompt: image part and text part.
+    """The whole prompt: image part and text part, for the processor that was given to ``enable``.
 
     Args:
         turns: a question, or messages with roles ``system``, ``user`` and ``assistant``. A system
@@ -118,9 +123,12 @@ def prompt(
             go on.
         eos_token: follows each answer, where the style has nothing else for it.
         style: a name of ``STYLES``.
+        control_tokens: of the tokenizer, as ``voco_model.control_tokens`` tells them: text that spells
+            one stays text. By default everything that looks like a control token is kept text.
 
     Raises:
-        ValueError: an unknown role, part or style, or a text that holds ``<image>`` or ``<VoCo>``.
+        ValueError: an unknown role, part or style, a number that isn't whole, or a text that holds
+            ``<image>`` or ``<VoCo>``.
     """
     if images is None:
         images = 1 if isinstance(turns, str) else sum(_parts(m)[0] for m in turns)
@@ -130,15 +138,14 @@ def prompt(
         add_generation_prompt=add_generation_prompt,
         eos_token=eos_token,
         style=style,
+        control_tokens=control_tokens,
     )
 
 
 def image_part(num_voco: int = 1, images: int = 1) -> str:
     """What the first pass reads: each image, a newline, its VoCo tokens."""
-    if num_voco < 1 or images < 0:
-        raise ValueError(
-            f"expected num_voco >= 1 and images >= 0, got num_voco {num_voco} and images {images}"
-        )
+    num_voco = whole_number("num_voco", num_voco, at_least=1)
+    images = whole_number("images", images, at_least=0)
     return "\n".join([f"{IMAGE_TOKEN}\n" + VOCO_TOKEN * num_voco] * images)
 
 
@@ -149,15 +156,27 @@ def text_part(
     add_generation_prompt: bool = True,
     eos_token: str = "</s>",
     style: str = "vicuna",
+    control_tokens: Sequence[str] | None = None,
 ) -> str:
     """What the second pass reads: the rest, from the newline after the VoCo tokens on."""
-    pieces = text_pieces(turns, with_image=with_image, eos_token=eos_token, style=style)
+    pieces = text_pieces(
+        turns,
+        with_image=with_image,
+        eos_token=eos_token,
+        style=style,
+        control_tokens=control_tokens,
+    )
     written = "".join(text for text, _ in pieces)
     return written + style_of(style).ask if add_generation_prompt else written
 
 
 def text_pieces(
-    turns: Turns, *, with_image: bool, eos_token: str = "</s>", style: str = "vicuna"
+    turns: Turns,
+    *,
+    with_image: bool,
+    eos_token: str = "</s>",
+    style: str = "vicuna",
+    control_tokens: Sequence[str] | None = None,
 ) -> list[tuple[str, bool]]:
     """``text_part`` without a generation prompt, in pieces: text, and whether a model is to learn it.
 
@@ -172,14 +191,18 @@ def text_pieces(
     pieces = []
 
     def add(text: str, learnt: bool = False) -> None:
-        if with_image and not form.keep_newlines:
-            text = text.replace("\n", "")
-        pieces.append((text, learnt))
+        pieces.append((without_newlines(text), learnt))
+
+    def without_newlines(text: str) -> str:
+        return text if form.keep_newlines or not with_image else text.replace("\n", "")
 
     if messages[0].get("role") != "system" and default:
         add(default.join(form.around_system))
     for index, message in enumerate(messages):
-        _, text = _parts(message)
+        # Newlines first: without them, a text may spell what it didn't before.
+        text = without_newlines(_parts(message)[1])
+        _check_no_image_in(text)
+        text = as_text(text, control_tokens)
         role = message.get("role")
         if role == "user":
             add(text.join(form.around_user))
@@ -196,8 +219,16 @@ def text_pieces(
     return [(form.behind_image, False), *pieces] if with_image else pieces
 
 
-def chat_template(num_voco: int = 1, style: str = "vicuna") -> str:
-    """The Jinja template of ``prompt``; its variable ``num_voco`` overrides the number here."""
+def chat_template(
+    num_voco: int = 1, style: str = "vicuna", control_tokens: Sequence[str] = COMMON_TOKENS
+) -> str:
+    """The Jinja template of ``prompt``; its variable ``num_voco`` overrides the number here.
+
+    Args:
+        control_tokens: of the tokenizer, as for ``prompt``. Jinja can't look for what only looks like a
+            control token.
+    """
+    num_voco = whole_number("num_voco", num_voco, at_least=1)
     form = style_of(style)
     end = "eos_token" if form.behind_answer is None else json.dumps(form.behind_answer)
     names = {
@@ -213,6 +244,11 @@ def chat_template(num_voco: int = 1, style: str = "vicuna") -> str:
         "BEHIND_ANSWER": end,
         "ASK": json.dumps(form.ask),
         "NEWLINES": "true" if form.keep_newlines else "false",
+        "MARK": json.dumps(MARK, ensure_ascii=False),
+        # Last: a token may spell one of the names above.
+        "CONTROL_TOKENS": json.dumps(
+            sorted(set(control_tokens), key=lambda token: (-len(token), token)), ensure_ascii=False
+        ),
     }
     written = _TEMPLATE
     for name, value in names.items():
@@ -234,13 +270,16 @@ def _parts(message: Mapping) -> tuple[int, str]:
             )
         images = kinds.count("image")
         text = "".join(part["text"] for part in content if part["type"] == "text")
+    return images, text
+
+
+def _check_no_image_in(text: str) -> None:
     for token in (IMAGE_TOKEN, VOCO_TOKEN):
         if token in text:
             raise ValueError(
                 f"expected text without {token}, got {text!r}; the prompt puts {token} in its "
                 "place by itself: give images as parts {'type': 'image'}"
             )
-    return images, text
 
 
 _TEMPLATE = """\
@@ -265,12 +304,17 @@ _TEMPLATE = """\
         {%- set parts = message.content | selectattr('type', 'equalto', 'text') -%}
         {%- set ns.text = parts | map(attribute='text') | join('') -%}
     {%- endif -%}
-    {%- if '<image>' in ns.text or '<VoCo>' in ns.text -%}
-        {{- raise_exception('expected text without <image> and <VoCo>, got: ' + ns.text) -}}
-    {%- endif -%}
     {%- if ns.images and not NEWLINES -%}
         {%- set ns.text = ns.text.replace('\\n', '') -%}
     {%- endif -%}
+    {%- if '<image>' in ns.text or '<VoCo>' in ns.text -%}
+        {{- raise_exception('expected text without <image> and <VoCo>, got: ' + ns.text) -}}
+    {%- endif -%}
+    {%- for token in CONTROL_TOKENS if token in ns.text -%}
+        {%- for _ in token -%}{#- again for tokens that overlap themselves -#}
+            {%- set ns.text = ns.text.replace(token, token[0] + MARK + token[1:]) -%}
+        {%- endfor -%}
+    {%- endfor -%}
     {%- if message.role == 'user' -%}
         {{- BEFORE_USER + ns.text + BEHIND_USER -}}
     {%- elif message.role == 'assistant' -%}

@@ -8,8 +8,42 @@ import torch
 
 from voco_kernels.kv import Rope
 
-# Types whose frequencies depend on the length of the text: a key can't be rotated on by a difference.
-_BY_LENGTH = ("dynamic", "longrope")
+
+def depends_on_length(language_model) -> bool:
+    """Whether a long text rotates its keys by other frequencies than a short one.
+
+    Then a key can't be rotated on by a difference, and only short texts can be read in two passes.
+    """
+    kind = getattr(getattr(language_model, "rotary_emb", None), "rope_type", None) or ""
+    return "dynamic" in kind or kind == "longrope"  # as Transformers asks
+
+
+def length_limit(language_model) -> int | None:
+    """How long a text may be for its keys to be rotated by fixed frequencies; None: as long as it is."""
+    if not depends_on_length(language_model):
+        return None
+    rotary = language_model.rotary_emb
+    if rotary.rope_type == "longrope":
+        return rotary.config.rope_parameters["original_max_position_embeddings"]
+    # At exactly this length the frequencies of an earlier, longer text would still be there.
+    return rotary.original_max_seq_len - 1
+
+
+def check_length(language_model, length: int, what: str) -> None:
+    """Raise ``ValueError`` for positions at which two passes would differ from one.
+
+    Args:
+        length: the last position id and one.
+        what: the words for what is read.
+    """
+    limit = length_limit(language_model)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"expected {what} of at most {limit} tokens, image tokens included, got {length}: with "
+            f"rope_type {language_model.rotary_emb.rope_type!r} the rotation of keys depends on the "
+            "length of longer ones, and two passes would differ from one; shorten the text, or use "
+            "model.generate, which reads the whole prompt at once"
+        )
 
 
 @torch.no_grad()
@@ -22,7 +56,7 @@ def rope_of(language_model) -> Rope | None:
     rotary = getattr(language_model, "rotary_emb", None)
     frequencies = getattr(rotary, "inv_freq", None)
     apply = getattr(sys.modules[type(language_model).__module__], "apply_rotary_pos_emb", None)
-    if frequencies is None or apply is None or getattr(rotary, "rope_type", "") in _BY_LENGTH:
+    if frequencies is None or apply is None or depends_on_length(language_model):
         return None
     key = torch.randn(1, 1, 1, 2 * frequencies.numel(), generator=torch.Generator().manual_seed(0))
     key = key.to(frequencies.device)

@@ -18,13 +18,16 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from voco_kernels.kv import CompactKV
+from voco_model.arguments import whole_number
 from voco_model.attach import check_ready
 from voco_model.caches import CACHE_ARGUMENT, CompactCache, VoCoCollector
+from voco_model.control_tokens import control_tokens, token_ids
+from voco_model.devices import execution_device
 from voco_model.fingerprint import fingerprint
 from voco_model.image_key import image_key
 from voco_model.kv_store.base import Store
 from voco_model.prompt import VOCO_TOKEN, Turns, image_part, style_in, text_part
-from voco_model.rope import rope_of
+from voco_model.rope import check_length, rope_of
 from voco_model.stored import compress_stored
 
 # Arguments of model.generate that the second pass makes by itself.
@@ -84,11 +87,14 @@ def compress(
 
     Raises:
         ValueError: a model that isn't enabled or is in training mode; a row without VoCo tokens, or
-            with several images.
+            with several images; one that is too long for a rotation that depends on the length.
     """
     check_ready(model)
     if (images is None) == (inputs is None):
         raise ValueError("expected either images or inputs, got both or neither")
+    batch_size = whole_number("batch_size", batch_size, at_least=1)
+    if num_voco is not None:
+        num_voco = whole_number("num_voco", num_voco, at_least=1)
     if store is None and salt is not None:
         raise ValueError("expected a salt only with a store, got one without")
     if store is not None:
@@ -102,8 +108,6 @@ def compress(
         )
         key_of = partial(image_key, model=model, processor=processor, num_voco=num_voco, salt=salt)
         return compress_stored(_each(images), compress_these, key_of, fingerprint(model), store)
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
     if inputs is not None:
         if num_voco is not None:
             raise ValueError(
@@ -150,7 +154,8 @@ def generate(
     Raises:
         ValueError: entries of another model, lists that don't pair up, or an option that can't be
             exact from a compact cache (``prompt_lookup_num_tokens``, an assistant,
-            ``prefill_chunk_size``, ``use_cache=False``).
+            ``prefill_chunk_size``, ``use_cache=False``); a text that ends too far behind its image for a
+            rotation that depends on the length.
     """
     check_ready(model)
     _check_options(model, generate_kwargs)
@@ -207,7 +212,7 @@ def _each(images: Any) -> Iterator[Any]:
 
 
 def _first_pass(model, batch: Mapping[str, Tensor]) -> list[CompactKV]:
-    device = model.get_input_embeddings().weight.device
+    device = execution_device(model.get_input_embeddings())
     input_ids = batch["input_ids"].to(device)
     real = torch.ones_like(input_ids, dtype=torch.bool)
     if batch.get("attention_mask") is not None:
@@ -218,6 +223,7 @@ def _first_pass(model, batch: Mapping[str, Tensor]) -> list[CompactKV]:
     width = int(stops.max())
     real = (real & (column < stops[:, None]))[:, :width]
     position_ids = (real.cumsum(1) - 1).clamp(min=0)
+    check_length(model.model.language_model, int(position_ids.max()) + 1, "a first pass")
     counts = (stops - starts).tolist()
     columns = (starts[:, None] + column[: max(counts)]).clamp(max=width - 1)
     cache = VoCoCollector(columns)
@@ -302,7 +308,9 @@ def _check_entries(model, entries: Sequence[CompactKV]) -> None:
         raise ValueError("expected at least one compact entry, got none")
     text = model.config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    expected = (text.num_hidden_layers, text.num_key_value_heads, head_dim)
+    # A model whose heads all have keys of their own may not name their number again.
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    expected = (text.num_hidden_layers, kv_heads, head_dim)
     for index, entry in enumerate(entries):
         if not isinstance(entry, CompactKV):
             raise TypeError(
@@ -343,9 +351,15 @@ def _tokenize(tokenizer, config, turns: Turns) -> list[int]:
             f"expected at most one image part in a conversation, got {images}; several images a "
             "row are not supported in two passes"
         )
-    written = text_part(turns, eos_token=tokenizer.eos_token or "", style=style_in(config))
+    written = text_part(
+        turns,
+        eos_token=tokenizer.eos_token or "",
+        style=style_in(config),
+        control_tokens=control_tokens(tokenizer),
+    )
     # Behind a VoCo token, as in the whole prompt: tokenizers may treat the start of a string apart.
-    first, *ids = tokenizer(VOCO_TOKEN + written, add_special_tokens=False)["input_ids"]
+    whole = token_ids(tokenizer, VOCO_TOKEN + written, add_special_tokens=False)
+    first, *ids = whole["input_ids"]
     if first != config.voco_token_id:
         raise ValueError(
             f"expected a tokenizer that knows {VOCO_TOKEN} as {config.voco_token_id}, got {first}; pass "
@@ -405,7 +419,7 @@ def _pair_up(
 
 
 def _layer_devices(model) -> list[torch.device]:
-    return [next(layer.parameters()).device for layer in model.model.language_model.layers]
+    return [execution_device(layer) for layer in model.model.language_model.layers]
 
 
 def _second_pass_prompt(
@@ -413,7 +427,7 @@ def _second_pass_prompt(
 ) -> dict[str, Tensor]:
     """``input_ids``, ``attention_mask``, ``position_ids``, int64 ``[B, n + T]``: the VoCo tokens
     that are in the cache, for ``generate`` to skip, then the text, padded on the left."""
-    device = model.get_input_embeddings().weight.device
+    device = execution_device(model.get_input_embeddings())
     text_length = max(map(len, rows))
     pad = model.generation_config.pad_token_id or 0
     ids = torch.tensor(
@@ -426,6 +440,7 @@ def _second_pass_prompt(
     prefix_ids = torch.where(prefix_real, model.config.voco_token_id, pad)
     first = cache.next_position.to(device)[:, None]
     text_positions = first + (text_real.cumsum(1) - 1).clamp(min=0)
+    check_length(model.model.language_model, int(text_positions.max()) + 1, "a prompt")
     return {
         "input_ids": torch.cat([prefix_ids, ids], dim=1),
         "attention_mask": torch.cat([prefix_real.long(), text_real], dim=1),

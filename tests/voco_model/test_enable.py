@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -142,7 +143,8 @@ def test_refuses_other_models_and_leaves_them_alone(kind):
     refused("262 embedding rows, got 999", model, voco_token_id=999)
     refused("got 4 for both", model, voco_token_id=tiny.IMAGE)
     refused(r"261 \(the tokenizer\)", model, processor, voco_token_id=9)
-    refused("num_voco >= 1, got 0", model, processor, 0)
+    for wrong in (0, True, 1.0):
+        refused(f"int num_voco >= 1, got {wrong!r}", model, processor, wrong)
     refused(
         "got PreTrainedTokenizerFast|got Tokenizers", model, processor.tokenizer, error=TypeError
     )
@@ -150,6 +152,12 @@ def test_refuses_other_models_and_leaves_them_alone(kind):
     with voco_model.enable(model, processor, num_voco=5):
         refused("got one that is, with num_voco=5; call undo", model, processor)
         assert model.config.text_config._attn_implementation == "voco"
+
+
+def test_a_number_of_numpy_is_saved_as_a_number(model, processor, tmp_path):
+    with voco_model.enable(model, processor, np.int64(3)):
+        assert type(model.config.num_voco) is int
+        model.config.save_pretrained(tmp_path)
 
 
 def test_refuses_a_window_and_dropout():

@@ -205,6 +205,14 @@ def test_refuses_what_it_cannot_mask(enabled):
     refused(enabled, r"positions \[5\]", **{**inputs, "attention_mask": holes})
     stray = torch.tensor([[tiny.VOCO, 9, 10]])
     refused(enabled, "position 0 of row 0", input_ids=stray)
+    early = ids.clone()
+    early[0, 0] = tiny.VOCO
+    message = (
+        r"in front of every run of VoCo tokens \(id 261\), got one without at position 0 of row 0"
+    )
+    refused(enabled, message, **{**inputs, "input_ids": early})
+    if "image_sizes" in inputs:
+        refused(enabled, r"expected image_sizes, .*LLaVA-NeXT", **{**inputs, "image_sizes": None})
     with pytest.raises(TypeError, match="got 2 positional"):
         enabled.model(ids, inputs["pixel_values"])
     refused(enabled, "attention weights never exist", **inputs, output_attentions=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,7 +111,10 @@ def test_refuses_what_it_cannot_write(with_processor):
     refused("'system' in message 1", HELLO + SYSTEM)
     refused("'image' and 'text'", [{"role": "user", "content": [{"type": "video"}]}])
     refused("got none", [])
-    refused("num_voco 0", "Hello?", num_voco=0)
+    for wrong in (0, 2.0, True, "2", None):
+        refused(f"int num_voco >= 1, got {wrong!r}", "Hello?", num_voco=wrong)
+    refused("int images >= 0, got -1", "Hello?", images=-1)
+    assert voco_model.prompt("Hello?", np.int64(2)) == voco_model.prompt("Hello?", 2)
     for turns in ([{"role": "user", "content": "<VoCo>"}], HELLO + SYSTEM):
         with pytest.raises(Exception, match="expected (text without|role user)"):
             with_processor.apply_chat_template(turns)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GPTNeoXConfig
 
 import voco_model
 from tests.voco_model import tiny
@@ -133,6 +134,30 @@ def test_one_question_about_many_images(with_processor):
     assert torch.equal(together, torch.cat(apart))
 
 
+def test_numbers_of_numpy_are_numbers(with_processor):
+    model, processor = with_processor
+    picture = tiny.picture(0)
+    (entry,) = voco_model.compress(
+        model, picture, processor=processor, num_voco=np.int64(3), batch_size=np.int32(1)
+    )
+    (expected,) = voco_model.compress(model, picture, processor=processor, num_voco=3)
+    assert entry.kv.equal(expected.kv)
+
+
+def test_a_text_model_that_names_no_kv_heads():
+    sizes = {"text_class": GPTNeoXConfig, "max_position_embeddings": 1024}
+    model, processor = tiny.tiny_llava("llava", **sizes), tiny.tiny_processor("llava")
+    assert not hasattr(model.config.text_config, "num_key_value_heads")
+    voco_model.enable(model, processor, num_voco=2)
+    picture, options = tiny.picture(0), {"max_new_tokens": 4, "do_sample": False}
+    prompt = processor(images=picture, text=voco_model.prompt("Who?", 2), return_tensors="pt")
+    one = model.generate(**prompt, **options)[:, prompt["input_ids"].shape[1] :]
+    (entry,) = voco_model.compress(model, picture, processor=processor)
+    assert voco_model.generate(model, entry, "Who?", processor=processor, **options).equal(one)
+    with pytest.raises(ValueError, match="GPTNeoXModel without norm; use voco_model.generate"):
+        voco_model.TwoPassEngine(model, processor, None)
+
+
 def test_conversations_go_through_both_passes(with_processor):
     model, processor = with_processor
     messages = [
@@ -255,6 +280,11 @@ def test_refuses_what_cannot_be_compressed(enabled):
     refused("expected a processor", images=[tiny.picture(0)])
     refused("num_voco 3 with inputs", inputs=inputs, num_voco=3)
     refused("batch_size >= 1, got 0", inputs=inputs, batch_size=0)
+    refused("int batch_size >= 1, got True", inputs=inputs, batch_size=True)
+    refused("int num_voco >= 1, got 2.0", images=[tiny.picture(0)], num_voco=2.0)
+    if "image_sizes" in inputs:
+        without = {name: value for name, value in inputs.items() if name != "image_sizes"}
+        refused("expected image_sizes", inputs=without)
     refused("with input_ids and pixel_values", inputs={"input_ids": ids})
     enabled.train()
     refused("eval mode", inputs=inputs)

@@ -27,12 +27,12 @@ def test_rows_count_from_the_start_of_each_run():
 
 def test_two_passes_and_the_engine_answer_what_one_masked_pass_does(model, processor):
     picture = tiny.picture(3)
-    with voco_model.enable(model, processor, num_voco=3, distinct=True, prompt="chatml"):
+    with voco_model.enable(model, processor, num_voco=3, distinct=True, prompt="mistral"):
         embeddings = model.get_input_embeddings()
         assert embeddings.num_embeddings == tiny.VOCO + 3
         with torch.no_grad():  # fresh rows are far smaller than the others of a tiny model
             embeddings.weight[tiny.VOCO :].normal_(std=0.5)
-        prompt = voco_model.prompt(QUESTION, 3, style="chatml")
+        prompt = voco_model.prompt(QUESTION, 3, style="mistral")
         inputs = processor(images=picture, text=prompt, return_tensors="pt")
         inputs.pop("token_type_ids", None)
         generate = partial(model.generate, max_new_tokens=6, do_sample=False)

@@ -14,6 +14,8 @@ from transformers.processing_utils import ProcessorMixin
 
 from voco_model.attach import IN_USE, SUPPORTED, is_enabled
 from voco_model.baselines.cost import Cost, head_flops, layer_flops, token_bytes
+from voco_model.control_tokens import control_tokens, prepare_tokenizer
+from voco_model.devices import execution_device
 from voco_model.prompt import IMAGE_TOKEN, Turns, image_part, style_in, style_of, text_part
 
 
@@ -67,6 +69,7 @@ class Method(ABC):
             if style is not None:
                 put(steps, model.config, "voco_prompt", style)
             self.num_tokens = self._install(steps, num_tokens)
+            prepare_tokenizer(processor.tokenizer, steps)
             steps.callback(IN_USE.discard, model)
             IN_USE.add(model)  # not before: some methods call enable, which refuses a model in use
             self._steps = steps.pop_all()
@@ -118,6 +121,7 @@ class Method(ABC):
             add_generation_prompt=add_generation_prompt,
             eos_token=self.processor.tokenizer.eos_token or "",
             style=style_in(self.model.config),
+            control_tokens=control_tokens(self.processor.tokenizer),
         )
 
     def inputs(self, images: Sequence[Any] | None, turns: Sequence[Turns]) -> dict[str, Tensor]:
@@ -139,7 +143,7 @@ class Method(ABC):
             padding_side="left",
             return_tensors="pt",
         )
-        device = self.model.get_input_embeddings().weight.device
+        device = execution_device(self.model.get_input_embeddings())
         return {
             name: value.to(device, self.model.dtype if name == "pixel_values" else None)
             for name, value in made.items()

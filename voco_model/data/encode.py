@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.processing_utils import ProcessorMixin
 
+from voco_model.control_tokens import check_adds_nothing_behind, control_tokens, token_ids
 from voco_model.data.faults import DataError
 from voco_model.data.pictures import Picture
 from voco_model.data.samples import Sample
@@ -45,7 +46,7 @@ class Encoder:
         max_length: tokens of a document, image tokens included; more are cut off at the end.
 
     Raises:
-        ValueError: a tokenizer without offsets.
+        ValueError: a tokenizer without offsets, or one that ends every text in tokens of its own.
     """
 
     def __init__(self, processor: ProcessorMixin, style: str, max_length: int) -> None:
@@ -54,7 +55,9 @@ class Encoder:
                 "expected a fast tokenizer, which knows the characters of each token, got "
                 f"{type(processor.tokenizer).__name__}; load the processor with use_fast=True"
             )
+        check_adds_nothing_behind(processor.tokenizer)
         self._processor, self._style, self.max_length = processor, style, max_length
+        self._control_tokens = control_tokens(processor.tokenizer)
         self._image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
 
     def length(self, sample: Sample, num_voco: int) -> int:
@@ -107,13 +110,14 @@ class Encoder:
             with_image=images > 0,
             eos_token=tokenizer.eos_token or "",
             style=self._style,
+            control_tokens=self._control_tokens,
         )
         written, answers = image_part(num_voco, images), []
         for text, is_learnt in pieces:
             if is_learnt:
                 answers.append((len(written), len(written) + len(text)))
             written += text
-        made = tokenizer(written, return_offsets_mapping=True)
+        made = token_ids(tokenizer, written, return_offsets_mapping=True)
         offsets = np.array(made["offset_mapping"], dtype=np.int64).reshape(-1, 2)
         starts, stops = offsets[:, 0], offsets[:, 1]
         learnt = np.zeros(len(offsets), dtype=bool)

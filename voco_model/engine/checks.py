@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 
 from voco_model.attach import check_ready
+from voco_model.control_tokens import check_adds_nothing_behind
+from voco_model.devices import is_offloaded
 from voco_model.kv_store.base import Store
+from voco_model.rope import depends_on_length, length_limit
 
 MODES = ("voco", "full_cache", "uncached")
 # Options of a model's generation_config that the engine would ignore, and what they are when they do
@@ -36,6 +39,11 @@ _UNHEEDED = {
 def check_parts(model, processor, store: Store | None, mode: str) -> None:
     """Raise ``TypeError`` or ``ValueError`` for parts that an engine can't be made of."""
     check_ready(model)
+    if is_offloaded(model):
+        raise ValueError(
+            "expected a model in the memory of one device, got one with offloaded weights; load it "
+            "without device_map, or use voco_model.compress and voco_model.generate"
+        )
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         raise ValueError(
@@ -46,6 +54,7 @@ def check_parts(model, processor, store: Store | None, mode: str) -> None:
         raise TypeError(
             f"expected the processor that was given to enable, got {type(processor).__name__}"
         )
+    check_adds_nothing_behind(processor.tokenizer)
     if store is not None and not isinstance(store, Store):
         raise TypeError(
             f"expected a store or None, got {type(store).__name__}; open one with KVStore.open(url)"
@@ -73,11 +82,13 @@ def cast(model, dtype: torch.dtype) -> None:
 
 def check_rotary(model) -> None:
     """Raise ``ValueError`` for a model whose rotation depends on the length of what it reads."""
-    kind = getattr(model.model.language_model.rotary_emb, "rope_type", "default")
-    if kind in ("dynamic", "longrope"):
+    language = model.model.language_model
+    if depends_on_length(language):
         raise ValueError(
-            f"expected a rotation with fixed frequencies, got rope_type {kind!r}: an answer would "
-            "depend on the length of the prompts beside it; use voco_model.generate"
+            "expected a rotation with fixed frequencies, got rope_type "
+            f"{language.rotary_emb.rope_type!r}: an answer would depend on the length of the prompts "
+            f"beside it; use voco_model.generate, which takes prompts of up to {length_limit(language)} "
+            "tokens"
         )
 
 

@@ -33,7 +33,7 @@ class Language:
         text = model.config.text_config
         self.model = model
         self.num_layers: int = text.num_hidden_layers
-        self.kv_heads: int = text.num_key_value_heads
+        self.kv_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         self.head_dim: int = (
             getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from voco_model.control_tokens import control_tokens, token_ids
 from voco_model.prompt import IMAGE_TOKEN, VOCO_TOKEN, Turns, image_part, style_in, text_part
 
 
@@ -89,9 +90,10 @@ def plan_prompt(
             with_image=images > 0,
             eos_token=tokenizer.eos_token or "",
             style=style_in(config),
+            control_tokens=control_tokens(tokenizer),
         )
     front = "\n".join([IMAGE_TOKEN] * images) if num_voco is None else image_part(num_voco, images)
-    ids = list(tokenizer(front + written)["input_ids"])
+    ids = list(token_ids(tokenizer, front + written)["input_ids"])
     if as_ids:
         ids += [int(token) for token in text]
     return _cut(ids, images, config, voco=num_voco is not None)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor
 
 from voco_model import baselines
+from voco_model.control_tokens import as_text, control_tokens
 from voco_model.evaluate import requests as ask
 from voco_model.evaluate.devices import default_device
 
@@ -174,8 +175,9 @@ class LMMSModel(lmms):
         answered = self.method.prompt(
             [*turns, {"role": "assistant", "content": answer}], add_generation_prompt=False
         )
-        whole = answered[: answered.rindex(answer) + len(answer)]
         tokenizer = self.method.processor.tokenizer
+        answer = as_text(answer, control_tokens(tokenizer))
+        whole = answered[: answered.rindex(answer) + len(answer)]
         before, ids = tokenizer(prompt).input_ids, tokenizer(whole).input_ids
         if ids[: len(before)] != before or len(ids) == len(before):
             raise ValueError(

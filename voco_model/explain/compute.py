@@ -20,6 +20,7 @@ from transformers import LlavaForConditionalGeneration
 
 from voco_kernels import MaskLayout
 from voco_model.attach import check_ready
+from voco_model.devices import execution_device
 from voco_model.prompt import prompt, style_in
 
 
@@ -170,7 +171,7 @@ def _prepare(model, image: Any, question: str, processor) -> tuple[Tensor, dict[
     images = inputs["pixel_values"].shape[0]
     if images != 1:  # an array or a tensor of several
         raise ValueError(f"expected one image, got {images}; explain each by itself")
-    device = model.get_input_embeddings().weight.device
+    device = execution_device(model.get_input_embeddings())
     vision = {
         name: inputs[name].to(device, model.dtype if name == "pixel_values" else None)
         for name in ("pixel_values", "image_sizes")

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch.utils.data import IterableDataset
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import AutoConfig, PrinterCallback, TrainerCallback, set_seed
 
 from voco_model.attach import name_tokens
 from voco_model.data.faults import FaultPolicy, listed
 from voco_model.load import load_processor, model_class
+from voco_model.processor_check import check_processor
 from voco_model.train import checkpoints
 from voco_model.train.arguments import training_arguments
 from voco_model.train.batches import Batches, make_batches
@@ -55,6 +56,7 @@ def train(
         raise ValueError(f"expected a folder as output, got a file: {config.output}; name another")
     model_class(config.model)  # of another model, before its data are looked through
     processor = load_processor(config.model)
+    check_processor(processor, AutoConfig.from_pretrained(config.model), config.prompt)
     name_tokens(processor.tokenizer, config.voco.most if config.voco.distinct else 1)
     batches = make_batches(
         config, processor, rank=rank, world_size=world_size, progress=say.progress

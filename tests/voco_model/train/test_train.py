@@ -17,7 +17,7 @@ import voco_model.attention
 import voco_model.train.run
 from tests.voco_model import instruction, tiny
 from voco_model.data.faults import DataError
-from voco_model.load import load
+from voco_model.load import load, load_processor
 from voco_model.prompt import STYLES
 from voco_model.train import checkpoints, load_config, make_config, train
 
@@ -169,17 +169,17 @@ def test_the_model_is_what_load_and_from_pretrained_read(kind, tmp_path, data):
     source = instruction.write_checkpoint(tmp_path / "checkpoint", kind)
     changes = {
         "voco": {"tokens": [1, 2, 4], "distinct": True, "isolated": True},
-        "prompt": "chatml",
+        "prompt": "mistral",
     }
     values = instruction.config(source, data, tmp_path / "out", **changes)
     saved = train(make_config(values))
 
     model, processor = load(saved)
     assert (model.config.num_voco, model.config.voco_distinct) == (4, True)
-    assert (model.config.voco_isolated, model.config.voco_prompt) == (True, "chatml")
+    assert (model.config.voco_isolated, model.config.voco_prompt) == (True, "mistral")
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     written = processor.apply_chat_template(question, add_generation_prompt=True)
-    assert written == voco_model.prompt("What?", 4, style="chatml")
+    assert written == voco_model.prompt("What?", 4, style="mistral")
     plain = type(model).from_pretrained(saved)
     assert torch.equal(instruction.weights(plain), instruction.weights(model))
     # Each VoCo token has learnt a row of its own.
@@ -224,7 +224,7 @@ def test_a_run_goes_on_where_it_was_and_refuses_to_be_another(changes, values, t
     for other, said in (
         ({"seed": 1}, "seed 42 before, 1 now"),
         ({"voco": {"tokens": 1}}, "voco .*'tokens': 2.* before, .*'tokens': 1.* now"),
-        ({"prompt": "chatml"}, "prompt vicuna before, chatml now"),
+        ({"prompt": "mistral"}, "prompt vicuna before, mistral now"),
         ({"optimizer": {"learning_rate": 0.1}}, "'learning_rate': 0.1"),
         ({"checkpoints": {"resume": False}}, "expected no checkpoints"),
     ):
@@ -305,6 +305,21 @@ def test_dry_run_touches_no_model(values, capsys, tmp_path):
     said = capsys.readouterr().err
     assert re.search(r"24 samples, [\d,]+ tokens, 3 steps an epoch", said)
     assert not (tmp_path / "out" / "train.yaml").exists()
+
+
+def test_dry_run_refuses_a_processor_that_does_not_fit(values, tmp_path):
+    found = values()
+    shutil.copytree(found["model"], tmp_path / "other")
+    found["model"] = str(tmp_path / "other")
+    processor = load_processor(found["model"])
+    processor.num_additional_image_tokens = 0
+    processor.save_pretrained(found["model"])
+    with pytest.raises(ValueError, match="num_additional_image_tokens 1, got 0"):
+        train(make_config(found), dry_run=True)
+    processor.num_additional_image_tokens = 1
+    processor.save_pretrained(found["model"])
+    with pytest.raises(ValueError, match=r"the token <\|im_end\|>, which ends answers"):
+        train(make_config(found | {"prompt": "chatml"}), dry_run=True)
 
 
 @pytest.mark.parametrize(
