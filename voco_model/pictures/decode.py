@@ -58,7 +58,10 @@ def decode(
         # A file that is open but not read can't be read by two threads at once.
         with _lock_of(found), reading(name):
             limits.check_size(*upright_size(found), name, processor)
-            return found if is_decoded(found) else rgb_of(found, ground)
+            if is_decoded(found):
+                found.getim()  # raises if it has been closed
+                return found
+            return rgb_of(found, ground)
     data = read_file(found, limits, name) if isinstance(found, Path) else found
     limits.check_bytes(len(data), name)
     if not data:

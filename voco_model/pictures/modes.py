@@ -103,9 +103,14 @@ def _colours(image: Image.Image, ground: Ground) -> Image.Image:
         return _sixteen_bits(image, ground)
     if image.mode in ("I", "F"):
         return rgb_of_array(np.asarray(image), ground, f"an image of mode {image.mode}")
-    if _has_transparency(image):
-        return composite(image, ground)
-    return image.convert("RGB")
+    if not _has_transparency(image):
+        return image.convert("RGB")
+    clear = image.info.get("transparency")
+    if image.mode == "RGB" and max(clear) > 255:
+        # Of 48-bit colours Pillow keeps the high bytes, and the transparent one as it was.
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    return composite(image, ground)
 
 
 def _has_transparency(image: Image.Image) -> bool:
