@@ -8,6 +8,7 @@ from voco_model.fingerprint import fingerprint
 from voco_model.image_key import image_key
 from voco_model.kv_store import KVStore
 from voco_model.load import load
+from voco_model.pictures import PictureError, PictureLimits
 from voco_model.prompt import chat_template, prompt
 from voco_model.two_pass import compress, generate
 
@@ -16,6 +17,8 @@ __all__ = [
     "CompactKV",
     "Enabled",
     "KVStore",
+    "PictureError",
+    "PictureLimits",
     "Request",
     "RequestError",
     "Sampling",

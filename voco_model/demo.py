@@ -36,6 +36,7 @@ import voco_model
 from voco_kernels import MaskLayout
 from voco_model.miniature.scenes import digits
 from voco_model.miniature.show import show
+from voco_model.pictures import PictureError, decode
 
 try:
     from matplotlib import cbook
@@ -158,8 +159,7 @@ def build_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditional
 def load_photograph(path: str | Path | None = None) -> Image.Image:
     """The picture at ``path``, or the portrait of Grace Hopper that ships with matplotlib."""
     source = path or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-    with Image.open(source) as picture:
-        return picture.convert("RGB")
+    return decode(source)
 
 
 def cache_bytes(layers: int, kv_heads: int, head_dim: int, tokens: int, dtype: torch.dtype) -> int:
@@ -414,8 +414,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     try:
         picture = load_photograph(given.image)
-    except OSError as error:  # missing, or no picture: Pillow's UnidentifiedImageError is one too
-        parser.error(f"expected --image to be a picture, got {given.image}: {error}")
+    except PictureError as error:
+        parser.error(f"--image: {error}")
     questions = given.question or QUESTIONS
     try:
         for question in [*questions, *given.ask]:

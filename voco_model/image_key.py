@@ -6,19 +6,21 @@ import hashlib
 import json
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-from transformers.image_utils import load_image
 
-from voco_model.fingerprint import fingerprint
+from voco_model.fingerprint import fingerprint as fingerprint_of
 from voco_model.hash_threads import hash_threads
+from voco_model.pictures import PictureLimits, decode, ground_of
 from voco_model.prompt import image_part
 
 # Of a processor, beside its image processor's parameters: what decides an image's tokens.
 _PROCESSOR = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
 _SALT_CONTEXT = "voco-kernels 2026-11 image key, salt of a tenant"
+# How pixels are made of what a caller gives (voco_model.pictures). Whoever changes a rule there counts
+# this up, so that entries made from other pixels are not found any more.
+_PIXELS = "rgb8 v2"
+_LIMITS = PictureLimits()
 
 
 def image_key(
@@ -28,27 +30,35 @@ def image_key(
     processor,
     num_voco: int | None = None,
     salt: str | bytes | None = None,
+    ground: tuple[int, int, int] | None = None,
+    limits: PictureLimits = _LIMITS,
+    fingerprint: str | None = None,
 ) -> str:
     """The key of the entry that ``compress(model, image, processor=processor)`` makes.
 
-    BLAKE3 over the decoded pixels with their mode, shape and dtype, the preprocessing parameters, the
-    token ids and positions of what the first pass reads, the number of VoCo tokens and the model's
-    ``fingerprint``. So two files with the same pixels have one key, and whatever would give another
-    entry gives another key.
+    BLAKE3 over the decoded pixels (8-bit RGB, upright, transparency composited on its ground), the
+    preprocessing parameters, the token ids and positions of what the first pass reads, the number of
+    VoCo tokens and the model's ``fingerprint``. So two files with the same pixels have one key, and
+    whatever would give another entry gives another key.
 
     Args:
-        image: what the processor takes: a PIL image, a path or URL, an array or a tensor.
+        image: as ``voco_model.pictures.decode`` takes it. However a picture is given, it has one key.
+            What ``decode`` returned is not decoded again.
         model: the model that compresses.
         processor: its processor.
         num_voco: VoCo tokens an image; by default the number given to ``enable``.
         salt: of a tenant. With it the hash is keyed: nobody without the salt can tell the key of an
             image that he has, and no two tenants share an entry.
+        ground, limits: as for ``compress``.
+        fingerprint: the model's ``fingerprint``, if it was computed already. Computing it looks at each
+            module and samples every weight.
 
     Returns:
         64 hexadecimal digits.
 
     Raises:
-        TypeError, ValueError: something that is no image, or an empty salt.
+        PictureError: not a picture, one that can't be read, or one beyond the limits.
+        ValueError: an empty salt.
     """
     from blake3 import blake3  # here: everything but keys works without it
 
@@ -56,18 +66,19 @@ def image_key(
         raise ValueError(
             "expected a salt of at least one byte, got an empty one; None is for no salt"
         )
-    pixels, described = _decoded(image)
+    ground = ground_of(model.config, ground)
+    picture = decode(image, ground=ground, limits=limits, processor=processor)
     num_voco = model.config.num_voco if num_voco is None else num_voco
     prefix_ids = processor.tokenizer(image_part(num_voco))["input_ids"]
     facts = {
-        "version": 1,
-        "pixels": described,
+        "version": 2,
+        "pixels": _described(picture),
         "preprocessing": _preprocessing(processor),
         # The image's token stands for as many as the preprocessing makes of it.
         "prefix_ids": prefix_ids,
         "first_position": 0,
         "num_voco": num_voco,
-        "fingerprint": fingerprint(model),
+        "fingerprint": fingerprint_of(model) if fingerprint is None else fingerprint,
         "autocast": _autocast(model.device.type),
     }
     if salt is None:
@@ -79,7 +90,7 @@ def image_key(
     text = json.dumps(facts, sort_keys=True, default=str).encode()
     digest.update(len(text).to_bytes(8, "little"))
     digest.update(text)
-    digest.update(pixels)
+    digest.update(picture.tobytes())
     return digest.hexdigest()
 
 
@@ -87,33 +98,17 @@ def pixel_digest(image: Any) -> str:
     """64 hexadecimal digits that tell an image's pixels, whatever model reads them.
 
     Raises:
-        TypeError, ValueError, OSError: something that is no image.
+        PictureError: as ``image_key``.
     """
-    pixels, described = _decoded(image)
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
-    digest.update(pixels)
+    picture = decode(image)
+    digest = hashlib.sha256(json.dumps(_described(picture), sort_keys=True).encode())
+    digest.update(picture.tobytes())
     return digest.hexdigest()
 
 
-def _decoded(image: Any) -> tuple[bytes | np.ndarray, dict]:
-    """The pixels' bytes, and what they are."""
-    if isinstance(image, Tensor):
-        array = image.detach().cpu().contiguous()
-        kind = {"mode": "tensor", "shape": list(array.shape), "dtype": str(array.dtype)}
-        return array.reshape(-1).view(torch.uint8).numpy(), kind
-    if isinstance(image, np.ndarray):
-        kind = {"mode": "array", "shape": list(image.shape), "dtype": image.dtype.str}
-        return np.ascontiguousarray(image).reshape(-1).view(np.uint8), kind
-    if not isinstance(image, str | Image.Image):
-        raise TypeError(
-            f"expected a PIL image, a path or URL, an array or a tensor, got {type(image).__name__}"
-        )
-    if isinstance(image, str):
-        image = load_image(image)  # as the processor does: turned as its EXIF data says, in RGB
-    kind = {"mode": image.mode, "shape": [image.height, image.width]}
-    if image.mode in ("P", "PA"):
-        kind["palette"] = image.getpalette("RGBA")
-    return image.tobytes(), kind
+def _described(picture: Image.Image) -> dict:
+    # Not the ground: a picture without transparency is the same on any.
+    return {"made": _PIXELS, "shape": [picture.height, picture.width]}
 
 
 def _autocast(device_type: str) -> str | None:

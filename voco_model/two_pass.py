@@ -8,12 +8,13 @@ the same position ids.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers.utils import ModelOutput
 
@@ -26,10 +27,14 @@ from voco_model.devices import execution_device
 from voco_model.fingerprint import fingerprint
 from voco_model.image_key import image_key
 from voco_model.kv_store.base import Store
+from voco_model.pictures import PictureLimits, decode_each, ground_of
 from voco_model.prompt import VOCO_TOKEN, Turns, image_part, style_in, text_part
 from voco_model.rope import check_length, rope_of
 from voco_model.stored import compress_stored
 
+_LIMITS = PictureLimits()
+# Batches of decoded images that are looked up in a store together.
+_BATCHES_AT_ONCE = 4
 # Arguments of model.generate that the second pass makes by itself.
 _OWNED = (
     "input_ids",
@@ -66,12 +71,16 @@ def compress(
     batch_size: int = 8,
     store: Store | None = None,
     salt: str | bytes | None = None,
+    ground: tuple[int, int, int] | None = None,
+    limits: PictureLimits = _LIMITS,
 ) -> list[CompactKV]:
     """Pass 1: one entry an image, in their order. The language model's head doesn't run.
 
     Args:
         model: enabled, in eval mode.
-        images: an image, or an iterable of them, in any form the processor takes.
+        images: an image, or an iterable of them, each in any form that ``voco_model.pictures.decode``
+            takes; an array of four dimensions is its images. An iterator is read as far as the batch
+            needs.
         processor: the one given to ``enable``; needed for images.
         inputs: instead of images, what a processor made of prompts with one image a row:
             ``input_ids`` ``[B, S]``, ``pixel_values`` with B rows, ``attention_mask`` ``[B, S]``
@@ -84,8 +93,12 @@ def compress(
             under its ``image_key``, and what is compressed now is put there. An image that comes twice
             is compressed once. If the store can't keep an entry, that is logged and the entry returned.
         salt: of a tenant, for ``image_key``.
+        ground: red, green and blue, 0 to 255, that transparent pixels are shown on; by default what the
+            model was trained with, else white.
+        limits: what an image may cost.
 
     Raises:
+        PictureError: an image that isn't one, that can't be read, or that is beyond the limits.
         ValueError: a model that isn't enabled or is in training mode; a row without VoCo tokens, or
             with several images; one that is too long for a rotation that depends on the length.
     """
@@ -102,12 +115,20 @@ def compress(
             raise ValueError(
                 "expected images with a store, whose keys are made from their pixels, got inputs"
             )
+    if inputs is None:
         _check_processor(processor)
-        compress_these = partial(
-            compress, model, processor=processor, num_voco=num_voco, batch_size=batch_size
-        )
-        key_of = partial(image_key, model=model, processor=processor, num_voco=num_voco, salt=salt)
-        return compress_stored(_each(images), compress_these, key_of, fingerprint(model), store)
+        ground = ground_of(model.config, ground)
+        pictures = decode_each(images, ground=ground, limits=limits, processor=processor)
+    if store is not None:
+        options = {"processor": processor, "num_voco": num_voco, "limits": limits}
+        compress_these = partial(compress, model, batch_size=batch_size, **options)
+        known = fingerprint(model)
+        key_of = partial(image_key, model=model, salt=salt, fingerprint=known, **options)
+        entries: list[CompactKV] = []
+        # Decoded once, for the key and for the processor; not all at once, they take memory.
+        while some := list(islice(pictures, _BATCHES_AT_ONCE * batch_size)):
+            entries += compress_stored(some, compress_these, key_of, known, store)
+        return entries
     if inputs is not None:
         if num_voco is not None:
             raise ValueError(
@@ -116,9 +137,8 @@ def compress(
             )
         batches = _split_rows(inputs, batch_size)
     else:
-        _check_processor(processor)
         text = image_part(model.config.num_voco if num_voco is None else num_voco)
-        batches = _prepare(processor, images, text, batch_size)
+        batches = _prepare(processor, pictures, text, batch_size)
     return [entry for batch in batches for entry in _first_pass(model, batch)]
 
 
@@ -194,21 +214,16 @@ def _split_rows(inputs: Mapping[str, Tensor], batch_size: int) -> Iterator[dict[
         yield {name: value[start : start + batch_size] for name, value in inputs.items()}
 
 
-def _prepare(processor, images: Any, text: str, batch_size: int) -> Iterator[Mapping[str, Tensor]]:
-    remaining = _each(images)
-    while batch := list(islice(remaining, batch_size)):
+def _prepare(
+    processor, pictures: Iterator[Image.Image], text: str, batch_size: int
+) -> Iterator[Mapping[str, Tensor]]:
+    while batch := list(islice(pictures, batch_size)):
         yield processor(images=batch, text=[text] * len(batch), padding=True, return_tensors="pt")
 
 
 def _check_processor(processor) -> None:
     if processor is None:
         raise ValueError("expected a processor to prepare the images, got none")
-
-
-def _each(images: Any) -> Iterator[Any]:
-    # A string is a path or a URL; an array or a tensor is one image.
-    single = not isinstance(images, Iterable) or isinstance(images, str) or hasattr(images, "shape")
-    return iter([images] if single else images)
 
 
 def _first_pass(model, batch: Mapping[str, Tensor]) -> list[CompactKV]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from PIL import Image
 
 import voco_model
 from tests.voco_model import tiny
-from voco_model import fingerprint, image_key
+from voco_model import PictureError, PictureLimits, fingerprint, image_key
+from voco_model.image_key import pixel_digest
+from voco_model.pictures import decode
 
 
 @pytest.fixture
@@ -33,8 +36,53 @@ def test_a_key_is_the_pixels_however_they_come(setting, tmp_path):
     assert re.fullmatch("[0-9a-f]{64}", key)
     for name in ("a.png", "b.bmp", "c.tiff"):
         image.save(tmp_path / name)
-        for given in (str(tmp_path / name), Image.open(tmp_path / name)):
+        for given in (tmp_path / name, str(tmp_path / name), Image.open(tmp_path / name)):
             assert image_key(given, model=model, processor=processor) == key
+    pixels = np.asarray(image)
+    for given in (
+        (tmp_path / "a.png").read_bytes(),
+        {"bytes": (tmp_path / "a.png").read_bytes(), "path": None},
+        pixels,
+        torch.from_numpy(pixels.copy()).permute(2, 0, 1),
+        pixels.astype(np.float32) / 255,
+        pixels.astype(np.uint16) * 257,
+        image.convert("RGBA"),
+        decode(tmp_path / "a.png"),
+    ):
+        assert image_key(given, model=model, processor=processor) == key
+        assert pixel_digest(given) == pixel_digest(image)
+
+
+def test_a_key_says_how_its_pixels_were_made(setting, monkeypatch):
+    model, processor = setting
+    key = image_key(picture(), model=model, processor=processor)
+    monkeypatch.setattr(sys.modules["voco_model.image_key"], "_PIXELS", "rgb8 v1")
+    assert image_key(picture(), model=model, processor=processor) != key
+
+
+def test_a_ground_is_in_the_key_where_it_shows(setting):
+    model, processor = setting
+    drawing = picture().convert("RGBA")
+    keys = {
+        image_key(image, model=model, processor=processor, ground=ground)
+        for image in (picture(), drawing)
+        for ground in (None, (255, 255, 255), (0, 0, 0))
+    }
+    assert len(keys) == 1
+    drawing.putalpha(100)
+    white, black = (
+        image_key(drawing, model=model, processor=processor, ground=ground)
+        for ground in (None, (0, 0, 0))
+    )
+    assert white != black
+    on_white = Image.alpha_composite(Image.new("RGBA", drawing.size, "white"), drawing)
+    assert white == image_key(on_white.convert("RGB"), model=model, processor=processor)
+
+
+def test_a_key_is_bounded_in_cost(setting):
+    model, processor = setting
+    with pytest.raises(PictureError, match="of at most 100 pixels"):
+        image_key(picture(), model=model, processor=processor, limits=PictureLimits(max_pixels=100))
 
 
 def test_whatever_would_give_another_entry_gives_another_key(setting):
@@ -42,10 +90,14 @@ def test_whatever_would_give_another_entry_gives_another_key(setting):
     image = picture()
     changed = image.copy()
     changed.putpixel((7, 7), (1, 2, 3))
+    flat = np.asarray(image)
     palette = image.convert("P")
     other_palette = palette.copy()
     other_palette.putpalette([255 - value for value in palette.getpalette()])
-    flat = np.asarray(image)
+    see_through = palette.copy()
+    see_through.info["transparency"] = palette.getpixel((0, 0))
+    turned = image.copy()
+    turned.getexif()[0x0112] = 3
     images = {
         "itself": image,
         "one pixel": changed,
@@ -53,11 +105,9 @@ def test_whatever_would_give_another_entry_gives_another_key(setting):
         "grey": image.convert("L"),
         "a palette": palette,
         "another palette": other_palette,
-        "an array": flat,
-        "the array as another type": flat.view(np.int8),
-        "the array in another shape": flat.reshape(40, 30, 3),
-        "a tensor": torch.from_numpy(flat.copy()),
-        "a tensor of another type": torch.from_numpy(flat.copy()).view(torch.int8),
+        "a palette with a transparent colour": see_through,
+        "turned": turned,
+        "turned on its side": flat.transpose(1, 0, 2),
     }
     keys = {
         name: image_key(each, model=model, processor=processor) for name, each in images.items()
@@ -86,7 +136,7 @@ def test_tenants_have_keys_of_their_own(setting):
     assert len(set(keys)) == 4
     with pytest.raises(ValueError, match="expected a salt of at least one byte"):
         image_key(picture(), model=model, processor=processor, salt="")
-    with pytest.raises(TypeError, match="expected a PIL image, a path or URL.* got int"):
+    with pytest.raises(PictureError, match="expected an image .*, got int"):
         image_key(3, model=model, processor=processor)
 
 

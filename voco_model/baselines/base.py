@@ -16,6 +16,7 @@ from voco_model.attach import IN_USE, SUPPORTED, is_enabled
 from voco_model.baselines.cost import Cost, head_flops, layer_flops, token_bytes
 from voco_model.control_tokens import control_tokens, prepare_tokenizer
 from voco_model.devices import execution_device
+from voco_model.pictures import as_images, decode_each, ground_of
 from voco_model.prompt import IMAGE_TOKEN, Turns, image_part, style_in, style_of, text_part
 
 
@@ -129,13 +130,17 @@ class Method(ABC):
         on the left, and the pixels in the model's dtype; on the model's device.
 
         Args:
-            images: those of the first row, then of the second, ...; what the processor takes.
+            images: those of the first row, then of the second, ...; each in any form that
+                ``voco_model.pictures.decode`` takes.
             turns: a question or messages a row.
 
         Raises:
+            PictureError: an image that isn't one, or that can't be read.
             ValueError: another number of images than the prompts have.
         """
         images = check_images(images, turns)
+        ground = ground_of(self.model.config)
+        images = list(decode_each(images, ground=ground, processor=self.processor))
         made = self.processor(
             images=images or None,
             text=[self.prompt(turn) for turn in turns],
@@ -229,7 +234,7 @@ def check_images(images: Sequence[Any] | None, turns: Sequence[Turns]) -> list:
     """The images as a list; ``ValueError`` if the prompts have another number of them."""
     if isinstance(turns, str) or not len(turns):
         raise ValueError(f"expected a list of questions or conversations, got {turns!r}")
-    images = [] if images is None else list(images)
+    images = [] if images is None else list(as_images(images))
     wanted = sum(map(images_in, turns))
     if len(images) != wanted:
         raise ValueError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers.processing_utils import ProcessorMixin
 
@@ -14,8 +15,10 @@ from voco_model.control_tokens import check_adds_nothing_behind, control_tokens,
 from voco_model.data.faults import DataError
 from voco_model.data.pictures import Picture
 from voco_model.data.samples import Sample
+from voco_model.pictures import WHITE, PictureLimits
 from voco_model.prompt import image_part, text_pieces
 
+_LIMITS = PictureLimits()
 IGNORE = -100  # what losses of PyTorch and Transformers leave out
 
 
@@ -44,12 +47,22 @@ class Encoder:
             which tells the characters that a token stands for.
         style: a name of ``voco_model.prompt.STYLES``.
         max_length: tokens of a document, image tokens included; more are cut off at the end.
+        ground: red, green and blue, 0 to 255, that transparent pixels are shown on.
+        limits: what an image may cost.
 
     Raises:
         ValueError: a tokenizer without offsets, or one that ends every text in tokens of its own.
     """
 
-    def __init__(self, processor: ProcessorMixin, style: str, max_length: int) -> None:
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        style: str,
+        max_length: int,
+        *,
+        ground: tuple[int, int, int] = WHITE,
+        limits: PictureLimits = _LIMITS,
+    ) -> None:
         if not processor.tokenizer.is_fast:
             raise ValueError(
                 "expected a fast tokenizer, which knows the characters of each token, got "
@@ -58,6 +71,8 @@ class Encoder:
         check_adds_nothing_behind(processor.tokenizer)
         self._processor, self._style, self.max_length = processor, style, max_length
         self._control_tokens = control_tokens(processor.tokenizer)
+        self._pictures = {"limits": limits, "processor": processor}
+        self._ground = ground
         self._image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
 
     def length(self, sample: Sample, num_voco: int) -> int:
@@ -68,7 +83,7 @@ class Encoder:
                 ``broken_image``.
         """
         ids, learnt = self._tokens(sample, num_voco)
-        sizes = [picture.size() for picture in sample.pictures]
+        sizes = [picture.size(**self._pictures) for picture in sample.pictures]
         counts = self._image_tokens(sizes)
         ids, learnt = self._expand(ids, learnt, counts)
         self._check_learnt(sample, learnt)
@@ -94,7 +109,7 @@ class Encoder:
 
     def filler(self, num_voco: int) -> Encoded:
         """A document with a black image and nothing to learn: work for a rank that has no image."""
-        picture = Picture(_black(), "filler")
+        picture = Picture(Image.new("RGB", (32, 32)), "filler")
         pixels, counts = self._pixels([picture])
         text = image_part(num_voco)
         ids = np.array(self._processor.tokenizer(text)["input_ids"], dtype=np.int64)
@@ -131,7 +146,7 @@ class Encoder:
         return list(self._processor._get_num_multimodal_tokens(list(sizes)).num_image_tokens)
 
     def _pixels(self, pictures: Sequence[Picture]) -> tuple[dict[str, Tensor], list[int]]:
-        images = [picture.open() for picture in pictures]
+        images = [picture.open(ground=self._ground, **self._pictures) for picture in pictures]
         made = self._processor.image_processor(images=images, return_tensors="pt")
         kept = {k: v for k, v in made.items() if k in ("pixel_values", "image_sizes")}
         return kept, self._image_tokens([(image.height, image.width) for image in images])
@@ -151,9 +166,3 @@ class Encoder:
                 sample.where,
                 f"expected an answer within {self.max_length} tokens, got none of {len(learnt)}",
             )
-
-
-def _black():
-    from PIL import Image
-
-    return Image.new("RGB", (32, 32))

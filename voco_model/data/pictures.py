@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,25 @@ import numpy as np
 from PIL import Image
 
 from voco_model.data.faults import DataError
+from voco_model.pictures import PictureError, decode, size_of
 
 _FRAME_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-# What Pillow raises for a file that it can't read; AVIF's decoder has RuntimeError.
-_UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame of a video file.
+
+    Attributes:
+        index, count: which of how many.
+        spread: whether they are spread evenly over the file; else they are all it has.
+        size: height and width, upright.
+    """
+
+    index: int
+    count: int
+    spread: bool
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -24,12 +41,12 @@ class Picture:
     Attributes:
         source: path, bytes, or a PIL image.
         where: of the sample, for errors.
-        frame: of a video: which of how many, spread evenly.
+        frame: of a video.
     """
 
     source: Path | bytes | Image.Image
     where: str
-    frame: tuple[int, int] | None = None
+    frame: Frame | None = None
 
     @classmethod
     def of(cls, value: Any, where: str, folder: Path) -> Picture:
@@ -47,37 +64,41 @@ class Picture:
             )
         return cls(path, where)
 
-    def size(self) -> tuple[int, int]:
-        """Height and width, from the header alone."""
-        if self.frame is not None:
-            width, height = self.open().size
-            return height, width
-        if isinstance(self.source, Image.Image):  # leaving a with block would close its file
-            return self.source.height, self.source.width
-        with self._opened() as image:
-            return image.height, image.width
+    def size(self, **options) -> tuple[int, int]:
+        """Height and width, upright, from the header alone.
 
-    def open(self) -> Image.Image:
-        """RGB, decoded."""
-        if self.frame is not None:
-            return _frame(self.source, *self.frame, self.where)
-        image = self._opened()
+        Args:
+            options: ``limits`` and ``processor``, as for ``voco_model.pictures.size_of``.
+
+        Raises:
+            DataError: of kind ``broken_image``: it can't be read, or is beyond the limits.
+        """
+        with self._faults():
+            if self.frame is None:
+                return size_of(self.source, **options)
+            blank = Image.new("1", self.frame.size[::-1])  # limits hold for frames as well
+            return size_of(blank, **options)
+
+    def open(self, **options) -> Image.Image:
+        """RGB, decoded, by the rules of ``voco_model.pictures.decode``.
+
+        Args:
+            options: of ``decode``.
+
+        Raises:
+            DataError: as ``size``.
+        """
+        with self._faults():
+            if self.frame is None:
+                return decode(self.source, **options)
+            return decode(_read_frame(self.source, self.frame, self.where), **options)
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
         try:
-            return image.convert("RGB")
-        except _UNREADABLE as error:
-            raise DataError("broken_image", self.where, f"{self._name()}: {error}") from error
-
-    def _opened(self) -> Image.Image:
-        if isinstance(self.source, Image.Image):
-            return self.source
-        file = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
-        try:
-            return Image.open(file)
-        except _UNREADABLE as error:
-            raise DataError("broken_image", self.where, f"{self._name()}: {error}") from error
-
-    def _name(self) -> str:
-        return str(self.source) if isinstance(self.source, Path) else "an image in the data set"
+            yield
+        except PictureError as error:
+            raise DataError("broken_image", self.where, str(error)) from error
 
 
 def _is_file(path: Path) -> bool:
@@ -90,16 +111,22 @@ def _is_file(path: Path) -> bool:
 def frames_of(video: Any, where: str, folder: Path, max_frames: int) -> list[Picture]:
     """Frames of a video: of a list of images, of a folder of images in order of name, or of a file.
 
+    ``max_frames`` of them, spread evenly from the first to the last; all, once each, where there are
+    fewer.
+
     Raises:
-        DataError: no such file or folder, or nothing in it.
+        DataError: no such file or folder, nothing in it, or a file that can't be decoded.
+        ValueError: ``max_frames`` below 1.
     """
+    if max_frames < 1:
+        raise ValueError(f"expected max_frames >= 1, got {max_frames}")
     if isinstance(video, list):
         frames = [Picture.of(frame, where, folder) for frame in video]
     elif isinstance(video, str) and (folder / video).is_dir():
         files = sorted(p for p in (folder / video).iterdir() if p.suffix.lower() in _FRAME_FILES)
         frames = [Picture(file, where) for file in files]
     elif isinstance(video, str) and (folder / video).is_file():
-        return [Picture(folder / video, where, (i, max_frames)) for i in range(max_frames)]
+        return _frames_of_file(folder / video, where, max_frames)
     elif isinstance(video, str):
         raise DataError(
             "missing_file", where, f"expected a video or a folder of frames, got {folder / video}"
@@ -114,8 +141,9 @@ def frames_of(video: Any, where: str, folder: Path, max_frames: int) -> list[Pic
     return frames
 
 
-def _frame(path: Path, index: int, count: int, where: str) -> Image.Image:
-    """One of ``count`` frames that are spread evenly over a video file."""
+@contextmanager
+def _opened(path: Path, where: str) -> Iterator[Any]:
+    """A video's container; what PyAV raises while it is open becomes a ``DataError``."""
     try:
         import av
     except ModuleNotFoundError as error:
@@ -124,21 +152,59 @@ def _frame(path: Path, index: int, count: int, where: str) -> Image.Image:
         ) from error
     try:
         with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            # In units of the stream's clock; some files don't say how many frames they have, and some
-            # (Matroska) give a length only to the whole file.
-            length = stream.duration
-            if length is None:
-                length = int((container.duration or 0) / av.time_base / stream.time_base)
-            wanted = (stream.start_time or 0) + length * index // max(count - 1, 1)
-            container.seek(int(wanted), stream=stream)
-            best = None
-            for frame in container.decode(stream):
-                best = frame
-                if frame.pts is None or frame.pts >= wanted:
-                    break
-            if best is None:
-                raise ValueError("no frame could be decoded")
-            return best.to_image().convert("RGB")
+            yield container
     except (av.error.FFmpegError, IndexError, ValueError) as error:
         raise DataError("broken_image", where, f"{path}: {error}") from error
+
+
+def _frames_of_file(path: Path, where: str, max_frames: int) -> list[Picture]:
+    with _opened(path, where) as container:
+        stream = container.streams.video[0]
+        # Decoded, not only counted by packets: the first frame tells which way is up, and some
+        # packets hold none. No more than is asked for, so that a long film costs no more.
+        first, count = None, 0
+        for frame in islice(container.decode(stream), max_frames + 1):
+            first, count = first or frame, count + 1
+        if first is None:
+            raise ValueError("no frame could be decoded")
+        width, height = _upright(first).size
+    spread = count > max_frames
+    count = min(count, max_frames)
+    return [Picture(path, where, Frame(i, count, spread, (height, width))) for i in range(count)]
+
+
+def _read_frame(path: Path, wanted: Frame, where: str) -> Image.Image:
+    with _opened(path, where) as container:
+        stream = container.streams.video[0]
+        if wanted.spread:
+            frame = _frame_at(container, stream, wanted)
+        else:
+            frame = next(islice(container.decode(stream), wanted.index, None), None)
+        if frame is None:
+            raise ValueError("no frame could be decoded")
+        return _upright(frame)
+
+
+def _frame_at(container, stream, wanted: Frame) -> Any:
+    """The frame nearest behind its share of the way from the first frame to the last."""
+    # In units of the stream's clock; some files don't say how many frames they have, and some
+    # (Matroska) give a length only to the whole file.
+    length = stream.duration
+    if length is None:
+        length = int((container.duration or 0) * stream.time_base.denominator)
+        length //= 1_000_000 * stream.time_base.numerator
+    if stream.average_rate:  # the last frame begins before the end
+        length -= int(1 / (stream.average_rate * stream.time_base))
+    start = (stream.start_time or 0) + length * wanted.index // max(wanted.count - 1, 1)
+    container.seek(start, stream=stream)
+    best = None
+    for frame in container.decode(stream):
+        best = frame
+        if frame.pts is None or frame.pts >= start:
+            break
+    return best
+
+
+def _upright(frame) -> Image.Image:
+    """A phone's film is stored as the sensor lies, with the angle to turn it by, counterclockwise."""
+    return frame.to_image().rotate(frame.rotation, expand=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
@@ -42,6 +42,7 @@ from voco_model.fingerprint import fingerprint as fingerprint_of
 from voco_model.image_key import image_key
 from voco_model.kv_store.base import Store
 from voco_model.kv_store.format import check_key
+from voco_model.pictures import PictureLimits, as_images, decode, ground_of
 from voco_model.prompt import Turns, image_part
 
 # Threads that prepare requests for answer_many, ahead of those that are being answered.
@@ -93,6 +94,9 @@ class TwoPassEngine:
             tokens of the image) and text. By default 512 beside the image's.
         max_images: images in one forward pass of pass 1.
         salt: of a tenant, for ``image_key``. It has no effect on keys that requests bring.
+        ground: red, green and blue, 0 to 255, that transparent pixels are shown on; by default what the
+            model was trained with, else white.
+        limits: what an image may cost.
         fingerprint: of the model, where it is known already; by default told from its weights, if there
             is a store.
         graphs: record CUDA graphs; None where there is CUDA.
@@ -120,6 +124,8 @@ class TwoPassEngine:
         max_prompt_tokens: int | None = None,
         max_images: int = 8,
         salt: str | bytes | None = None,
+        ground: tuple[int, int, int] | None = None,
+        limits: PictureLimits = PictureLimits(),  # noqa: B008 (frozen)
         fingerprint: str | None = None,
         graphs: bool | None = None,
         compiled: bool | None = None,
@@ -181,10 +187,20 @@ class TwoPassEngine:
             clock=self._clock,
             fingerprint=fingerprint,
         )
+        pictures = {"ground": ground_of(model.config, ground), "limits": limits}
+        key_of = partial(
+            image_key,
+            model=model,
+            processor=processor,
+            num_voco=self.num_voco,
+            salt=salt,
+            **pictures,
+        )
         self._images = Images(
             store,
-            partial(image_key, model=model, processor=processor, num_voco=self.num_voco, salt=salt),
-            partial(prepare_pixels, processor),
+            partial(decode, processor=processor, **pictures),
+            key_of,
+            partial(prepare_pixels, processor, **pictures),
             "" if mode == "voco" else f" {mode}",
             fingerprint,
             num_tokens=self.num_voco if mode == "voco" else None,
@@ -312,10 +328,10 @@ class TwoPassEngine:
         paired = _with_keys(_as_list(images), keys)
         entries: list[CompactKV] = []
         for start in range(0, len(paired), _PREPARED_IMAGES):  # pixels take memory
-            jobs = [
-                self._images.job(image, slot, first=True, key=key)
-                for image, key in paired[start : start + _PREPARED_IMAGES]
-            ]
+            jobs = []
+            for number, (image, key) in enumerate(paired[start : start + _PREPARED_IMAGES], start):
+                with _naming(number, len(paired)):
+                    jobs.append(self._images.job(image, slot, first=True, key=key))
             while waiting := [job for job in jobs if not job.ready]:
                 for job in waiting:
                     if (failure := job.failure) is not None:
@@ -446,14 +462,13 @@ class TwoPassEngine:
         sampling = replace(sampling, max_new_tokens=new, seed=seed)
         try:
             images = _as_list(request.images)
+            if request.images is not None and not images:
+                raise ValueError(
+                    "expected at least one image, or None for a question without any, got an empty "
+                    f"{type(request.images).__name__}"
+                )
         except Exception as error:  # an iterator that opens files may raise anything
             raise RequestError("image", _told(error, "images that can be listed")) from error
-        if not images and request.images is not None:
-            raise RequestError(
-                "image",
-                "expected at least one image or frame, got an empty list; give images=None for a "
-                "question without an image",
-            )
         try:
             images = _with_keys(images, request.keys)
             plan = self._plan(request.text, len(images))
@@ -465,10 +480,10 @@ class TwoPassEngine:
             self._check_several(len(images))
         if self.mode == "voco":
             check_length(plan.num_text + self.num_voco * len(images), self.max_prompt_tokens)
-        jobs = [
-            self._images.job(image, slot, first=place == 0, key=key)
-            for place, ((image, key), slot) in enumerate(zip(images, plan.images, strict=True))
-        ]
+        jobs = []
+        for place, ((image, key), slot) in enumerate(zip(images, plan.images, strict=True)):
+            with _naming(place, len(images)):
+                jobs.append(self._images.job(image, slot, first=place == 0, key=key))
         ticket.stop = sampling.stop
         found = sum(job.from_store for job in jobs)
         return Work(ticket, plan, jobs, sampling, from_store=found)
@@ -520,17 +535,18 @@ def _as_list(images: Any) -> list[Any]:
     """Images in a list: none, one, or each."""
     if images is None:
         return []
-    if isinstance(images, str | os.PathLike):
-        return [os.fspath(images)]
-    if hasattr(images, "shape"):  # an array or a tensor: an image has two or three dimensions
-        return list(images) if len(images.shape) > 3 else [images]
-    if isinstance(images, bytes | Mapping):
-        raise TypeError(
-            f"expected an image or a list of images, got {type(images).__name__}; open encoded bytes "
-            "with PIL.Image.open(io.BytesIO(...))"
-        )
-    each = list(images) if isinstance(images, Iterable) else [images]
-    return [os.fspath(image) if isinstance(image, os.PathLike) else image for image in each]
+    return list(as_images(images))
+
+
+@contextmanager
+def _naming(place: int, images: int) -> Iterator[None]:
+    """An image that can't be read is named by its place, if there are several."""
+    try:
+        yield
+    except RequestError as error:
+        if error.reason != "image" or images == 1:
+            raise
+        raise RequestError("image", f"image {place + 1} of {images}: {error}") from error
 
 
 def _with_keys(images: list[Any], keys: Sequence[str] | None) -> list[tuple[Any, str | None]]:

@@ -18,6 +18,7 @@ from voco_model.engine.language import Language
 from voco_model.engine.plan import ImageSlot
 from voco_model.engine.programs import Programs, bucket
 from voco_model.engine.row_cache import RowCache, Step
+from voco_model.pictures import decode
 from voco_model.rope import rope_of
 
 # Tiles that go through the vision tower together, at most.
@@ -40,9 +41,14 @@ class Pixels:
     size: tuple[int, int] | None
 
 
-def prepare_pixels(processor, image: Any) -> Pixels:
-    """What the model's image processor makes of one image."""
-    made = processor.image_processor(images=[image], return_tensors="pt")
+def prepare_pixels(processor, image: Any, **options) -> Pixels:
+    """What the model's image processor makes of one image.
+
+    Args:
+        image, options: as for ``voco_model.pictures.decode``.
+    """
+    picture = decode(image, processor=processor, **options)
+    made = processor.image_processor(images=[picture], return_tensors="pt")
     tiles = made["pixel_values"]
     if "image_sizes" not in made:
         return Pixels(tiles, None)

@@ -19,6 +19,7 @@ from voco_model.engine.request import RequestError
 from voco_model.engine.store_writer import StoreWriter
 from voco_model.image_key import pixel_digest
 from voco_model.kv_store.base import Store, after_fork
+from voco_model.pictures import PictureError
 
 _ABANDONED = (
     "the thread that was looking up or decoding this image for another request was interrupted; submit "
@@ -72,6 +73,7 @@ class Images:
 
     Args:
         store: looked up first, and written behind; None without.
+        decode: an image's picture, which the next two take.
         key_of: an image's key where the request brings none.
         prepare: an image's pixels for the first pass.
         variant: told into the keys of entries that ``compress`` wouldn't make.
@@ -84,6 +86,7 @@ class Images:
     def __init__(
         self,
         store: Store | None,
+        decode: Callable[[Any], Image.Image],
         key_of: Callable[[Any], str],
         prepare: Callable[[Any], Pixels],
         variant: str,
@@ -94,6 +97,7 @@ class Images:
     ) -> None:
         self._store = store if shared else None
         self._shared = shared
+        self._decode = decode
         self._key_of = key_of if store is not None else pixel_digest
         self._prepare = prepare
         self._variant = variant
@@ -120,6 +124,9 @@ class Images:
         Raises:
             RequestError: an image that can't be read, or a store that raised.
         """
+        # Decoded once: what replaces a file between key and pixels would be kept under a wrong key.
+        if key is None or not self._shared:
+            image = self._of_image(image, self._decode)
         if not self._shared:
             return ImageJob("", slot, self._of_image(image, self._prepare), prepared=True)
         if key is None:
@@ -137,7 +144,8 @@ class Images:
             job.entry = self._look_up(key)
             job.from_store = job.entry is not None
             if job.entry is None:
-                job.pixels = self._of_image(image, self._prepare)
+                picture = self._of_image(image, self._decode)  # at once where it is decoded
+                job.pixels = self._of_image(picture, self._prepare)
         except RequestError as error:
             self.fail(job, error)
             raise
@@ -205,18 +213,12 @@ class Images:
 
     def _of_image(self, image: Any, function: Callable[[Any], Any]) -> Any:
         try:
-            if isinstance(image, Image.Image):
-                # A file that is open but not read can't be read by two threads at once.
-                with image.__dict__.setdefault("_voco_decoding", threading.Lock()):
-                    image.load()
             return function(image)
-        except Exception as error:  # a decoder may raise anything
-            raise _unreadable(image, error) from error
-
-
-def _unreadable(image: Any, error: Exception) -> RequestError:
-    what = repr(image) if isinstance(image, str) else f"a {type(image).__name__}"
-    return RequestError(
-        "image",
-        f"expected an image that can be read, got {what}: {type(error).__name__}: {error}",
-    )
+        except PictureError as error:
+            raise RequestError("image", str(error)) from error
+        except Exception as error:  # an image processor may raise anything
+            raise RequestError(
+                "image",
+                f"expected an image that the processor takes, got {image!r}: "
+                f"{type(error).__name__}: {error}",
+            ) from error

@@ -80,8 +80,8 @@ class Request:
 
     Attributes:
         images: one image, several, or the frames of a video (a list, or an array with a dimension more
-            than an image's); None for a question without any. In any form the processor takes: PIL
-            images, paths or URLs, arrays, tensors.
+            than an image's); None for a question without any. In any form that
+            ``voco_model.pictures.decode`` takes: PIL images, paths, URLs, bytes, arrays, tensors, ...
         text: a question, messages as in Transformers (the last one the user's), or the token ids of what
             follows the images.
         sampling: None is greedy.

@@ -20,6 +20,7 @@ from voco_model import baselines
 from voco_model.control_tokens import as_text, control_tokens
 from voco_model.evaluate import requests as ask
 from voco_model.evaluate.devices import default_device
+from voco_model.pictures import ground_of
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,8 @@ class LMMSModel(lmms):
         context, _, doc_to_visual, doc_id, task, split = args
         document = self.task_dict[task][split][doc_id]
         where = f"question {doc_id} of {task}"
-        image = ask.image_of(doc_to_visual(document), self.several_images, where)
+        ground = ground_of(getattr(self.method.model, "config", None))
+        image = ask.image_of(doc_to_visual(document), self.several_images, where, ground)
         return image, ask.turns_of(ask.question_of(context), image is not None)
 
     def _target(self, args: tuple) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from voco_model.pictures import WHITE, PictureError, decode
 from voco_model.prompt import IMAGE_TOKEN
 
 SEVERAL_IMAGES = ("refuse", "middle")
@@ -28,16 +29,19 @@ def turns_of(question: str, with_image: bool) -> list[dict]:
     ]
 
 
-def image_of(visuals: Iterable | None, several: str, where: str) -> Image.Image | None:
-    """The image of a question, None of a question without one.
+def image_of(
+    visuals: Iterable | None, several: str, where: str, ground: tuple[int, int, int] = WHITE
+) -> Image.Image | None:
+    """The image of a question, decoded by the rules of ``voco_model.pictures``; None without one.
 
     Args:
         several: what becomes of several images: ``"refuse"`` them, or take the ``"middle"`` one, as
             LLaVA's authors do with the frames of a video.
         where: names the question in an error.
+        ground: that transparent pixels are shown on.
 
     Raises:
-        ValueError: several images that are refused; a video or sound.
+        ValueError: several images that are refused; a video or sound; an image that can't be read.
     """
     visuals = list(visuals or ())
     if any(not isinstance(visual, Image.Image) for visual in visuals):
@@ -48,7 +52,12 @@ def image_of(visuals: Iterable | None, several: str, where: str) -> Image.Image 
             f"expected one image, got {len(visuals)} in {where}; leave its task out, or take the middle "
             'one of each question: several_images="middle"'
         )
-    return visuals[len(visuals) // 2] if visuals else None
+    if not visuals:
+        return None
+    try:
+        return decode(visuals[len(visuals) // 2], ground=ground)
+    except PictureError as error:
+        raise PictureError(f"{error}, in {where}") from error
 
 
 # Names under which tasks give the texts that end an answer, and the most tokens of one.

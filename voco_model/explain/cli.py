@@ -23,20 +23,16 @@ def explain(
     device: Annotated[str, typer.Option(help="such as cuda")] = "cpu",
 ) -> None:
     """Draw what each VoCo token looked at in an image, and what the text took from it."""
-    from PIL import Image
 
     from voco_model import load
     from voco_model.explain import attention, draw
     from voco_model.explain.drawing import check_path
     from voco_model.load import read_config
+    from voco_model.pictures import size_of
 
     try:
         check_path(output)
-        try:
-            with Image.open(image) as opened:
-                picture = opened.convert("RGB")
-        except OSError as error:  # missing, or no picture
-            raise ValueError(f"expected IMAGE to be a picture, got {image}: {error}") from None
+        size_of(image)  # before a model is loaded for what is no picture
         # load would give a plain LLaVA a VoCo token, which has learnt nothing.
         config = read_config(model)
         if getattr(config, "num_voco", None) is None:
@@ -51,7 +47,7 @@ def explain(
                 f"{baseline['name']!r}; name one that python -m voco_model train has made"
             )
         loaded, processor = load(model, device=device)
-        found = attention(loaded, picture, question, processor=processor, max_new_tokens=new_tokens)
+        found = attention(loaded, image, question, processor=processor, max_new_tokens=new_tokens)
         draw(found, output)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("VOCO_TRACEBACK"):

@@ -21,6 +21,7 @@ from transformers import LlavaForConditionalGeneration
 from voco_kernels import MaskLayout
 from voco_model.attach import check_ready
 from voco_model.devices import execution_device
+from voco_model.pictures import as_images, decode, ground_of
 from voco_model.prompt import prompt, style_in
 
 
@@ -81,7 +82,7 @@ def attention(
 
     Args:
         model: enabled, in eval mode. Neither it nor its config is changed.
-        image: one image, in any form that the processor takes.
+        image: one image, in any form that ``voco_model.pictures.decode`` takes.
         processor: the one given to ``enable``.
         max_new_tokens: of the answer, at least 1.
 
@@ -89,6 +90,7 @@ def attention(
         for LLaVA-NeXT, maps over its first tile, which is the whole picture.
 
     Raises:
+        PictureError: an image that isn't one, or that can't be read.
         ValueError: a model that isn't enabled or is in training mode, several images, a processor of
             another model, or image tokens that aren't the patches of a picture, row by row.
         RuntimeError: layers whose attention couldn't be read, because they are compiled or replaced.
@@ -159,18 +161,17 @@ def _prepare(model, image: Any, question: str, processor) -> tuple[Tensor, dict[
     """Token ids ``[1, S]`` of the prompt, and what the vision tower reads, on the model's device."""
     config = model.config
     written = prompt(question, config.num_voco, style=style_in(config))
-    if isinstance(image, (list, tuple)) and len(image) != 1:
-        raise ValueError(f"expected one image, got {len(image)}; explain each by itself")
-    inputs = processor(images=image, text=written, return_tensors="pt")
+    images = list(as_images(image))
+    if len(images) != 1:
+        raise ValueError(f"expected one image, got {len(images)}; explain each by itself")
+    picture = decode(images[0], ground=ground_of(config), processor=processor)
+    inputs = processor(images=picture, text=written, return_tensors="pt")
     found = int((inputs["input_ids"] == config.voco_token_id).sum())
     if found != config.num_voco:
         raise ValueError(
             f"expected {config.num_voco} VoCo tokens (id {config.voco_token_id}) in the prompt, got "
             f"{found}; pass the processor that was given to enable"
         )
-    images = inputs["pixel_values"].shape[0]
-    if images != 1:  # an array or a tensor of several
-        raise ValueError(f"expected one image, got {images}; explain each by itself")
     device = execution_device(model.get_input_embeddings())
     vision = {
         name: inputs[name].to(device, model.dtype if name == "pixel_values" else None)

@@ -65,7 +65,13 @@ def make_batches(
     Raises:
         ValueError: samples that are fatal; a batch that can't be had.
     """
-    encoder = Encoder(processor, config.prompt, config.data.max_length)
+    encoder = Encoder(
+        processor,
+        config.prompt,
+        config.data.max_length,
+        ground=config.data.ground,
+        limits=config.data.limits,
+    )
     policy = FaultPolicy(config.data.faults)
     tokenizer = processor.tokenizer
     collate = Collator(
@@ -92,6 +98,8 @@ def make_batches(
         processor.image_processor.to_json_string(),
         config.prompt,
         config.data.max_length,
+        config.data.limits,
+        "upright",  # sizes of images; once they were as stored
         config.voco.most,
         truncate,
         policy["loose_turns"] == "trim",

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from voco_model.data.faults import FaultPolicy
+from voco_model.pictures import WHITE, PictureLimits
 from voco_model.prompt import STYLES
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Channel = Annotated[int, Field(ge=0, le=255)]
 
 
 class SourceConfig(_Section):
@@ -38,6 +42,9 @@ class DataConfig(_Section):
     streaming: read a data set of the hub as a stream; needs ``optimizer.steps``.
     faults: what to do about samples that can't be used, by kind (``voco_model.data.faults.KINDS``).
     workers: processes that read and process images, for each GPU.
+    ground: red, green and blue, 0 to 255, that transparent pixels are shown on; the trained model
+        remembers it.
+    limits: what an image may cost (``voco_model.PictureLimits``); one beyond is a ``broken_image``.
     """
 
     sources: list[SourceConfig] = Field(min_length=1)
@@ -45,6 +52,8 @@ class DataConfig(_Section):
     streaming: bool = False
     faults: dict[str, str] | str = Field(default_factory=dict)
     workers: int = Field(4, ge=0)
+    ground: tuple[Channel, Channel, Channel] = WHITE
+    limits: PictureLimits = PictureLimits()
 
     @field_validator("faults")
     @classmethod

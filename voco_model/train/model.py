@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from voco_model.attach import enable
 from voco_model.load import load_weights, model_class
+from voco_model.pictures import WHITE
 from voco_model.train.config import LoRAConfig, TrainConfig
 
 
@@ -37,6 +38,8 @@ def build_model(config: TrainConfig, processor, dtype: torch.dtype):
         distinct=config.voco.distinct,
         prompt=config.prompt,
     )
+    if config.data.ground != WHITE:  # what is trained on black is served on black
+        model.config.voco_ground = list(config.data.ground)
     model.model.vision_tower.requires_grad_(config.train_vision_tower)
     if config.train_vision_tower:
         _freeze_behind_features(model)

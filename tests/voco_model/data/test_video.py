@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 
 import numpy as np
 import pytest
@@ -39,13 +40,13 @@ def write_folder(folder) -> str:
     return "clip"
 
 
-def write_file(folder, name: str = "clip.mp4") -> str:
+def write_file(folder, name: str = "clip.mp4", frames: int = FRAMES) -> str:
     av = pytest.importorskip("av")
     with av.open(str(folder / name), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width = stream.height = 32
         stream.pix_fmt = "yuv420p"
-        for number in range(FRAMES):
+        for number in range(frames):
             for packet in stream.encode(av.VideoFrame.from_image(frame(number))):
                 container.mux(packet)
         for packet in stream.encode():
@@ -82,6 +83,66 @@ def test_frames_of_a_file_are_spread_evenly(tmp_path, name, count, expected):
     assert found == pytest.approx(expected, abs=1.3)
 
 
+@pytest.mark.parametrize("asked", [3, 4, 8])
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.avi"])
+def test_a_short_file_gives_each_frame_once(tmp_path, name, asked):
+    sample = sample_of(record(write_file(tmp_path, name, frames=3)), "x", tmp_path, asked)
+    found = [number_of(picture) for picture in sample.pictures]
+    assert found == pytest.approx([0, 1, 2], abs=0.5)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.avi"])
+def test_the_last_frame_is_not_taken_twice(tmp_path, name):
+    sample = sample_of(record(write_file(tmp_path, name, frames=6)), "x", tmp_path, 5)
+    found = [round(number_of(picture)) for picture in sample.pictures]
+    assert found[0] == 0 and found[-1] == 5 and len(set(found)) == 5
+
+
+def rotated_file(folder, turn: tuple[int, ...]) -> str:
+    """An mp4 of one frame, 48 x 32, white in its upper left quarter, shown by a display matrix."""
+    av = pytest.importorskip("av")
+    pixels = np.zeros((32, 48, 3), dtype=np.uint8)
+    pixels[:16, :24] = 255
+    path = folder / "turned.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")):
+            container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 44  # behind its type: version, times, numbers; then the matrix
+    a, b, c, d = (entry << 16 for entry in turn)
+    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path.name
+
+
+@pytest.mark.parametrize(
+    "matrix, white",
+    [
+        ((1, 0, 0, 1), (0, 0)),
+        ((0, 1, -1, 0), (0, 1)),  # turned clockwise: the upper left goes to the upper right
+        ((-1, 0, 0, -1), (1, 1)),
+        ((0, -1, 1, 0), (1, 0)),
+    ],
+)
+def test_a_film_is_turned_as_its_matrix_says(tmp_path, matrix, white):
+    sample = sample_of(record(rotated_file(tmp_path, matrix)), "x", tmp_path)
+    (picture,) = sample.pictures
+    seen = np.asarray(picture.open()).mean(-1)
+    sideways = matrix[0] == 0
+    assert picture.size() == seen.shape == ((48, 32) if sideways else (32, 48))
+    half = [side // 2 for side in seen.shape]
+    quarters = np.array(
+        [[seen[: half[0], : half[1]].mean(), seen[: half[0], half[1] :].mean()],
+         [seen[half[0] :, : half[1]].mean(), seen[half[0] :, half[1] :].mean()]]
+    )  # fmt: skip
+    assert np.unravel_index(quarters.argmax(), (2, 2)) == white
+    assert quarters[white] > 240 and np.sort(quarters.ravel())[2] < 15
+
+
 @pytest.mark.parametrize("form", ["folder", "list", "file"])
 @pytest.mark.parametrize("text", ["<video>\nWhat happens?", "What happens?"])
 def test_each_frame_is_a_segment_with_its_voco_tokens(processor, tmp_path, form, text):
@@ -109,12 +170,10 @@ def test_videos_that_cannot_be_read(tmp_path):
     (tmp_path / "nothing.mp4").touch()
     (tmp_path / "empty").mkdir()
     for video in ("garbage.mp4", "cut_off.mp4", "nothing.mp4"):
-        sample = sample_of(record(video), "data.json:4", tmp_path)
-        for look in (sample.pictures[0].size, sample.pictures[0].open):
-            with pytest.raises(DataError, match=re.escape(video)) as caught:
-                look()
-            assert caught.value.fault.kind == "broken_image"
-            assert caught.value.fault.where == "data.json:4"
+        with pytest.raises(DataError, match=re.escape(video)) as caught:
+            sample_of(record(video), "data.json:4", tmp_path)
+        assert caught.value.fault.kind == "broken_image"
+        assert caught.value.fault.where == "data.json:4"
     for video, kind in (
         ("nowhere.mp4", "missing_file"),
         ("empty", "missing_file"),
@@ -125,5 +184,7 @@ def test_videos_that_cannot_be_read(tmp_path):
         with pytest.raises(DataError) as caught:
             sample_of(record(video), "data.json:4", tmp_path)
         assert caught.value.fault.kind == kind
+    with pytest.raises(ValueError, match="expected max_frames >= 1, got 0"):
+        sample_of(record("clip.mp4"), "data.json:4", tmp_path, max_frames=0)
     with pytest.raises(DataError, match="once for each of 1 images, got 2"):
         sample_of(record("clip.mp4", "<video> and <video>"), "data.json:4", tmp_path)

@@ -471,16 +471,35 @@ def test_suppressed_tokens_that_the_model_does_not_have(world):
 
 @pytest.mark.parametrize("images", [[], (), np.zeros((0, 32, 32, 3), np.uint8)])
 def test_no_image_in_the_list(world, engine_of, images):
-    bad = Request(images, SHORT)
-    others_are_answered(world, engine_of(), bad, "image", "got an empty list; give images=None")
-    with pytest.raises(RequestError, match="got an empty list"):
+    with pytest.raises(RequestError, match="expected at least one image"):
         next(engine_of().stream(images, SHORT))
 
 
-@pytest.mark.parametrize("images", [b"abc", {"image": 1}])
-def test_what_is_no_image(world, engine_of, images):
-    bad = Request(images, SHORT)
-    others_are_answered(world, engine_of(), bad, "image", "expected an image or a list of images")
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (b"abc", "got 3 bytes, of no format that Pillow knows"),
+        ({"image": 1}, "expected an image (PIL's, a path or URL, "),
+        (["no-such-file.jpg"], "expected an image, got no-such-file.jpg, which isn't there"),
+        ([tiny.picture(0), None], "image 2 of 2: expected an image "),
+        ([], "or None for a question without any, got an empty list"),
+        (np.zeros((0, 9, 9, 3)), "expected at least one image, got an array of shape [0, 9, 9, 3]"),
+        (np.full((9, 9, 3), -1.0), "expected floats from 0 to 1"),
+        (PIL.Image.new("RGB", (1, 600)), "expected an image with sides of at most 1 to 200"),
+    ],
+)
+def test_what_is_no_image(world, engine_of, images, message):
+    others_are_answered(world, engine_of(), Request(images, SHORT), "image", message)
+
+
+def test_limits_are_the_engines(world, engine_of):
+    small = voco_model.PictureLimits(max_pixels=100)
+    with engine_of(limits=small) as engine:
+        with pytest.raises(RequestError, match="of at most 100 pixels") as raised:
+            engine.answer(tiny.picture(0), SHORT)
+        assert raised.value.reason == "image"
+        with pytest.raises(RequestError, match="image 2 of 2: expected an image of at most 100"):
+            engine.compress([tiny.picture(0, (8, 8)), tiny.picture(0)])
 
 
 def test_a_generation_option_that_would_be_ignored(world):

@@ -1,0 +1,44 @@
+"""What transparent pixels are shown on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+
+Ground = tuple[int, int, int]
+WHITE: Ground = (255, 255, 255)
+
+
+def check_ground(ground: Any) -> Ground:
+    """Three ints from 0 to 255; ``ValueError`` for anything else."""
+    try:
+        colour = tuple(ground)
+    except TypeError:
+        colour = ()
+    if len(colour) != 3 or not all(
+        isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
+        for value in colour
+    ):
+        raise ValueError(
+            f"expected ground as three numbers from 0 to 255 (red, green, blue), got {ground!r}"
+        )
+    return colour
+
+
+def ground_of(config: Any, ground: Any = None) -> Ground:
+    """What transparent pixels are shown on: ``ground``, else what the model was trained with, else
+    white."""
+    if ground is None:
+        ground = getattr(config, "voco_ground", None)
+    return WHITE if ground is None else check_ground(ground)
+
+
+def composite(image: Image.Image, ground: Ground) -> Image.Image:
+    """RGB: what shines through is ``ground``."""
+    if image.mode == "La":  # premultiplied; Pillow converts it to LA only
+        image = image.convert("LA")
+    if image.mode == "P":
+        image = image.copy()  # Pillow 13 changes the palette of what it converts to RGBA
+    below = Image.new("RGBA", image.size, (*ground, 255))
+    return Image.alpha_composite(below, image.convert("RGBA")).convert("RGB")

@@ -1,0 +1,172 @@
+"""Where a picture is: a path, a URL, base64, bytes, a file object, a row of a data set."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from voco_model.pictures.arrays import array_of, is_array
+from voco_model.pictures.errors import PictureError, reading
+from voco_model.pictures.limits import PictureLimits
+
+# Keys of data-set rows and of message parts (Transformers', OpenAI's) that hold a picture.
+_KEYS = ("bytes", "image", "path", "url", "base64", "image_url")
+_SHOWN = 200  # characters of a path or URL in an error
+_SHORTEST_BASE64 = 40  # characters: fewer are no picture in any format
+_TIMEOUT = 60.0  # seconds without a byte from a server
+_KINDS = (
+    "an image (PIL's, a path or URL, encoded bytes, an open file, an array, a tensor, or a mapping with "
+    "one of these)"
+)
+
+
+def find(image: Any, limits: PictureLimits) -> tuple[Image.Image | np.ndarray | Path | bytes, str]:
+    """What was given as one of four kinds, and its name for errors. Downloads; reads no file.
+
+    Raises:
+        PictureError: something else, or a download that failed or is too large.
+    """
+    if isinstance(image, Image.Image):
+        name = getattr(image, "filename", None)
+        return image, _shown(str(name)) if name else f"a PIL image of mode {image.mode}"
+    if isinstance(image, str):
+        return _of_text(image, limits)
+    if isinstance(image, os.PathLike):
+        return Path(os.fsdecode(image)), _shown(os.fsdecode(image))
+    if isinstance(image, bytes | bytearray | memoryview):
+        data = bytes(image)
+        return data, f"{len(data):,} bytes"
+    if isinstance(image, Mapping):
+        return _of_mapping(image, limits)
+    if is_array(image):
+        kind = "a tensor" if isinstance(image, Tensor) else "an array"
+        with reading(kind):
+            return array_of(image), kind
+    if hasattr(image, "read"):
+        return _of_file(image, limits)
+    got = "None" if image is None else type(image).__name__
+    raise PictureError(f"expected {_KINDS}, got {got}")
+
+
+def read_file(path: Path, limits: PictureLimits, name: str) -> bytes:
+    """A file's bytes, all at once: what replaces it meanwhile doesn't mix in.
+
+    Raises:
+        PictureError: no such file, one that can't be read, or too large a one.
+    """
+    check_file(path, limits, name)
+    with reading(name):
+        data = path.read_bytes()
+    if not data:
+        raise PictureError(f"expected an image that can be read, got {name}, which is empty")
+    return data
+
+
+def check_file(path: Path, limits: PictureLimits, name: str) -> None:
+    """Raise ``PictureError`` unless it is a regular file within the limits."""
+    try:
+        there, is_file = path.exists(), path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        there = is_file = False
+    if not there:
+        raise PictureError(f"expected an image, got {name}, which isn't there")
+    if not is_file:
+        raise PictureError(f"expected an image, got {name}, which is no regular file")
+    limits.check_bytes(path.stat().st_size, name)
+
+
+def _of_text(text: str, limits: PictureLimits) -> tuple[Path | bytes, str]:
+    if text.startswith(("http://", "https://")):
+        return _download(text, limits), _shown(text)
+    if text.startswith("data:"):
+        header, _, payload = text.partition(",")
+        if not header.endswith(";base64"):
+            raise PictureError(f"expected a data URI in base64, got {_shown(header)!r}")
+        return _decoded(payload, limits, "a data URI"), "a data URI"
+    path = Path(text)
+    encoded = None if _is_there(path) else _base64(text, limits)
+    return (path, _shown(text) or "an empty path") if encoded is None else (encoded, "base64 text")
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _base64(text: str, limits: PictureLimits) -> bytes | None:
+    """The bytes if it is base64, as Transformers takes it without a header; else None: a path."""
+    if len(text) < _SHORTEST_BASE64:
+        return None
+    try:
+        return _decoded(text, limits, "base64 text")
+    except PictureError as error:
+        if isinstance(error.__cause__, binascii.Error):
+            return None
+        raise
+
+
+def _decoded(payload: str, limits: PictureLimits, name: str) -> bytes:
+    limits.check_bytes(len(payload) * 3 // 4, name)
+    try:
+        return base64.b64decode("".join(payload.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise PictureError(f"expected base64, got {name} that isn't: {error}") from error
+
+
+def _of_mapping(given: Mapping, limits: PictureLimits):
+    for key in _KEYS:
+        value = given.get(key)
+        if value is None:
+            continue
+        if key == "base64" and isinstance(value, str):
+            value = value if value.startswith("data:") else f"data:;base64,{value}"
+        elif key == "bytes":
+            found, name = find(value, limits)
+            return found, _shown(str(given["path"])) if given.get("path") else name
+        return find(value, limits)
+    raise PictureError(
+        f"expected a mapping with {', '.join(_KEYS)}, got one with {sorted(map(str, given))}"
+    )
+
+
+def _of_file(file: Any, limits: PictureLimits) -> tuple[bytes, str]:
+    name = getattr(file, "name", None)
+    name = _shown(name) if isinstance(name, str) else f"a {type(file).__name__}"
+    with reading(name):
+        if getattr(file, "seekable", lambda: False)():
+            file.seek(0)  # as Image.open does: the same file may be given twice
+        data = file.read() if limits.max_bytes is None else file.read(limits.max_bytes + 1)
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise PictureError(
+            f"expected a file opened in binary mode, got {name}, which gives {type(data).__name__}"
+        )
+    limits.check_bytes(len(data), name)
+    return bytes(data), name
+
+
+def _download(url: str, limits: PictureLimits) -> bytes:
+    import httpx  # which Transformers downloads with
+
+    name = _shown(url)
+    data = bytearray()
+    with reading(name):
+        with httpx.stream("GET", url, follow_redirects=True, timeout=_TIMEOUT) as response:
+            response.raise_for_status()
+            for chunk in response.iter_bytes():
+                data += chunk
+                limits.check_bytes(len(data), name)
+    return bytes(data)
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
