@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,6 +38,7 @@ from voco_model.engine.scheduler import EngineStats, Scheduler
 from voco_model.engine.second_pass import SecondPass
 from voco_model.engine.ticket import Ticket
 from voco_model.engine.work_stream import WorkStream
+from voco_model.fingerprint import Unchanged
 from voco_model.fingerprint import fingerprint as fingerprint_of
 from voco_model.image_key import image_key
 from voco_model.kv_store.base import Store
@@ -75,8 +76,8 @@ class TwoPassEngine:
     There is no thread behind it. Whoever waits for an answer drives the engine for all, under a lock:
     call it from as many threads as you like.
 
-    The model's weights must stay as they are: entries are known by them, and CUDA graphs know their
-    addresses. Of its ``generation_config`` only ``eos_token_id`` and ``suppress_tokens`` count;
+    The model must stay as it is: entries are found by it, and CUDA graphs hold the addresses of its
+    weights. A request that comes after a change, such as another active adapter, is refused. Of its ``generation_config`` only ``eos_token_id`` and ``suppress_tokens`` count;
     sampling is what each request says.
 
     Args:
@@ -152,9 +153,12 @@ class TwoPassEngine:
             if not isinstance(dtype, torch.dtype):
                 raise TypeError(f"expected dtype as a torch.dtype, got {dtype!r}")
             cast(model, dtype)
+        keyed_by = None  # one that is given need not be what image_key computes
         if fingerprint is None:
-            fingerprint = "" if store is None else fingerprint_of(model)
+            keyed_by = None if store is None else fingerprint_of(model)
+            fingerprint = keyed_by or ""
         check_store(store, fingerprint)
+        self._unchanged = Unchanged(model, sampled=store is not None)
         self.model, self.processor, self.store, self.mode = model, processor, store, mode
         self.num_voco: int = model.config.num_voco if num_voco is None else num_voco
         self.max_batch, self.max_new_tokens = max_batch, max_new_tokens
@@ -194,12 +198,13 @@ class TwoPassEngine:
             processor=processor,
             num_voco=self.num_voco,
             salt=salt,
+            fingerprint=keyed_by,
             **pictures,
         )
         self._images = Images(
             store,
             partial(decode, processor=processor, **pictures),
-            key_of,
+            partial(_outside_autocast, model.device.type, key_of),
             partial(prepare_pixels, processor, **pictures),
             "" if mode == "voco" else f" {mode}",
             fingerprint,
@@ -215,6 +220,7 @@ class TwoPassEngine:
             stop_ids=stop_ids,
             on_stream=WorkStream(model.device),
             device=model.device,
+            check_model=self._unchanged.check,
         )
         if on_gpu:  # what was made here lies on another stream than what comes
             torch.cuda.synchronize(model.device)
@@ -296,7 +302,7 @@ class TwoPassEngine:
 
         Raises:
             RuntimeError: a closed engine.
-            ValueError: a model that isn't enabled any more, or has been put into training mode.
+            ValueError: a model that isn't enabled any more, was put into training mode, or has changed.
             TypeError: something that is no ``Request``.
         """
         self._check_open()
@@ -448,6 +454,7 @@ class TwoPassEngine:
             raise RuntimeError("expected an open engine, got one that was closed; make another")
         self._scheduler.check_usable()
         check_ready(self.model)
+        self._unchanged.check()
 
     def _work_of(self, request: Request, ticket: Ticket) -> Work:
         sampling = request.sampling or Sampling()
@@ -524,6 +531,12 @@ def _told(error: Exception, expected: str) -> str:
     if message.startswith("expected"):
         return message
     return f"expected {expected}, got {type(error).__name__}: {message}"
+
+
+def _outside_autocast(device_type: str, function: Callable[[Any], Any], image: Any) -> Any:
+    """``function(image)``, as the engine's steps compute: whatever autocast the caller has on."""
+    with torch.autocast(device_type, enabled=False):
+        return function(image)
 
 
 def _cancel_ticket(future: Future[Ticket]) -> None:

@@ -100,6 +100,7 @@ class Scheduler:
         stop_ids: that end an answer.
         on_stream: what device work is done inside of.
         device: of the model.
+        check_model: raises if the model isn't what the images' keys say.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Scheduler:
         stop_ids: Sequence[int],
         on_stream: WorkStream,
         device: torch.device,
+        check_model: Callable[[], None],
     ) -> None:
         self._first = first_pass
         self._second = second_pass
@@ -121,6 +123,7 @@ class Scheduler:
         self._max_prompt_tokens = max_prompt_tokens
         self._stop_ids = frozenset(stop_ids)
         self._on_stream = on_stream
+        self._check_model = check_model
         self._device = device
         # Ordered. Single reads and writes of it are atomic, so that nobody who submits, in a signal
         # handler for instance, waits for the thread that drives.
@@ -235,7 +238,9 @@ class Scheduler:
             if not self._turn.acquire(timeout=patience):
                 return None
             self._driver = me
-            with torch.no_grad(), self._on_stream():
+            # Not the caller's autocast: a step is for the requests of all threads.
+            whole = torch.autocast(self._device.type, enabled=False)
+            with torch.no_grad(), whole, self._on_stream():
                 if self._in_hand is not None:
                     self._recover()
                 self._in_hand = ()
@@ -347,6 +352,7 @@ class Scheduler:
                 job.features, job.pixels = feature.clone(), None
         else:
             entries = self._first.entries(features, [job.slot for job in batch])
+            self._check_model()  # once more: these are kept for good
             sound = torch.stack([entry.kv.isfinite().all() for entry in entries]).tolist()
             for job, entry, is_sound in zip(batch, entries, sound, strict=True):
                 if is_sound:

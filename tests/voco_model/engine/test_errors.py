@@ -539,3 +539,49 @@ def test_a_model_that_is_not_ready(kind):
 def test_sampling_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+# ---- a model that changes beneath its engine
+
+
+def test_a_changed_model_is_refused(world, engine_of):
+    engine = engine_of()
+    before = engine.answer(tiny.picture(0), SHORT).tokens
+    norm = world.model.model.language_model.norm
+    norm.variance_epsilon *= 2
+    try:
+        with pytest.raises(ValueError, match=r"language_model\.norm\.variance_epsilon: .* before"):
+            engine.answer(tiny.picture(0), SHORT)
+    finally:
+        norm.variance_epsilon /= 2
+    assert engine.answer(tiny.picture(0), SHORT).tokens == before
+
+
+def test_a_model_that_changes_before_its_image_is_read_keeps_no_entry(world, engine_of):
+    store = MemoryStore(1 << 20)
+    engine = engine_of(store=store)
+    ticket = engine.submit(Request(tiny.picture(0), SHORT))
+    norm = world.model.model.language_model.norm
+    norm.variance_epsilon *= 2
+    try:
+        while not ticket.done:
+            engine.step()
+    finally:
+        norm.variance_epsilon /= 2
+    with pytest.raises(RequestError, match="expected the model as it was when the engine was made"):
+        ticket.result()
+    assert engine.flush() and len(store) == 0
+
+
+def test_an_engine_computes_outside_its_callers_autocast(world, engine_of):
+    store = MemoryStore(1 << 20)
+    engine = engine_of(store=store)
+    with torch.autocast("cpu", torch.bfloat16):
+        (inside,) = engine.compress(tiny.picture(0))
+    engine.flush()
+    (entry,) = voco_model.compress(
+        world.model, tiny.picture(0), processor=world.processor, store=store
+    )
+    assert store.stats().hits == 1 and torch.equal(entry.kv, inside.kv)
+    (alone,) = voco_model.compress(world.model, tiny.picture(0), processor=world.processor)
+    torch.testing.assert_close(entry.kv, alone.kv, rtol=0, atol=1e-5)
