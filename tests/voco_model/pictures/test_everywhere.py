@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaImageProcessor, LlavaNextImageProcessor
 
 import voco_model
 from tests.voco_model import tiny
@@ -21,6 +22,7 @@ from voco_model.engine.first_pass import prepare_pixels
 from voco_model.evaluate.requests import image_of
 from voco_model.explain.compute import _prepare
 from voco_model.kv_store.memory_store import MemoryStore
+from voco_model.pictures import decode
 
 TURNS = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "A man."}]
 BLACK = (0, 0, 0)
@@ -155,3 +157,28 @@ def test_a_file_that_is_replaced_leaves_no_wrong_entry(setting, tmp_path, way):
             engine.answer(path, "Who?")
     key = voco_model.image_key(noise(seed=0), model=model, processor=processor)
     torch.testing.assert_close(MemoryStore.get(store, key).kv, expected.kv, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llava", "next"])
+def test_torchvisions_processors_get_the_same_pixels(tmp_path, kind):
+    """It decodes paths by itself: BMP and TIFF not at all, 16 bits and turned files differently."""
+    pytest.importorskip("torchvision")
+    model, processor = tiny.tiny_llava(kind), tiny.tiny_processor(kind)
+    by_torchvision = {"llava": LlavaImageProcessor, "next": LlavaNextImageProcessor}[kind]
+    processor.image_processor = by_torchvision(**processor.image_processor.to_dict())
+    ramp = Image.fromarray(np.linspace(0, 65535, 64 * 48).reshape(64, 48).astype(np.uint16))
+    files = {
+        "photo.bmp": encoded(noise(64, 48), "BMP"),
+        "scan.tiff": encoded(noise(64, 48), "TIFF"),
+        "depth.png": encoded(ramp),
+        "turned.jpg": encoded(noise(64, 48), "JPEG", exif=oriented(6)),
+    }
+    with voco_model.enable(model, processor, num_voco=2):
+        for name, data in files.items():
+            (tmp_path / name).write_bytes(data)
+            shown = decode(data)
+            want = prepare_pixels(processor, shown).tiles
+            for given in (tmp_path / name, np.asarray(shown), Image.open(io.BytesIO(data))):
+                assert torch.equal(prepare_pixels(processor, given).tiles, want), name
+            entries = voco_model.compress(model, [tmp_path / name, shown], processor=processor)
+            assert torch.equal(entries[0].kv, entries[1].kv), name
