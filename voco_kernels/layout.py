@@ -14,9 +14,10 @@ from voco_kernels.documents import (
     check_numbered_documents,
     document_positions,
 )
+from voco_kernels.integers import is_integer
 from voco_kernels.layout_op import layout_from_token_ids
 from voco_kernels.schedule import PREFIX_START, PREFIX_STOP, Schedule, build_schedule
-from voco_kernels.spans import Span, visibility_from_documents
+from voco_kernels.spans import Span, check_size, visibility_from_documents
 from voco_kernels.token_ids import check_context, check_padding
 
 
@@ -59,11 +60,15 @@ class MaskLayout:
             vision, voco, text: numbers of tokens. ``vision=voco=0`` is plain causal attention.
 
         Raises:
-            ValueError: a negative length, an empty row, VoCo tokens with no vision before them.
+            ValueError: a negative length, an empty row, VoCo tokens with no vision before them, more
+                than 2**28 tokens in all.
         """
         spans = [("vision", vision), ("voco", voco), ("text", text)]
-        if not isinstance(batch, int) or batch < 1:
+        if not is_integer(batch) or batch < 1:
             raise ValueError(f"expected batch >= 1, got {batch!r}; pass the number of equal rows")
+        batch = int(batch)
+        if all(map(is_integer, (vision, voco, text))):
+            check_size(batch, int(vision) + int(voco) + int(text))
         one_row = visibility_from_documents([[spans]], isolated=False, padding_side="right")
         return cls._from_host(*(rows.expand(batch, -1) for rows in one_row), device)
 
@@ -89,7 +94,7 @@ class MaskLayout:
 
         Raises:
             ValueError: an unknown kind, a negative length, an empty row, VoCo tokens that do not
-                directly follow vision tokens.
+                directly follow vision tokens, more than 2**28 tokens in all.
         """
         documents = [[row] for row in rows]
         return cls._from_host(
@@ -154,16 +159,23 @@ class MaskLayout:
                 either attention_mask or position_ids says so, and wrong sequence_ids or cu_seqlens fail
                 an assertion on the device.
         """
-        if not isinstance(input_ids, Tensor) or not isinstance(voco_token_id, int):
+        if not isinstance(input_ids, Tensor) or not is_integer(voco_token_id):
             raise TypeError(
                 "expected input_ids as a tensor and voco_token_id as an int, got "
                 f"{type(input_ids).__name__} and {type(voco_token_id).__name__}"
             )
+        if image_token_id is not None and not is_integer(image_token_id):
+            raise TypeError(
+                f"expected image_token_id as an int or None, got {type(image_token_id).__name__}"
+            )
+        voco_token_id = int(voco_token_id)
+        image_token_id = None if image_token_id is None else int(image_token_id)
         if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.dtype.is_floating_point:
             raise ValueError(
                 f"expected integer input_ids [B, S] with B, S >= 1, got {input_ids.dtype} "
                 f"{list(input_ids.shape)}"
             )
+        check_size(*input_ids.shape)
         check_markers(input_ids, attention_mask, position_ids, sequence_ids, cu_seqlens)
         may_read_values = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         if may_read_values and attention_mask is not None:

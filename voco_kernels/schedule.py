@@ -27,6 +27,9 @@ from voco_kernels.scans import last_index_where, next_index_where, shift_left, s
 TILE = 128
 """Rows of a tile. Kernels with smaller blocks split it."""
 
+MOST_TOKENS = 2**28
+"""Of a batch, padding included: eight columns of int32 for each are what kernels can address."""
+
 # Columns of a query tile: its row of the batch, its queries [start, stop), the first key of its
 # contiguous stretch, its prefix [start, stop) in ``kept``, and the run it was cut from.
 ROW, START, STOP, KEY_START, PREFIX_START, PREFIX_STOP, RUN_START, RUN_STOP = range(8)

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from voco_kernels.integers import is_integer
+from voco_kernels.schedule import MOST_TOKENS
+
 Span = tuple[str, int]
 KINDS = ("vision", "voco", "text")
 
@@ -36,6 +39,7 @@ def visibility_from_documents(
             f"expected at least one token in each row, got none in row {lengths.index(0)}"
         )
     longest = max(lengths)
+    check_size(len(rows), longest)
     visible_from = torch.full((len(rows), longest), longest)
     visible_until = torch.zeros(len(rows), longest, dtype=torch.int64)
     for r, documents in enumerate(merged):
@@ -43,6 +47,15 @@ def visibility_from_documents(
         for document in documents:
             start = _fill(visible_from[r], visible_until[r], document, start, isolated)
     return visible_from, visible_until
+
+
+def check_size(batch: int, length: int) -> None:
+    """Raise ``ValueError`` for more tokens than a layout can have."""
+    if batch * length > MOST_TOKENS:
+        raise ValueError(
+            f"expected at most {MOST_TOKENS} tokens in a batch, padding included, got {batch} rows of "
+            f"{length}; a layout's positions are int32: split the batch"
+        )
 
 
 def _merge(document: Sequence[Span], where: str) -> list[Span]:
@@ -57,10 +70,11 @@ def _merge(document: Sequence[Span], where: str) -> list[Span]:
         kind, length = span
         if kind not in KINDS:
             raise ValueError(f"expected a kind among {KINDS}, got {kind!r} in {where}")
-        if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+        if not is_integer(length) or length < 0:
             raise ValueError(
                 f"expected a length >= 0 for the {kind} span of {where}, got {length!r}"
             )
+        length = int(length)
         if length == 0:
             continue
         if kind == "voco" and (not merged or merged[-1][0] == "text"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -81,15 +82,23 @@ def validate(
         raise TypeError(
             f"expected deterministic as a bool, got {type(deterministic).__name__} {deterministic!r}"
         )
-    if scale is not None and not isinstance(scale, int | float):
+    if scale is not None and not (isinstance(scale, int | float) or _is_numpy_number(scale)):
         raise TypeError(f"expected scale as a number, got {type(scale).__name__} {scale!r}")
+    if isinstance(scale, bool):
+        raise TypeError(f"expected scale as a number, got bool {scale!r}")
     if scale is not None and not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"expected a finite scale > 0, got {scale}")
+
+
+def _is_numpy_number(value: object) -> bool:
+    return isinstance(value, np.integer | np.floating)
 
 
 def cast_for_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under ``torch.autocast``, q, k and v in its dtype, as SDPA does; otherwise unchanged."""
     device = q.device.type
+    if device == "meta":  # there is no autocast on it, and asking raises
+        return q, k, v
     if torch.is_autocast_enabled(device) and q.dtype.is_floating_point and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (t.to(dtype) if t.dtype.is_floating_point else t for t in (q, k, v))

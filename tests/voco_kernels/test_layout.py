@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -433,3 +434,50 @@ def test_beginners_slips_are_explained(make, message):
 def test_a_token_id_that_is_no_number_is_explained():
     with pytest.raises(TypeError, match="voco_token_id as an int, got Tensor and NoneType"):
         MaskLayout.from_input_ids(torch.zeros(1, 4).long(), voco_token_id=None)
+
+
+TOO_MANY = {
+    "a length": lambda: MaskLayout.from_lengths(2**31, 1, 1),
+    "rows": lambda: MaskLayout.from_lengths(1, 1, 1, batch=2**31),
+    "a span": lambda: MaskLayout.from_spans([[("text", 2**40)], [("text", 1)]]),
+    "spans together": lambda: MaskLayout.packed([[("text", 2**27)]] * 3),
+    "ids": lambda: MaskLayout.from_input_ids(
+        torch.tensor([[5]]).expand(2**15, 2**14), voco_token_id=VOCO_ID
+    ),
+}
+
+
+@pytest.mark.parametrize("make", TOO_MANY.values(), ids=TOO_MANY)
+def test_more_tokens_than_int32_tables_hold_are_refused_at_once(make):
+    """Before anything of that size is made: there is no memory for any of them."""
+    with pytest.raises(ValueError, match=r"at most 268435456 tokens in a batch.*split the batch"):
+        make()
+
+
+def test_numpy_integers_are_integers():
+    by_python = MaskLayout.from_lengths(5, 2, 6, batch=3)
+    by_numpy = MaskLayout.from_lengths(np.int64(5), np.int32(2), np.uint8(6), batch=np.int16(3))
+    assert torch.equal(by_numpy.materialize(), by_python.materialize())
+    # Unsigned 8 bits would overflow where lengths are added up.
+    many = MaskLayout.from_spans(
+        [[("vision", np.uint8(200)), ("voco", 1), ("text", np.uint8(200))]]
+    )
+    assert many.length == 401
+    rows = ids("iivtiivt")
+    by_numpy = MaskLayout.from_input_ids(
+        rows, voco_token_id=np.int64(VOCO_ID), image_token_id=np.int32(IMAGE_ID)
+    )
+    by_python = MaskLayout.from_input_ids(rows, voco_token_id=VOCO_ID, image_token_id=IMAGE_ID)
+    assert torch.equal(by_numpy.materialize(), by_python.materialize())
+
+
+@pytest.mark.parametrize("wrong", [True, np.True_, 2.0, np.float64(2), "2"])
+def test_what_is_no_integer_is_refused(wrong):
+    with pytest.raises(ValueError, match="length >= 0"):
+        MaskLayout.from_lengths(wrong, 1, 1)
+    with pytest.raises(ValueError, match="batch >= 1"):
+        MaskLayout.from_lengths(1, 1, 1, batch=wrong)
+    with pytest.raises(TypeError, match="voco_token_id as an int"):
+        MaskLayout.from_input_ids(ids("iivt"), voco_token_id=wrong)
+    with pytest.raises(TypeError, match="image_token_id as an int or None"):
+        MaskLayout.from_input_ids(ids("iivt"), voco_token_id=VOCO_ID, image_token_id=wrong)

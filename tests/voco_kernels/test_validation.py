@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -149,3 +150,38 @@ def test_dtypes_that_no_backend_computes_in_are_listed():
         RuntimeError, match="float64, float32, float16, bfloat16, got float8_e4m3fn"
     ):
         masked_attention(q, q, q, LAYOUT)
+
+
+def test_scale_of_numpy_and_of_no_number():
+    q = torch.randn(2, 4, 11, 8, generator=torch.Generator().manual_seed(0))
+    expected = masked_attention(q, q, q, LAYOUT, scale=0.5)
+    for scale in (np.float32(0.5), np.float64(0.5)):
+        assert torch.equal(masked_attention(q, q, q, LAYOUT, scale=scale), expected)
+    assert torch.equal(
+        masked_attention(q, q, q, LAYOUT, scale=np.int64(2)),
+        masked_attention(q, q, q, LAYOUT, scale=2),
+    )
+    with pytest.raises(TypeError, match="scale as a number, got bool True"):
+        masked_attention(q, q, q, LAYOUT, scale=True)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_shapes_on_meta_tensors(autocast):
+    """As SDPA: shapes and dtypes of the outputs and gradients, without values."""
+    q = torch.empty(2, 4, 11, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    k = torch.empty(2, 2, 11, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", enabled=autocast):
+        out, lse = masked_attention(q, k, k, LAYOUT.to("meta"), return_lse=True)
+    out.sum().backward()
+    assert (out.shape, out.dtype, out.device.type) == (q.shape, q.dtype, "meta")
+    assert (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
+    assert (q.grad.shape, k.grad.shape) == (q.shape, k.shape)
+    ids = torch.empty(2, 11, dtype=torch.long, device="meta")
+    layout = MaskLayout.from_input_ids(ids, voco_token_id=5)
+    assert masked_attention(q, k, k, layout).shape == q.shape
+
+
+def test_a_backend_that_needs_data_refuses_meta_in_words():
+    q = torch.empty(2, 4, 11, 8, device="meta")
+    with pytest.raises(RuntimeError, match="expected tensors on cpu or cuda.*got meta"):
+        masked_attention(q, q, q, LAYOUT.to("meta"), backend="sdpa")
