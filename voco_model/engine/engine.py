@@ -77,8 +77,9 @@ class TwoPassEngine:
     call it from as many threads as you like.
 
     The model must stay as it is: entries are found by it, and CUDA graphs hold the addresses of its
-    weights. A request that comes after a change, such as another active adapter, is refused. Of its ``generation_config`` only ``eos_token_id`` and ``suppress_tokens`` count;
-    sampling is what each request says.
+    weights. A request that comes after a change, such as another active adapter, is refused. Of its
+    ``generation_config`` only ``eos_token_id`` and ``suppress_tokens`` count; sampling is what each
+    request says.
 
     Args:
         model: enabled, in eval mode, on one device.
