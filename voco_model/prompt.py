@@ -123,8 +123,13 @@ def prompt(
             go on.
         eos_token: follows each answer, where the style has nothing else for it.
         style: a name of ``STYLES``.
-        control_tokens: of the tokenizer, as ``voco_model.control_tokens`` tells them: text that spells
-            one stays text. By default everything that looks like a control token is kept text.
+        control_tokens: the tokens that text must not become, as
+            ``voco_model.control_tokens.control_tokens(tokenizer)`` lists them. By default everything that
+            looks like a control token is marked to stay text.
+
+    Returns:
+        the prompt. Where a text spells a control token, U+FDD0 stands behind the token's first character;
+        the tokenizer of the processor given to ``enable`` reads the spelling as text and drops the mark.
 
     Raises:
         ValueError: an unknown role, part or style, a number that isn't whole, or a text that holds
