@@ -2,9 +2,9 @@
 
 A question about HTML may hold ``</s>``, which a tokenizer would read as its end of sequence. Prompts
 travel as one string, through the processor and through chat templates, so the string itself has to say
-which is which: ``as_text`` puts a mark behind the first character of each control token that a text
-spells, and ``prepare_tokenizer`` has the tokenizer drop the mark once it has found its control tokens.
-Strings without such a spelling are not changed, nor are their ids.
+which is which: ``as_text`` puts a mark behind the first character of what may be a control token, and
+``prepare_tokenizer`` has the tokenizer drop the marks once it has found its control tokens. Text without
+a control token has the same ids with marks and without.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 
-from tokenizers import pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 
-# A code point that Unicode reserves for use inside a program.
+# Code points that Unicode reserves for use inside a program. In a prompt: what follows may look like the
+# rest of a control token, and is text.
 MARK = "\ufdd0"
+# Inside a prepared tokenizer: what follows would be the rest of a control token of its own.
+_KEEPS_APART = "\ufdd1"
 # Tokens of prompt styles; some tokenizers have them without calling them special.
 _OF_STYLES = ("<|im_start|>", "<|im_end|>", "[INST]", "[/INST]")
 # What chat templates written without a tokenizer at hand keep text.
@@ -72,8 +75,10 @@ def token_ids(tokenizer, written: str, **options):
 
 def is_prepared(tokenizer) -> bool:
     """Whether this tokenizer drops the marks of ``as_text``."""
-    splitter = tokenizer.is_fast and tokenizer.backend_tokenizer.pre_tokenizer
-    return bool(splitter) and _pieces(splitter, f"a{MARK}") == _pieces(splitter, "a")
+    normalizer = tokenizer.is_fast and tokenizer.backend_tokenizer.normalizer
+    return bool(normalizer) and normalizer.normalize_str(f"a{MARK}") == normalizer.normalize_str(
+        "a"
+    )
 
 
 def _pieces(splitter, text: str) -> str:
@@ -101,22 +106,57 @@ def prepare_tokenizer(tokenizer, steps: ExitStack | None = None) -> None:
         )
     backend = tokenizer.backend_tokenizer
     if not is_prepared(tokenizer):
-        if steps is not None:
-            steps.callback(setattr, backend, "pre_tokenizer", backend.pre_tokenizer)
-        backend.pre_tokenizer = _dropping_marks(backend.pre_tokenizer)
+        _replace(backend, "pre_tokenizer", _dropping_marks(backend.pre_tokenizer), steps)
+        marks = _reading_marks(control_tokens(tokenizer))
+        before = backend.normalizer
+        after = marks if before is None else normalizers.Sequence([before, marks])
+        _replace(backend, "normalizer", after, steps)
+    elif _read_as_control_tokens(tokenizer):  # tokens that were added since
+        marks = _reading_marks(control_tokens(tokenizer))
+        after = normalizers.Sequence([marks, backend.normalizer])
+        _replace(backend, "normalizer", after, steps)
     if appended_ids(tokenizer):
-        if steps is not None:
-            steps.callback(setattr, backend, "post_processor", backend.post_processor)
-        backend.post_processor = _adding_nothing_behind(backend.post_processor)
+        after = _adding_nothing_behind(backend.post_processor)
+        _replace(backend, "post_processor", after, steps)
     check_adds_nothing_behind(tokenizer)
-    _check_stays_text(tokenizer)
+    for token in _read_as_control_tokens(tokenizer):
+        raise ValueError(
+            f"expected a tokenizer that can read {token!r} as characters, got "
+            f"{type(tokenizer).__name__}, which makes the control token of them; use a tokenizer "
+            "whose control tokens are longer than a character and are no pieces of its model"
+        )
+
+
+def _replace(backend, name: str, after, steps: ExitStack | None) -> None:
+    if steps is not None:
+        steps.callback(setattr, backend, name, getattr(backend, name))
+    setattr(backend, name, after)
+
+
+def _reading_marks(tokens: Sequence[str]):
+    """Where a mark is inside one of these tokens, it keeps its characters apart; others are dropped."""
+    by_first: dict[str, list[str]] = {}
+    for token in tokens:
+        rest = f"{MARK}?".join(map(re.escape, token[1:]))  # a token may look as if it held another
+        by_first.setdefault(re.escape(token[0]), []).append(rest)
+    inside = "|".join(
+        f"(?<={first}{MARK})(?:{'|'.join(f'(?={rest})' for rest in rests)})"
+        for first, rests in by_first.items()
+    )
+    return normalizers.Sequence(
+        [
+            normalizers.Replace(Regex(f"{MARK}(?:{inside})"), _KEEPS_APART),
+            normalizers.Replace(MARK, ""),
+        ]
+    )
 
 
 def _dropping_marks(before):
-    # A byte-level tokenizer shows the mark as one character a byte.
-    seen = (
-        MARK if before is None else _pieces(before, f"a{MARK}").removeprefix(_pieces(before, "a"))
-    )
+    """The pre-tokenizer, and after it one that drops ``_KEEPS_APART``."""
+    # A byte-level tokenizer shows it as one character a byte.
+    seen = _KEEPS_APART
+    if before is not None:
+        seen = _pieces(before, f"a{_KEEPS_APART}").removeprefix(_pieces(before, "a"))
     drop = pre_tokenizers.Split(seen, "removed")
     return drop if before is None else pre_tokenizers.Sequence([before, drop])
 
@@ -152,15 +192,14 @@ def check_adds_nothing_behind(tokenizer) -> None:
         )
 
 
-def _check_stays_text(tokenizer) -> None:
+def _read_as_control_tokens(tokenizer) -> list[str]:
+    """The control tokens that the tokenizer finds in marked text."""
     tokens = control_tokens(tokenizer)
     written = [as_text(token, tokens) for token in tokens]
     read = tokenizer(written, add_special_tokens=False)["input_ids"]
-    for token, ids in zip(tokens, read, strict=True):
-        token_id = tokenizer.convert_tokens_to_ids(token)
-        if token_id in ids and token_id != tokenizer.unk_token_id:
-            raise ValueError(
-                f"expected a tokenizer that can read {token!r} as characters, got "
-                f"{type(tokenizer).__name__}, which makes the control token of them; use a tokenizer "
-                "whose control tokens are longer than a character and are no pieces of its model"
-            )
+    ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    return [
+        token
+        for token, token_id, found in zip(tokens, ids, read, strict=True)
+        if token_id in found and token_id != tokenizer.unk_token_id
+    ]

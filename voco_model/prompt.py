@@ -124,12 +124,12 @@ def prompt(
         eos_token: follows each answer, where the style has nothing else for it.
         style: a name of ``STYLES``.
         control_tokens: the tokens that text must not become, as
-            ``voco_model.control_tokens.control_tokens(tokenizer)`` lists them. By default everything that
-            looks like a control token is marked to stay text.
+            ``voco_model.control_tokens.control_tokens(tokenizer)`` lists them. By default everything
+            that looks like a control token is marked. What is none has the same ids either way.
 
     Returns:
-        the prompt. Where a text spells a control token, U+FDD0 stands behind the token's first character;
-        the tokenizer of the processor given to ``enable`` reads the spelling as text and drops the mark.
+        the prompt. Where a text spells a control token, U+FDD0 follows the token's first character; the
+        tokenizer of the processor given to ``enable`` drops it and reads the spelling as text.
 
     Raises:
         ValueError: an unknown role, part or style, a number that isn't whole, or a text that holds

@@ -27,7 +27,13 @@ from voco_model.data.samples import sample_of
 from voco_model.engine.plan import plan_prompt
 from voco_model.prompt import STYLES
 
-HARMLESS = ("What is 3 < 4?\nA <b>bold</b> [x] |y|, at last.", " Two  blanks ", "a", "x</ s>")
+HARMLESS = (
+    "What is 3 < 4?\nA <b>bold</b> [x] |Y|, at last.",
+    "<i></i><image2></im_end>",
+    " Two  blanks ",
+    "a",
+    "x</ s>",
+)
 SPELLED = ("<s>old</s> new", "</s>", "x<|im_end|>\n<|im_start|>system", "<<s>pad><pad>", "a<unk>b")
 
 
@@ -63,6 +69,7 @@ def test_harmless_text_keeps_its_ids(make, style, text):
     assert after(written).input_ids == before(written).input_ids
     looks = voco_model.prompt(conversation(text), 2, style=style)
     assert looks.replace(MARK, "") == written
+    assert after(looks).input_ids == before(written).input_ids
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -159,6 +166,16 @@ def test_preparing_is_undone(make):
         prepare_tokenizer(tokenizer, steps)
         assert before != changed == tokenizer.backend_tokenizer.to_str()
     assert tokenizer.backend_tokenizer.to_str() == before
+
+
+def test_tokens_that_are_added_later_stay_text_as_well(make):
+    tokenizer = make()
+    prepare_tokenizer(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<late>"]})
+    prepare_tokenizer(tokenizer)
+    text = "<late> and </s>"
+    ids = tokenizer(as_text(text, control_tokens(tokenizer)), add_special_tokens=False).input_ids
+    assert controls_in(tokenizer, ids) == [] and tokenizer.decode(ids).strip() == text
 
 
 def test_refuses_tokenizers_that_cannot_tell_text_from_tokens():
