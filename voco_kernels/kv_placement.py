@@ -132,8 +132,8 @@ def _for_entries(at: Any, entries: Sequence[CompactKV], row: int) -> list:
         at = [at]
     if not isinstance(at, Sequence | np.ndarray):
         raise TypeError(
-            f"expected positions as an int, a tensor or a sequence of one for each of the {len(entries)} "
-            f"entries in row {row}, got {type(at).__name__} {at!r}"
+            f"expected positions as an int, a tensor or a sequence of one for each of the "
+            f"{len(entries)} entries in row {row}, got {type(at).__name__} {at!r}"
         )
     at = list(at)
     if len(at) != len(entries):
