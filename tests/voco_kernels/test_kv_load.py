@@ -418,7 +418,7 @@ def test_memory_that_is_not_one_slot_each_is_refused():
         layer.keys = layer.values = layer.keys[:, :, :1].expand(-1, -1, 12, -1)
     with pytest.raises(ValueError, match="slots that don't overlap"):
         load_into(expanded, ENTRY, slots=0)
-    with pytest.raises(TypeError, match="integer"):
+    with pytest.raises(TypeError, match="a slot as an int, got float 0.9"):
         load_into(static_cache(), ENTRY, slots=[0.9])
     with pytest.raises(TypeError, match="expected a cache with layers"):
         load_into([], ENTRY)
