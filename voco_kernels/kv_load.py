@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import index as as_index
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from voco_kernels import cache_view
 from voco_kernels.cache_view import CacheView
+from voco_kernels.integers import to_int
 from voco_kernels.kv import QUANTIZED_MAX, CompactKV, Rope
 from voco_kernels.kv_placement import Placement, place
 from voco_kernels.kv_transfer import Transfer
@@ -188,9 +188,13 @@ def prepare_extract(
     """``extract`` up to the launch, with the entries to be filled in ``Transfer.entries``."""
     views = cache_view.views(cache)
     slots, positions = _lists(slots, "slots"), _lists(positions, "positions")
-    rows = list(range(len(slots))) if rows is None else [as_index(row) for row in rows]
+    rows = list(range(len(slots))) if rows is None else [to_int(row, "a row") for row in rows]
     following = [row[-1] + 1 if row else 0 for row in positions]
-    following = following if next_positions is None else [int(after) for after in next_positions]
+    following = (
+        following
+        if next_positions is None
+        else [to_int(after, "a next position") for after in next_positions]
+    )
     if not slots or not len(slots) == len(positions) == len(rows) == len(following):
         raise ValueError(
             "expected slots, positions, next_positions and rows for the same rows, at least one, got "
@@ -215,7 +219,7 @@ def prepare_extract(
                 fingerprint=fingerprint,
             )
         )
-        placements.append(Placement(row, [as_index(slot) for slot in its_slots]))
+        placements.append(Placement(row, [to_int(slot, "a slot") for slot in its_slots]))
     return Transfer(views, entries, placements, to_cache=False, loader=loader)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from operator import index as as_index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from voco_kernels.cache_view import CacheView
+from voco_kernels.integers import is_integer, to_int
 from voco_kernels.kv import CompactKV
 
 
@@ -41,7 +41,7 @@ def place(
     longest one takes, unless ``slots`` says something else.
     """
     count = len(rows_of_entries)
-    rows = list(range(count)) if rows is None else [as_index(row) for row in rows]
+    rows = list(range(count)) if rows is None else [to_int(row, "a row") for row in rows]
     if len(rows) != count or len(set(rows)) != count:
         raise ValueError(f"expected {count} different rows, one for each of entries, got {rows}")
     lengths = [sum(entry.num_tokens for entry in row) for row in rows_of_entries]
@@ -92,9 +92,15 @@ def check(view: CacheView, placements: Sequence[Placement]) -> None:
 
 def _for_rows(values: Any, count: int, name: str) -> list:
     """One value a row. An int serves every row; a tensor counts as a sequence of ints."""
-    if isinstance(values, int | np.integer):
-        return [values] * count
-    values = values.tolist() if isinstance(values, Tensor) else list(values)
+    if isinstance(values, Tensor | np.ndarray):
+        values = values.tolist()
+    if is_integer(values):
+        return [int(values)] * count
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(
+            f"expected {name} as an int or a sequence of one for each of {count} rows, got "
+            f"{type(values).__name__} {values!r}"
+        )
     if len(values) != count:
         raise ValueError(f"expected {name} for each of {count} rows, got {len(values)}")
     return values
@@ -105,9 +111,11 @@ def _starts(entries: Sequence[CompactKV], where: Any, row: int) -> list[int]:
         return []
     if not isinstance(where, Sequence | Tensor | np.ndarray):
         return list(
-            accumulate([entry.num_tokens for entry in entries[:-1]], initial=as_index(where))
+            accumulate(
+                [entry.num_tokens for entry in entries[:-1]], initial=to_int(where, "a slot")
+            )
         )
-    starts = [as_index(start) for start in where]
+    starts = [to_int(start, "a slot") for start in where]
     if len(starts) != len(entries):
         raise ValueError(
             f"expected a first slot for each of the {len(entries)} entries in row {row}, got "
@@ -120,8 +128,13 @@ def _for_entries(at: Any, entries: Sequence[CompactKV], row: int) -> list:
     """The positions asked for, one value (an int, a tensor or None) an entry."""
     if at is None:
         return [None] * len(entries)
-    if isinstance(at, int | np.integer | Tensor):
+    if is_integer(at) or isinstance(at, Tensor):
         at = [at]
+    if not isinstance(at, Sequence | np.ndarray):
+        raise TypeError(
+            f"expected positions as an int, a tensor or a sequence of one for each of the "
+            f"{len(entries)} entries in row {row}, got {type(at).__name__} {at!r}"
+        )
     at = list(at)
     if len(at) != len(entries):
         raise ValueError(
@@ -133,6 +146,10 @@ def _for_entries(at: Any, entries: Sequence[CompactKV], row: int) -> list:
 def _shift(entry: CompactKV, target: Any) -> Tensor | None:
     if target is None:
         return None
+    if isinstance(target, np.ndarray):
+        target = torch.from_numpy(target)
+    if not isinstance(target, Tensor):
+        target = to_int(target, "a position")
     shift = entry.moved(target) - entry.positions
     if not shift.any():
         return None

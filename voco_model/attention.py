@@ -239,9 +239,9 @@ def _document_positions(
 def _continue_from_cache(
     config, cache: Cache, input_ids: Tensor | None, length: int, kwargs: dict
 ) -> None:
-    refuse_markers(cache, length, kwargs)
     if isinstance(cache, CompactCache):
         cache.check_continuation(length, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+    refuse_markers(cache, length, kwargs)
     if length > 1 and input_ids is not None:
         found = int((input_ids == config.voco_token_id).sum())
         if found:

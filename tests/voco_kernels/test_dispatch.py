@@ -120,3 +120,12 @@ def test_a_device_of_no_backend_but_the_reference():
     (reason,) = load("sdpa").unsupported(*tensors(device="meta"))
     assert "cpu or cuda" in reason and "got meta" in reason
     assert choose(*tensors(device="meta")) == "reference"
+
+
+def test_tokens_too_far_apart_for_int32_offsets_are_refused_by_triton():
+    """Within a block of rows its kernels add up offsets in int32: farther ones would wrap around."""
+    far = torch.empty_strided((1, 2, 11, 16), (16, 16, 2**24, 1), device="meta")
+    near = torch.empty_strided((1, 2, 11, 16), (16, 16, 2**24 - 1, 1), device="meta")
+    message = "expected tokens less than 16777216 elements apart"
+    assert any(message in reason for reason in load("triton").unsupported(near, far, near))
+    assert not any(message in reason for reason in load("triton").unsupported(near, near, near))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, StaticCache
@@ -161,7 +162,7 @@ def test_a_cache_that_was_loaded_is_one_that_generate_grows():
 
 def test_tensors_at_irregular_distances():
     """As a long-lived process has them, and layers that share one allocation, backwards."""
-    entry = make_entry(3)
+    entry = make_entry(3, rope=llama_rope())
     memory = torch.full((LAYERS * 7, 1, 12, HEADS, HEAD_DIM), torch.nan)
     for at in ([0, 3, 4, 9, 10, 11, 20, 27], list(range(7, -1, -1)), [0, 1, 4, 5, 8, 9, 12, 13]):
         memory.fill_(torch.nan)
@@ -179,7 +180,7 @@ def test_tensors_at_irregular_distances():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("entry_dtype", [*DTYPES, *QUANTIZED_MAX], ids=str)
 def test_other_dtypes_are_rounded_once(make_cache, entry_dtype, dtype):
-    entry = make_entry(3)
+    entry = make_entry(3, rope=llama_rope())
     if entry_dtype in QUANTIZED_MAX:
         entry = entry.quantize(entry_dtype)
         expected = entry.dequantize(dtype)
@@ -417,7 +418,7 @@ def test_memory_that_is_not_one_slot_each_is_refused():
         layer.keys = layer.values = layer.keys[:, :, :1].expand(-1, -1, 12, -1)
     with pytest.raises(ValueError, match="slots that don't overlap"):
         load_into(expanded, ENTRY, slots=0)
-    with pytest.raises(TypeError, match="integer"):
+    with pytest.raises(TypeError, match="a slot as an int, got float 0.9"):
         load_into(static_cache(), ENTRY, slots=[0.9])
     with pytest.raises(TypeError, match="expected a cache with layers"):
         load_into([], ENTRY)
@@ -491,3 +492,29 @@ def test_refuses_caches_that_it_can_not_serve():
     uneven.layers[2].values = uneven.layers[2].values.half()
     with pytest.raises(ValueError, match="float16 .* as the values of layer 2"):
         load_into(uneven, ENTRY, slots=0)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, torch.tensor])
+def test_numpy_integers_and_single_tensors_are_integers(integer):
+    entry = make_entry(3, rope=llama_rope())
+    expected, got = dynamic_cache(rows=2), dynamic_cache(rows=2)
+    load_into(expected, [entry], rows=[1], slots=4, positions=[9])
+    load_into(got, [entry], rows=[integer(1)], slots=integer(4), positions=[np.int64(9)])
+    for ours, theirs in zip(pairs_of(got), pairs_of(expected), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("wrong", [True, 2.0, np.float64(2), np.True_, "2"])
+@pytest.mark.parametrize(
+    ("name", "nested"),
+    [("rows", 1), ("slots", 0), ("slots", 1), ("slots", 2), ("positions", 0), ("positions", 2)],
+)
+def test_what_is_no_integer_is_refused_and_nothing_changed(name, nested, wrong):
+    for _ in range(nested):
+        wrong = [wrong]
+    cache = dynamic_cache()
+    before = [tensor.clone() for pair in pairs_of(cache) for tensor in pair]
+    with pytest.raises(TypeError, match="expected .* as an int.*got"):
+        load_into(cache, [make_entry(3)], **{"slots": 0, name: wrong})
+    after = [tensor for pair in pairs_of(cache) for tensor in pair]
+    torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)

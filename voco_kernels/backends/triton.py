@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 _LARGEST_HEAD_DIM = 256
+_WIDEST_STRIDE = 2**31 // TILE  # of tokens: offsets within a block of rows are int32
 # Read once, on import: torch.compile can't trace either. Triton, too, decides when it is imported.
 _INSTALLED = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -44,6 +45,12 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         )
     if q.shape[-1] > _LARGEST_HEAD_DIM:
         reasons.append(f"expected head_dim up to {_LARGEST_HEAD_DIM}, got {q.shape[-1]}")
+    if any(tensor.stride(2) >= _WIDEST_STRIDE for tensor in (q, k, v)):
+        strides = ", ".join(str(tuple(tensor.stride())) for tensor in (q, k, v))
+        reasons.append(
+            f"expected tokens less than {_WIDEST_STRIDE} elements apart, got strides {strides}; call "
+            ".contiguous()"
+        )
     if _INTERPRETED and not reasons:
         reasons += interpreter.attention_reasons(q.dtype)
     return reasons
