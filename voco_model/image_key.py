@@ -1,4 +1,4 @@
-"""``image_key``: the address of an image's entry, told from everything that the entry depends on."""
+"""``image_key``: the address of an image's entry, computed from everything that it depends on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from voco_model.arguments import whole_number
 from voco_model.fingerprint import fingerprint as fingerprint_of
 from voco_model.hash_threads import hash_threads
 from voco_model.pictures import PictureLimits, decode, ground_of
@@ -68,7 +69,9 @@ def image_key(
         )
     ground = ground_of(model.config, ground)
     picture = decode(image, ground=ground, limits=limits, processor=processor)
-    num_voco = model.config.num_voco if num_voco is None else num_voco
+    if num_voco is None:
+        num_voco = model.config.num_voco
+    num_voco = whole_number("num_voco", num_voco, at_least=1)
     prefix_ids = processor.tokenizer(image_part(num_voco))["input_ids"]
     facts = {
         "version": 2,

@@ -209,3 +209,16 @@ def test_a_fingerprint_wants_weights():
         ValueError, match="expected weights that are loaded, got weight on the meta"
     ):
         fingerprint(model)
+
+
+def test_numpys_integers_are_integers(setting):
+    model, processor = setting
+    keys = {
+        image_key(picture(), model=model, processor=processor, num_voco=number)
+        for number in (2, np.int64(2), None)
+    }
+    assert len(keys) == 1
+    with pytest.raises(ValueError, match="expected an int num_voco >= 1, got 2.0"):
+        image_key(picture(), model=model, processor=processor, num_voco=2.0)
+    engine = voco_model.TwoPassEngine(model, processor, num_voco=np.int64(2))
+    assert engine.answer(picture(), "What?", max_new_tokens=1).finish_reason == "length"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from voco_model.arguments import whole_number
 from voco_model.attach import check_ready
 from voco_model.control_tokens import check_adds_nothing_behind
 from voco_model.devices import is_offloaded
@@ -117,7 +118,5 @@ def suppressed_ids(model) -> list[int]:
 def check_counts(**counts: int | None) -> None:
     """Raise ``ValueError`` for a number that is given and isn't an int of 1 or more."""
     for name, value in counts.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"expected an int {name} >= 1, got {value!r}")
+        if value is not None:
+            whole_number(name, value, at_least=1)

@@ -161,7 +161,7 @@ class TwoPassEngine:
         check_store(store, fingerprint)
         self._unchanged = Unchanged(model, sampled=store is not None)
         self.model, self.processor, self.store, self.mode = model, processor, store, mode
-        self.num_voco: int = model.config.num_voco if num_voco is None else num_voco
+        self.num_voco = int(model.config.num_voco if num_voco is None else num_voco)
         self.max_batch, self.max_new_tokens = max_batch, max_new_tokens
         # Ids around an image in its segment, at most: BOS, the newline, VoCo tokens.
         around = len(processor.tokenizer(image_part(self.num_voco))["input_ids"])
