@@ -266,7 +266,7 @@ def _padding_mask(mask: Mask, input_ids: Tensor, cache: Cache | None) -> Tensor:
     if mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
     if mask.dim() == 2:
-        return mask
+        return _zeros_and_ones(mask) if mask.is_floating_point() else mask
     # generate makes dense masks in advance for a static cache; a token that sees itself is real.
     if mask.dim() == 4 and cache is not None and cache.is_compileable:
         sees_itself = mask.diagonal(dim1=-2, dim2=-1)[:, 0]
@@ -298,6 +298,19 @@ def _check_images_first(input_ids: Tensor, config) -> None:
             f"one without at position {place} of row {row}; build the prompt with voco_model.prompt or "
             "the processor's chat template"
         )
+
+
+def _zeros_and_ones(mask: Tensor) -> Tensor:
+    """bool ``[B, S]``, from floats. An additive mask would be read the wrong way round."""
+    message = (
+        "expected a float attention_mask of 0 for padding and 1 for tokens, with tokens in each row"
+    )
+    plain = ((mask == 0) | (mask == 1)).all() & (mask == 1).any(1).all()
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(plain, message)
+    elif not plain:
+        raise ValueError(f"{message}, got {mask}; pass an integer or bool mask")
+    return mask != 0
 
 
 def _check_no_image_expected(input_ids: Tensor, config) -> None:

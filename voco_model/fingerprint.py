@@ -47,8 +47,8 @@ def fingerprint(model, *, refresh: bool = False) -> str:
     """
     from blake3 import blake3  # here: everything but keys works without it
 
-    told, tensors = describe(model)
-    digest = blake3(json.dumps(told, sort_keys=True).encode())
+    texts, tensors = describe(model)
+    digest = blake3(json.dumps(texts, sort_keys=True).encode())
     digest.update(_weights_digest(model, _plain(tensors), refresh))
     return digest.hexdigest()
 
@@ -58,18 +58,20 @@ class Unchanged:
 
     Args:
         model: the model.
-        sampled: also compare some numbers of each weight, to notice writes that PyTorch doesn't count.
+        strict: as for entries that are kept: refuse functions of unknown effect and weights that aren't
+            here as a whole, and compare some numbers of each weight, to notice writes that PyTorch
+            doesn't count.
     """
 
-    def __init__(self, model, *, sampled: bool = True) -> None:
+    def __init__(self, model, *, strict: bool = True) -> None:
         self._model = model
-        self._sampled = sampled
-        self._told, self._references, self._state = self._look()
+        self._strict = strict
+        self._texts, self._references, self._state = self._look()
 
     def check(self) -> None:
         """Raise ``ValueError`` if the model computes something else now."""
-        told, references, state = self._look()
-        changed = difference(self._told, told)
+        texts, references, state = self._look()
+        changed = difference(self._texts, texts)
         if changed is None and (state != self._state or not _same(references, self._references)):
             changed = "weights that were written or replaced"
         if changed is not None:
@@ -79,8 +81,11 @@ class Unchanged:
             )
 
     def _look(self) -> tuple[dict[str, str], list[ref], tuple]:
-        told, tensors = describe(self._model)
-        return told, *_state(list(_plain(tensors).values()), self._sampled)
+        texts, tensors = describe(self._model, strict=self._strict)
+        if self._strict:
+            return texts, *_state(list(_plain(tensors).values()))
+        counts = [None if each.is_inference() else each._version for each in tensors.values()]
+        return texts, [ref(each) for each in tensors.values()], tuple(counts)
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -95,7 +100,7 @@ def _weights_digest(model, tensors: dict[str, Tensor], refresh: bool) -> bytes:
     """Digest of all tensors, including those that only the ``state_dict`` has (bitsandbytes)."""
     from blake3 import blake3
 
-    references, state = _state(list(tensors.values()), sampled=True)
+    references, state = _state(list(tensors.values()))
     known = _known.get(model)
     if known is not None and not refresh:
         before, seen, found = known
@@ -126,10 +131,10 @@ def _update(digest, text: bytes) -> None:
     digest.update(text)
 
 
-def _state(tensors: list[Tensor], sampled: bool) -> tuple[list[ref], tuple]:
+def _state(tensors: list[Tensor]) -> tuple[list[ref], tuple]:
     """The tensors, and what changes when they are written to."""
     versions = [_version(tensor) for tensor in tensors]
-    return [ref(tensor) for tensor in tensors], (versions, _sample(tensors) if sampled else None)
+    return [ref(tensor) for tensor in tensors], (versions, _sample(tensors))
 
 
 def _same(before: list[ref], now: list[ref]) -> bool:

@@ -123,6 +123,7 @@ def _autocast(device_type: str) -> str | None:
 
 def _preprocessing(processor) -> dict:
     images = processor.image_processor
-    parameters = {"class": type(images).__name__, **images.to_dict()}
+    kind = type(images)
+    parameters = {"class": f"{kind.__module__}.{kind.__qualname__}", **images.to_dict()}
     parameters.update({name: getattr(processor, name, None) for name in _PROCESSOR})
     return parameters

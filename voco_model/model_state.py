@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from enum import Enum
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,7 +44,7 @@ _LIBRARIES = {
 }
 _PLAIN = {type(None), bool, int, float, complex, str, bytes}
 # Attributes that say how a model is stored, spread, trained or called, not what it computes.
-_NOT_TOLD = {
+_NOT_DESCRIBED = {
     *vars(nn.Module()),
     "_caches",  # PEFT's, of one forward pass
     "_compiled_call_impl",
@@ -55,7 +57,6 @@ _NOT_TOLD = {
     "gradient_checkpointing",
     "hf_device_map",
     "kernel_config",
-    "kwargs",  # those that PEFT's layers were made with
     "loss_type",
     "max_seq_len_cached",
     "name_or_path",
@@ -80,56 +81,218 @@ _NOT_IN_CONFIG = {
 }
 
 
-def describe(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
+def describe(model: nn.Module, *, strict: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
     """What a model computes with.
 
+    Args:
+        strict: refuse functions whose effect isn't known. Otherwise they are described by their address,
+            which is enough to notice that one was added or removed.
+
     Returns:
-        two dicts. By place, everything but tensors: configs, each module's class and attributes (scales;
-        adapters that are active, merged or disabled), hooks, replaced functions. By name, the tensors:
-        parameters, all buffers, and tensors that are plain attributes.
+        two dicts. By place, everything but tensors: configs, each module's class, children and
+        attributes (scales; adapters that are active, merged or disabled), hooks, replaced functions. By
+        name, the tensors: parameters, all buffers, and tensors in plain attributes.
 
     Raises:
-        ValueError: a hook or function whose effect isn't known, or a model that FSDP has cut up.
+        ValueError: a hook or function whose effect isn't known, or a model wrapped by FSDP.
     """
-    told: dict[str, str] = {}
-    tensors: dict[str, Tensor] = {}
-    configs: dict[int, tuple[str, PretrainedConfig]] = {}
-    classes: dict[type, str] = {}
+    description = _Description(strict)
     for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
-        _tell_hooks(told, f"torch.nn.modules.module.{name}", getattr(global_hooks, name))
-    for path, module in model.named_modules():
-        place = path or type(module).__name__
+        description.add_hooks(f"torch.nn.modules.module.{name}", getattr(global_hooks, name))
+    description.add_module("", model)
+    return description.texts, description.tensors
+
+
+class _Description:
+    """Collects the result of ``describe``.
+
+    Attributes:
+        texts, tensors: the two dicts.
+    """
+
+    def __init__(self, strict: bool) -> None:
+        self.texts: dict[str, str] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self._strict = strict
+        self._classes: dict[type, str] = {}
+        self._places: dict[int, str] = {}  # of modules, configs and objects, by id
+        self._kept: list[Any] = []  # so that no id is reused meanwhile
+
+    def add_module(self, path: str, root: nn.Module) -> None:
+        """A module and all below it."""
+        for below, module in root.named_modules(prefix=path, remove_duplicate=False):
+            place = below or type(module).__name__
+            if self._seen(place, module):
+                self.texts[place] = f"the same as {self._places[id(module)]}"
+            else:
+                self._add_one(place, f"{below}." if below else "", module)
+
+    def _add_one(self, place: str, prefix: str, module: nn.Module) -> None:
         kind = type(module)
-        if kind not in classes:
-            classes[kind] = _class(place, kind)
-        told[place] = classes[kind]
+        if kind not in self._classes:
+            self._classes[kind] = self._class(place, kind)
         attributes = vars(module)
+        children = attributes["_modules"]
+        text = self._classes[kind]
+        self.texts[place] = f"{text} of {', '.join(children)}" if children else text
         for name in ("_forward_hooks", "_forward_pre_hooks"):
             if attributes[name]:
-                _tell_hooks(told, f"{place}.{name}", attributes[name])
+                self.add_hooks(f"{place}.{name}", attributes[name])
         for group in ("_parameters", "_buffers"):
             for name, tensor in attributes[group].items():
                 if tensor is not None:
-                    tensors[f"{path}.{name}" if path else name] = tensor
+                    self.tensors[prefix + name] = tensor
         for name, value in attributes.items():
-            if name in _NOT_TOLD:
+            if name in _NOT_DESCRIBED:
                 continue
             if name[0] == "_" and isinstance(module, PreTrainedModel):
                 continue  # Transformers' own books
+            if name == "kwargs" and kind.__module__.startswith("peft."):
+                continue  # what PEFT's layers were made with
             if type(value) in _PLAIN:  # nearly all of them
-                told[f"{place}.{name}"] = repr(value)
+                self.texts[f"{place}.{name}"] = repr(value)
             elif isinstance(value, Tensor):
-                tensors[f"{path}.{name}" if path else name] = value
-            elif isinstance(value, PretrainedConfig):
-                configs.setdefault(id(value), (f"{place}.{name}", value))
+                self.tensors[prefix + name] = value
             elif name == "forward":
-                _tell_replaced_forward(told, f"{place}.forward", module, value)
+                self._add_replaced_forward(f"{place}.forward", module, value)
             else:
-                told[f"{place}.{name}"] = _value(f"{place}.{name}", value)
-    for place, config in configs.values():
-        told[place] = _value(place, _without_origin(config.to_dict()))
-        _check_attention(place, config)
-    return told, tensors
+                self.texts[f"{place}.{name}"] = self._value(f"{place}.{name}", value)
+
+    def add_hooks(self, place: str, hooks: dict[int, Callable]) -> None:
+        functions = [self._function(place, hook) for hook in hooks.values()]
+        # These only watch, or move weights. Transformers installs some during the first forward pass.
+        libraries = ("transformers", "accelerate")
+        functions = [name for name in functions if name.partition(".")[0] not in libraries]
+        if functions:
+            self.texts[place] = ", ".join(functions)
+
+    def _add_replaced_forward(self, place: str, module: nn.Module, forward: Callable) -> None:
+        """A forward that is an attribute of the module, not of its class.
+
+        Accelerate wraps the one there was to move weights, torch.compile to compile it; neither changes
+        the answer.
+        """
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None and type(hook).__module__.partition(".")[0] == "accelerate":
+            forward = module._old_forward
+        forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+        if getattr(forward, "__func__", None) is not type(module).forward:
+            self.texts[place] = self._function(place, forward)
+
+    def _class(self, place: str, kind: type) -> str:
+        """A class by name; with its forward's, where that isn't the class's own.
+
+        Raises:
+            ValueError: FSDP's, with original parameters or without: its weights are views of a shard.
+        """
+        if kind.__name__ == "FullyShardedDataParallel":
+            raise ValueError(_SHARDED.format(f"{place} in FullyShardedDataParallel"))
+        forward = kind.forward
+        name = _name_of(kind)
+        origin = getattr(inspect.unwrap(forward), "__module__", None)
+        if origin in {base.__module__ for base in kind.__mro__}:
+            return name
+        return f"{name} with forward {self._function(f'{name}.forward', forward)}"
+
+    def _function(self, place: str, function: Callable) -> str:
+        """The name of a function, where that says what it does.
+
+        Raises:
+            ValueError: a user's function, or object that can be called, without the mark.
+        """
+        mark = getattr(function, MARK, None)
+        if isinstance(mark, str):
+            return f"marked {mark!r}"
+        if isinstance(function, functools.partial):
+            given = self._value(place, [*function.args, function.keywords])
+            return f"{self._function(place, function.func)} with {given}"
+        name = _name_of(function if hasattr(function, "__qualname__") else type(function))
+        if name.partition(".")[0] in _LIBRARIES:
+            return name
+        if not self._strict:
+            return f"{name} at {id(function):#x}"
+        raise ValueError(
+            f"expected a model without functions of unknown effect, got {name} at {place}, which may "
+            f"change answers without changing keys; remove it, or set its attribute {MARK} to a text "
+            "that changes whenever its effect does ('' if it has none)"
+        )
+
+    def _value(self, place: str, value: Any) -> str:
+        """An attribute's value, or part of one. Tensors and modules in it are added on their own."""
+        if type(value) in _PLAIN:
+            return repr(value)
+        if isinstance(value, Enum):
+            return f"{type(value).__qualname__}.{value.name}"
+        if isinstance(value, np.generic | np.ndarray):
+            return f"{value.dtype} {self._value(place, value.tolist())}"
+        if isinstance(value, torch.dtype | torch.Size):
+            return str(value)
+        if isinstance(value, torch.device):
+            return "a device"  # the same answer on any
+        if isinstance(
+            value, bool | int | float | str
+        ):  # a class of its own, derived from one of these
+            return f"{type(value).__qualname__} {value!s}"
+        if isinstance(value, Tensor):
+            self.tensors[place] = value
+            return "a tensor"
+        if isinstance(value, type):
+            return _name_of(value)
+        if isinstance(value, functools.partial) or inspect.isroutine(value):
+            return self._function(place, value)
+        if isinstance(value, nn.Module):
+            self.add_module(place, value)
+            return "a module"
+        if self._seen(place, value):
+            return f"the same as {self._places[id(value)]}"
+        if isinstance(value, PretrainedConfig):
+            self._check_attention(place, value)
+            return self._value(place, _without_origin(value.to_dict()))
+        if isinstance(value, dict):
+            pairs = [
+                f"{self._value(place, k)}: {self._value(f'{place}[{k!r}]', v)}"
+                for k, v in value.items()
+            ]
+            return "{" + ", ".join(sorted(pairs)) + "}"
+        if isinstance(value, set | frozenset):
+            return "{" + ", ".join(sorted(self._value(place, each) for each in value)) + "}"
+        if isinstance(value, list | tuple):
+            each = [self._value(f"{place}[{index}]", item) for index, item in enumerate(value)]
+            return "[" + ", ".join(each) + "]"
+        return self._object(place, value)
+
+    def _object(self, place: str, value: Any) -> str:
+        """Of a library's object the class; of a user's, and of plain data, its attributes as well."""
+        mark = getattr(value, MARK, None)
+        if isinstance(mark, str):
+            return f"marked {mark!r}"
+        name = _name_of(type(value))
+        library = name.partition(".")[0]
+        is_data = isinstance(value, SimpleNamespace) or is_dataclass(value)
+        if not is_data and (library in _LIBRARIES or library in sys.stdlib_module_names):
+            return name
+        if callable(value):
+            return self._function(place, value)
+        return f"{name} {self._value(place, dict(vars(value)) if hasattr(value, '__dict__') else None)}"
+
+    def _seen(self, place: str, value: Any) -> bool:
+        """Whether this object was met before, at ``_places``."""
+        if id(value) in self._places:
+            return True
+        self._places[id(value)] = place
+        self._kept.append(value)
+        return False
+
+    def _check_attention(self, place: str, config: PretrainedConfig) -> None:
+        """Raise ``ValueError`` for an attention that a user has registered without the mark."""
+        name = getattr(config, "_attn_implementation", None)
+        function = ALL_ATTENTION_FUNCTIONS.get(name)
+        if function is not None:
+            self._function(f"the attention {name!r} of {place}", function)
+
+
+def _name_of(function: Callable) -> str:
+    return f"{getattr(function, '__module__', None) or 'builtins'}.{function.__qualname__}"
 
 
 def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -141,7 +304,7 @@ def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     _check_whole(name, tensor)
     if is_traceable_wrapper_subclass(tensor):
         names, context = tensor.__tensor_flatten__()
-        kind = f"{type(tensor).__qualname__} {_value(name, context)}"
+        kind = f"{type(tensor).__qualname__} {_Description(True)._value(name, context)}"
         for inner in names:
             yield from plain_tensors(f"{name}.{inner} of {kind}", getattr(tensor, inner))
     elif tensor.layout != torch.strided or tensor.is_quantized:
@@ -180,110 +343,10 @@ def difference(before: dict[str, str], now: dict[str, str]) -> str | None:
     return None
 
 
-def _shortened(told: str | None) -> str:
-    if told is None:
+def _shortened(text: str | None) -> str:
+    if text is None:
         return "nothing"
-    return told if len(told) <= 80 else told[:77] + "..."
-
-
-def _tell_hooks(told: dict[str, str], place: str, hooks: dict[int, Callable]) -> None:
-    functions = [_function(place, hook) for hook in hooks.values()]
-    # These only watch, or move weights. Transformers installs some during the first forward pass.
-    functions = [f for f in functions if f.partition(".")[0] not in ("transformers", "accelerate")]
-    if functions:
-        told[place] = ", ".join(functions)
-
-
-def _value(place: str, value: Any) -> str:
-    """A plain value as it is, anything else by the name of its class or function."""
-    if type(value) in _PLAIN:
-        return repr(value)
-    if isinstance(value, Enum):
-        return f"{type(value).__qualname__}.{value.name}"
-    if isinstance(value, np.generic | np.ndarray):
-        return f"{value.dtype} {_value(place, value.tolist())}"
-    if isinstance(value, torch.dtype | torch.Size):
-        return str(value)
-    if isinstance(value, bool | int | float | str):  # a class of its own, derived from one of these
-        return f"{type(value).__qualname__} {value!s}"
-    if isinstance(value, torch.device):
-        return "a device"  # the same answer on any
-    if isinstance(value, dict):
-        pairs = [f"{_value(place, k)}: {_value(place, v)}" for k, v in value.items()]
-        return "{" + ", ".join(sorted(pairs)) + "}"
-    if isinstance(value, set | frozenset):
-        return "{" + ", ".join(sorted(_value(place, each) for each in value)) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_value(place, each) for each in value) + "]"
-    if isinstance(value, functools.partial) or inspect.isroutine(value):
-        return _function(place, value)
-    kind = value if isinstance(value, type) else type(value)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    if value is not kind and is_dataclass(value):
-        return f"{name} {_value(place, vars(value))}" if hasattr(value, "__dict__") else name
-    return name
-
-
-def _function(place: str, function: Callable) -> str:
-    """The name of a function, where that tells what it does.
-
-    Raises:
-        ValueError: one of a user's, without the mark.
-    """
-    mark = getattr(function, MARK, None)
-    if isinstance(mark, str):
-        return f"marked {mark!r}"
-    if isinstance(function, functools.partial):
-        given = _value(place, [*function.args, function.keywords])
-        return f"{_function(place, function.func)} with {given}"
-    if not hasattr(function, "__qualname__"):  # an object that can be called
-        function = type(function)
-    module = getattr(function, "__module__", None) or "builtins"
-    name = f"{module}.{function.__qualname__}"
-    if module.partition(".")[0] not in _LIBRARIES:
-        raise ValueError(
-            f"expected a model without functions of unknown effect, got {name} at {place}, which may "
-            f"change answers without changing keys; remove it, or set its attribute {MARK} to a text "
-            "that changes whenever its effect does ('' if it has none)"
-        )
-    return name
-
-
-def _class(place: str, kind: type) -> str:
-    """A class by name; with its forward's, where that isn't the class's own.
-
-    Raises:
-        ValueError: FSDP's, with original parameters or without: the weights in it are views of a shard.
-    """
-    if kind.__name__ == "FullyShardedDataParallel":
-        raise ValueError(_SHARDED.format(f"{place} in FullyShardedDataParallel"))
-    forward = kind.forward
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    origin = getattr(inspect.unwrap(forward), "__module__", None)
-    if origin in {base.__module__ for base in kind.__mro__}:
-        return name
-    return f"{name} with forward {_function(f'{name}.forward', forward)}"
-
-
-def _tell_replaced_forward(
-    told: dict[str, str], place: str, module: nn.Module, forward: Callable
-) -> None:
-    """A forward that is an attribute of the module, not of its class.
-
-    Accelerate wraps the one there was to move weights about, which changes no answer.
-    """
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None and type(hook).__module__.partition(".")[0] == "accelerate":
-        forward = module._old_forward
-    if getattr(forward, "__func__", None) is not type(module).forward:
-        told[place] = _function(place, forward)
-
-
-def _check_attention(place: str, config: PretrainedConfig) -> None:
-    """Raise ``ValueError`` for an attention that a user has registered without the mark."""
-    function = ALL_ATTENTION_FUNCTIONS.get(getattr(config, "_attn_implementation", None))
-    if function is not None:
-        _function(f"the attention {config._attn_implementation!r} of {place}", function)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _without_origin(value: Any) -> Any:

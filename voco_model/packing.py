@@ -7,8 +7,12 @@ Besides position_ids that start again and numbers in attention_mask, which every
 
 from __future__ import annotations
 
+from inspect import signature
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers import LlavaModel, LlavaNextModel
 from transformers.cache_utils import Cache
 
 _CUMULATIVE = ("cu_seq_lens_q", "cu_seq_lens_k")
@@ -16,14 +20,19 @@ _LONGEST = ("max_length_q", "max_length_k")
 _NUMBERS = "seq_idx"
 # Names that other trainers use. A model would swallow them, and the documents see each other.
 _UNREAD = (
+    "block_mask",
     "cu_seq_lens",
     "cu_seqlens",
     "cu_seqlens_q",
     "cu_seqlens_k",
+    "cu_seqlens_padded",
+    "doc_ids",
+    "document_id",
     "document_ids",
     "packed_seq_params",
     "segment_ids",
     "seq_lengths",
+    "seqlens",
     "sequence_ids",
     "text_position_ids",
 )
@@ -31,6 +40,20 @@ _READ = (
     "position_ids that start again, attention_mask with numbers (1, 1, 2, 2, 2), cu_seq_lens_q or "
     "seq_idx"
 )
+
+
+# Read before the code is compiled: what the models' forward names, and what they are given besides.
+_NO_MARKERS = {
+    *signature(LlavaModel.forward).parameters,
+    *signature(LlavaNextModel.forward).parameters,
+    "cache_position",
+    "labels",
+    "logits_to_keep",
+    "mm_token_type_ids",
+    "num_items_in_batch",
+    "shift_labels",
+    "token_type_ids",
+}
 
 
 def take_markers(kwargs: dict) -> dict[str, Tensor]:
@@ -42,7 +65,12 @@ def take_markers(kwargs: dict) -> dict[str, Tensor]:
         ValueError: names that aren't read; cu_seq_lens_q and cu_seq_lens_k that differ; a max_length
             without them, or less than a document's length.
     """
-    unread = [name for name in _UNREAD if kwargs.get(name) is not None]
+    read = (*_CUMULATIVE, *_LONGEST, _NUMBERS)
+    unread = [
+        name
+        for name, value in kwargs.items()
+        if name not in read and value is not None and (name in _UNREAD or _may_mark(name, value))
+    ]
     if unread:
         raise ValueError(
             f"expected packed documents marked by {_READ}, got {', '.join(unread)}, which is not read: "
@@ -94,6 +122,13 @@ def refuse_markers(cache: Cache, length: int, kwargs: dict) -> None:
             f"{', '.join(found)}; documents are packed in training only: leave that out, or pass "
             "use_cache=False and no cache"
         )
+
+
+def _may_mark(name: str, value: Any) -> bool:
+    """Whether this could be numbers or lengths of documents, under a name that isn't known."""
+    if name in _NO_MARKERS or not isinstance(value, Tensor) or value.dim() == 0:
+        return False
+    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 
 def _given(kwargs: dict, names: tuple[str, ...]) -> dict:

@@ -6,6 +6,7 @@ import functools
 import tempfile
 import types
 import warnings
+from collections import OrderedDict
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -317,6 +318,7 @@ def test_compiled_layers_and_moved_weights_share_a_key(world):
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     world.layer().compile()
+    world.layer(2).forward = torch.compile(world.layer(2).forward)
     add_hook_to_module(world.layer(1), AlignDevicesHook("cpu"))
     assert world.key() == key
 
@@ -424,6 +426,70 @@ def test_quantized_weights_whose_bytes_say_too_little_are_refused(world):
         world.key()
 
 
+class Scaled:
+    """An object of a user's, with a number that counts."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+        self.itself = self
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ([torch.tensor(1.0)], [torch.tensor(5.0)]),
+        ({"a": torch.tensor(1.0)}, {"a": torch.tensor(5.0)}),
+        ([nn.Linear(2, 2)], [nn.Linear(2, 3)]),
+        (types.SimpleNamespace(scale=1), types.SimpleNamespace(scale=2)),
+        (Scaled(1.0), Scaled(2.0)),
+        (nn.Sequential(nn.Tanh(), nn.ReLU()), nn.Sequential(nn.ReLU(), nn.Tanh())),
+    ],
+)
+def test_what_attributes_hold_is_in_the_key(world, one, other):
+    keys = []
+    for value in (one, other, one):
+        world.layer().extra = value
+        keys.append(world.key())
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_the_order_of_modules_is_in_the_key(world):
+    first, second = nn.Linear(2, 2), nn.Tanh()
+    keys = []
+    for named in ({"a": first, "b": second}, {"b": second, "a": first}):
+        world.layer().extra = nn.Sequential(OrderedDict(named))
+        keys.append(world.key())
+    assert keys[0] != keys[1]
+
+
+def test_which_module_is_shared_is_in_the_key(world):
+    layers = world.model.model.language_model.layers
+    keys = []
+    for shared in (0, 1, 0):
+        layers[2] = layers[shared]
+        keys.append(world.key())
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_an_object_that_can_be_called_is_refused(world):
+    class Act:
+        def __call__(self, x):
+            return 0 * x
+
+    world.layer().act = Act()
+    with pytest.raises(ValueError, match="functions of unknown effect, got .*Act at"):
+        world.key()
+    world.layer().act.voco_fingerprint = "zeros"
+    world.key()
+
+
+def test_an_image_processor_is_known_by_more_than_its_class_name(world):
+    key = world.key()
+    kind = type(world.processor.image_processor)
+    world.processor.image_processor.__class__ = type(kind.__name__, (kind,), {"__module__": "mine"})
+    assert world.key() != key
+
+
 @pytest.mark.parametrize("value", [np.float32(2), np.arange(3.0), {"a": {1, 2}}, torch.float16])
 def test_attributes_of_many_types_are_told(world, value):
     keys = [world.key()]
@@ -454,6 +520,21 @@ def test_a_changed_model_is_told_from_what_it_was(adapted):
         world.model.lm_head.weight[0, 0] += 1
     with pytest.raises(ValueError, match="got weights that were written or replaced"):
         watch.check()
+
+
+def test_without_a_store_a_hook_is_noticed_and_not_refused(world):
+    world.layer().register_forward_hook(lambda *given: None)
+    watch = Unchanged(world.model, strict=False)
+    watch.check()
+    hook = world.layer().register_forward_hook(lambda *given: None)
+    with pytest.raises(ValueError, match=r"layers\.0\._forward_hooks: .* before, "):
+        watch.check()
+    hook.remove()
+    watch.check()
+    engine = voco_model.TwoPassEngine(world.model, world.processor, max_new_tokens=1)
+    engine.answer(PICTURE, "What?")
+    with pytest.raises(ValueError, match="functions of unknown effect"):
+        voco_model.TwoPassEngine(world.model, world.processor, MemoryStore(1 << 20))
 
 
 def test_dropout_in_training_mode_is_refused(world):

@@ -19,6 +19,8 @@ def loaded(kind: str, folder, places: dict, vocab_size: int = ROWS):
     tiny.tiny_llava(kind, vocab_size=vocab_size).save_pretrained(folder / "model")
     tiny.tiny_processor(kind).save_pretrained(folder / "model")
     names = ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")
+    if kind == "next":
+        names += ("model.image_newline",)
     device_map = {name: "cpu" for name in names} | places
     return voco_model.load(
         folder / "model", device_map=device_map, offload_folder=str(folder / "offloaded")

@@ -190,7 +190,11 @@ REFUSED = {
     ),
     "an additive mask": (
         lambda d: {"input_ids": d.row(), "attention_mask": torch.zeros(d.row().shape)},
-        "a bool or integer attention_mask, got torch.float32",
+        "a float attention_mask of 0 for padding and 1 for tokens",
+    ),
+    "numbers under a name of their own": (
+        lambda d: {"input_ids": d.row(), "my_documents": d.numbers()},
+        "got my_documents, which is not read",
     ),
 }
 
@@ -200,6 +204,13 @@ def test_what_does_not_fit_is_refused(enabled, make, message):
     documents = Documents(enabled)
     with pytest.raises((TypeError, ValueError), match=message):
         enabled(**make(documents), **documents.vision)
+
+
+def test_a_float_mask_of_zeros_and_ones_is_read(enabled):
+    inputs, _ = tiny.batch_of(enabled, ROWS, side="right")
+    expected = enabled(**inputs).logits
+    inputs["attention_mask"] = inputs["attention_mask"].float()
+    assert torch.equal(enabled(**inputs).logits, expected)
 
 
 def test_packed_documents_cannot_follow_a_cache(enabled):

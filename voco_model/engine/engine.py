@@ -154,12 +154,12 @@ class TwoPassEngine:
             if not isinstance(dtype, torch.dtype):
                 raise TypeError(f"expected dtype as a torch.dtype, got {dtype!r}")
             cast(model, dtype)
-        keyed_by = None  # one that is given need not be what image_key computes
+        self._keyed_by: str | None = None  # one that is given need not be what image_key computes
         if fingerprint is None:
-            keyed_by = None if store is None else fingerprint_of(model)
-            fingerprint = keyed_by or ""
+            self._keyed_by = None if store is None else fingerprint_of(model)
+            fingerprint = self._keyed_by or ""
         check_store(store, fingerprint)
-        self._unchanged = Unchanged(model, sampled=store is not None)
+        self._unchanged = Unchanged(model, strict=store is not None)
         self.model, self.processor, self.store, self.mode = model, processor, store, mode
         self.num_voco = int(model.config.num_voco if num_voco is None else num_voco)
         self.max_batch, self.max_new_tokens = max_batch, max_new_tokens
@@ -199,13 +199,12 @@ class TwoPassEngine:
             processor=processor,
             num_voco=self.num_voco,
             salt=salt,
-            fingerprint=keyed_by,
             **pictures,
         )
         self._images = Images(
             store,
             partial(decode, processor=processor, **pictures),
-            partial(_outside_autocast, model.device.type, key_of),
+            partial(self._key, key_of),
             partial(prepare_pixels, processor, **pictures),
             "" if mode == "voco" else f" {mode}",
             fingerprint,
@@ -519,6 +518,13 @@ class TwoPassEngine:
                 "enable(..., isolated=True) each has an entry of its own",
             )
 
+    def _key(self, key_of: Callable[..., str], image: Any) -> str:
+        if self._keyed_by is None:
+            self._keyed_by = fingerprint_of(self.model)
+        # As the engine's steps compute, whatever autocast the caller has on.
+        with torch.autocast(self.model.device.type, enabled=False):
+            return key_of(image, fingerprint=self._keyed_by)
+
     def _ticket(self) -> Ticket:
         return Ticket(self._scheduler.step, self._decode)
 
@@ -532,12 +538,6 @@ def _told(error: Exception, expected: str) -> str:
     if message.startswith("expected"):
         return message
     return f"expected {expected}, got {type(error).__name__}: {message}"
-
-
-def _outside_autocast(device_type: str, function: Callable[[Any], Any], image: Any) -> Any:
-    """``function(image)``, as the engine's steps compute: whatever autocast the caller has on."""
-    with torch.autocast(device_type, enabled=False):
-        return function(image)
 
 
 def _cancel_ticket(future: Future[Ticket]) -> None:

@@ -232,6 +232,8 @@ class Scheduler:
         if self._driver == me:
             raise RuntimeError(_NESTED)
         self.check_usable()
+        grad, kind = torch.is_grad_enabled(), self._device.type
+        autocast = torch.is_autocast_enabled(kind)
         # Python runs signal handlers after calls: between acquire() and the next line, for instance. So
         # the lock itself is asked whether this thread has it, and no call comes before the release.
         try:
@@ -239,7 +241,7 @@ class Scheduler:
                 return None
             self._driver = me
             # Not the caller's autocast: a step is for the requests of all threads.
-            whole = torch.autocast(self._device.type, enabled=False)
+            whole = torch.autocast(kind, enabled=False)
             with torch.no_grad(), whole, self._on_stream():
                 if self._in_hand is not None:
                     self._recover()
@@ -254,6 +256,9 @@ class Scheduler:
                 self._turn.release()
             except RuntimeError:  # it never was this thread's
                 pass
+            finally:  # an interrupt that struck while they were restored has left them off
+                torch.set_grad_enabled(grad)
+                torch.set_autocast_enabled(kind, autocast)
 
     def _recover(self) -> None:
         """After a step that was cut short: all that is open waits again, or is at its end."""

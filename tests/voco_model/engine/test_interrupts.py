@@ -22,6 +22,13 @@ _ENGINE = str(Path(voco_model.__file__).parent / "engine")
 _WATCHED = (_ENGINE, contextlib.__file__, torch.autograd.grad_mode.__file__)
 
 
+@pytest.fixture(autouse=True)
+def grad_mode():
+    """An interrupt within the code that restores it can leave it off, for the tests that follow."""
+    yield
+    torch.set_grad_enabled(True)
+
+
 class Interrupt(BaseException):
     """What a signal handler raises."""
 
