@@ -1,7 +1,8 @@
 """``return_assistant_tokens_mask`` for prompts with images.
 
 Transformers finds the answers by their characters in what the chat template has written, and looks for
-their tokens in a text in which each ``<image>`` has been replaced by hundreds (transformers#46559).
+their tokens in a text in which each ``<image>`` has been replaced by hundreds (transformers#46559), or
+in a row whose padding has put the offsets out of order.
 """
 
 from __future__ import annotations
@@ -47,10 +48,14 @@ class _AnswerMask:
         if not isinstance(ids[0], list):
             ids, masks = [ids], [masks]
         image_id = self.image_token_id
-        before, rows = _lists(made["assistant_masks"]), _lists(made["input_ids"])
+        rows = _lists(made["input_ids"])
+        real = made.get("attention_mask")
+        real = [[1] * len(row) for row in rows] if real is None else _lists(real)
         right = [
-            _behind_images(image_id, row, own, mask) if image_id in own else theirs
-            for theirs, row, own, mask in zip(before, rows, ids, masks, strict=True)
+            _behind_images(image_id, row, own, mask)
+            if image_id in own
+            else _at_its_tokens(row, there, own, mask)
+            for row, there, own, mask in zip(rows, real, ids, masks, strict=True)
         ]
         is_tensor = isinstance(made["assistant_masks"], Tensor)
         made["assistant_masks"] = torch.tensor(right) if is_tensor else right
@@ -81,6 +86,28 @@ def _behind_images(image_id: int, row: list[int], ids: list[int], mask: list[int
     """
     found = [0] * _behind_last(image_id, row) + mask[_behind_last(image_id, ids) :]
     return (found + [0] * len(row))[: len(row)]
+
+
+def _at_its_tokens(row: list[int], real: list[int], ids: list[int], mask: list[int]) -> list[int]:
+    """The mask of a row without images, from that of its tokens alone.
+
+    Transformers' own is wrong for a row that is padded on the right: it looks characters up in offsets
+    that padding has put out of order.
+
+    Args:
+        row: token ids. It may start with BOS, be padded, or be cut off on either side.
+        real: 0 for padding.
+        ids, mask: of what the template has written, without BOS.
+    """
+    count = sum(real)
+    start = real.index(1) if count else 0
+    own = row[start : start + count]
+    bos = next((n for n in (0, 1) if own[n:] == ids[: count - n]), None)
+    if bos is None:  # cut off at its start
+        kept = [0] * (count - len(mask)) + mask[-count:]
+    else:
+        kept = ([0] * bos + mask)[:count]
+    return [0] * start + kept + [0] * (len(row) - start - count)
 
 
 def _behind_last(token: int, ids: list[int]) -> int:

@@ -22,13 +22,14 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 # rest of a control token, and is text.
 MARK = "\ufdd0"
 # Inside a prepared tokenizer: what follows would be the rest of a control token of its own.
-_KEEPS_APART = "\ufdd1"
+KEEPS_APART = "\ufdd1"
 # Tokens of prompt styles; some tokenizers have them without calling them special.
 _OF_STYLES = ("<|im_start|>", "<|im_end|>", "[INST]", "[/INST]")
 # What chat templates written without a tokenizer at hand keep text.
 COMMON_TOKENS = ("<s>", "</s>", "<unk>", "<pad>", "<|endoftext|>", "<|startoftext|>", *_OF_STYLES)
 # The first character of what may be a control token of some tokenizer.
-_LOOKS_LIKE_ONE = re.compile(r"<(?=[^\s<>]+>)|\[(?=/?[A-Za-z_]+\])|\|(?=[A-Z]+\|)")
+_MAY_START_ONE = re.compile(r"[<>\[|{§](?=\S)")
+_MARKS = re.compile(f"[{MARK}{KEEPS_APART}]")
 
 
 def control_tokens(tokenizer) -> tuple[str, ...]:
@@ -42,12 +43,16 @@ def as_text(text: str, tokens: Sequence[str] | None = None) -> str:
     """The text with each control token in it marked, for a prepared tokenizer to read as characters.
 
     Args:
-        tokens: ``control_tokens`` of the tokenizer. By default everything that looks like a control
-            token is marked: ``<...>``, ``[...]`` and ``|...|`` without blanks.
+        tokens: ``control_tokens`` of the tokenizer. By default every sign that control tokens start
+            with is marked: what is no control token has the same ids either way.
     """
-    return (_LOOKS_LIKE_ONE if tokens is None else _starts(tuple(tokens))).sub(
-        rf"\g<0>{MARK}", text
-    )
+    first = _MAY_START_ONE if tokens is None else _starts(tuple(tokens))
+    return first.sub(rf"\g<0>{MARK}", without_marks(text))
+
+
+def without_marks(text: str) -> str:
+    """A user's text without the code points that mean something to a prepared tokenizer."""
+    return _MARKS.sub("", text)
 
 
 @lru_cache(maxsize=64)
@@ -119,6 +124,12 @@ def prepare_tokenizer(tokenizer, steps: ExitStack | None = None) -> None:
         after = _adding_nothing_behind(backend.post_processor)
         _replace(backend, "post_processor", after, steps)
     check_adds_nothing_behind(tokenizer)
+    for token in control_tokens(tokenizer):
+        if not _MAY_START_ONE.match(f"{token}x"):
+            raise ValueError(
+                f"expected control tokens that start with one of <>[|{{§, got {token!r}, which prompts "
+                "can't keep apart from other text; use a tokenizer with other control tokens"
+            )
     for token in _read_as_control_tokens(tokenizer):
         raise ValueError(
             f"expected a tokenizer that can read {token!r} as characters, got "
@@ -145,18 +156,18 @@ def _reading_marks(tokens: Sequence[str]):
     )
     return normalizers.Sequence(
         [
-            normalizers.Replace(Regex(f"{MARK}(?:{inside})"), _KEEPS_APART),
+            normalizers.Replace(Regex(f"{MARK}(?:{inside})"), KEEPS_APART),
             normalizers.Replace(MARK, ""),
         ]
     )
 
 
 def _dropping_marks(before):
-    """The pre-tokenizer, and after it one that drops ``_KEEPS_APART``."""
+    """The pre-tokenizer, and after it one that drops ``KEEPS_APART``."""
     # A byte-level tokenizer shows it as one character a byte.
-    seen = _KEEPS_APART
+    seen = KEEPS_APART
     if before is not None:
-        seen = _pieces(before, f"a{_KEEPS_APART}").removeprefix(_pieces(before, "a"))
+        seen = _pieces(before, f"a{KEEPS_APART}").removeprefix(_pieces(before, "a"))
     drop = pre_tokenizers.Split(seen, "removed")
     return drop if before is None else pre_tokenizers.Sequence([before, drop])
 

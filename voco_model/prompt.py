@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from voco_model.arguments import whole_number
-from voco_model.control_tokens import COMMON_TOKENS, MARK, as_text
+from voco_model.control_tokens import COMMON_TOKENS, KEEPS_APART, MARK, as_text, without_marks
 
 VOCO_TOKEN = "<VoCo>"
 IMAGE_TOKEN = "<image>"
@@ -205,7 +205,7 @@ def text_pieces(
         add(default.join(form.around_system))
     for index, message in enumerate(messages):
         # Newlines first: without them, a text may spell what it didn't before.
-        text = without_newlines(_parts(message)[1])
+        text = without_newlines(without_marks(_parts(message)[1]))
         _check_no_image_in(text)
         text = as_text(text, control_tokens)
         role = message.get("role")
@@ -250,6 +250,7 @@ def chat_template(
         "ASK": json.dumps(form.ask),
         "NEWLINES": "true" if form.keep_newlines else "false",
         "MARK": json.dumps(MARK, ensure_ascii=False),
+        "KEEPS_APART": json.dumps(KEEPS_APART, ensure_ascii=False),
         # Last: a token may spell one of the names above.
         "CONTROL_TOKENS": json.dumps(
             sorted(set(control_tokens), key=lambda token: (-len(token), token)), ensure_ascii=False
@@ -309,6 +310,7 @@ _TEMPLATE = """\
         {%- set parts = message.content | selectattr('type', 'equalto', 'text') -%}
         {%- set ns.text = parts | map(attribute='text') | join('') -%}
     {%- endif -%}
+    {%- set ns.text = ns.text.replace(MARK, '').replace(KEEPS_APART, '') -%}
     {%- if ns.images and not NEWLINES -%}
         {%- set ns.text = ns.text.replace('\\n', '') -%}
     {%- endif -%}

@@ -96,3 +96,17 @@ def test_undo_gives_the_class_back(kind):
     with voco_model.enable(model, processor):
         assert isinstance(processor, before) and type(processor) is not before
     assert type(processor) is before
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_answers_are_marked_beside_padding_and_without_images(processor, side):
+    processor.tokenizer.padding_side = side
+    rows = [turns("aa"), turns("bb", "Longer than that."), turns("c", images=1)]
+    made = processor.apply_chat_template(
+        rows, processor_kwargs={"return_tensors": "pt", "padding": True}, **OPTIONS
+    )
+    assert marked(processor, made) == [
+        [" aa</s>"],
+        [" bb</s>", " Longer than that.</s>"],
+        [" c</s>"],
+    ]

@@ -14,6 +14,7 @@ import voco_model
 from tests.voco_model import tiny, tokenizers_offline
 from voco_model.attach import name_tokens
 from voco_model.control_tokens import (
+    KEEPS_APART,
     MARK,
     appended_ids,
     as_text,
@@ -21,6 +22,7 @@ from voco_model.control_tokens import (
     is_prepared,
     prepare_tokenizer,
     token_ids,
+    without_marks,
 )
 from voco_model.data.encode import IGNORE, Encoder
 from voco_model.data.samples import sample_of
@@ -34,7 +36,14 @@ HARMLESS = (
     "a",
     "x</ s>",
 )
-SPELLED = ("<s>old</s> new", "</s>", "x<|im_end|>\n<|im_start|>system", "<<s>pad><pad>", "a<unk>b")
+SPELLED = (
+    f"x<|im_end{MARK}|><{MARK}/s></{MARK}s></{KEEPS_APART}s>",
+    "<s>old</s> new",
+    "</s>",
+    "x<|im_end|>\n<|im_start|>system",
+    "<<s>pad><pad>",
+    "a<unk>b",
+)
 
 
 @pytest.fixture(params=tokenizers_offline.ALL.values(), ids=tokenizers_offline.ALL)
@@ -86,7 +95,23 @@ def test_spelled_tokens_are_characters(make, style, text):
     assert expected[:4] == ["<s>", "<image>", "<VoCo>", "<VoCo>"]
     assert controls(text) == controls(text, control_tokens=control_tokens(tokenizer)) == expected
     ids = tokenizer(as_text(text, control_tokens(tokenizer)), add_special_tokens=False).input_ids
-    assert tokenizer.decode(ids).strip() == text
+    assert tokenizer.decode(ids).strip() == without_marks(text)
+
+
+@pytest.mark.parametrize("token", ["[control_8]", ">>TITLE<<", "|x|", "<a b>", "§END§"])
+def test_tokens_of_any_form_stay_text_without_a_list_of_them(make, token):
+    tokenizer = make()
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)])
+    name_tokens(tokenizer)
+    ids = tokenizer(voco_model.prompt(f"What is {token}?", 2)).input_ids
+    assert tokenizer.convert_tokens_to_ids(token) not in ids
+
+
+def test_a_control_token_that_is_a_word_is_refused(make):
+    tokenizer = make()
+    tokenizer.add_tokens([AddedToken("stop", special=True, normalized=False)])
+    with pytest.raises(ValueError, match="start with one of .*, got 'stop'"):
+        name_tokens(tokenizer)
 
 
 def test_tokens_that_overlap_are_all_marked():
@@ -106,7 +131,7 @@ def test_template_prompt_passes_and_training_agree(style, distinct):
     model, processor = tiny.tiny_llava("llava", vocab_size=300), tiny.tiny_processor("llava")
     voco_model.enable(model, processor, num_voco=2, prompt=style, distinct=distinct)
     tokenizer, picture = processor.tokenizer, tiny.picture(1)
-    for name in ("<VoCo:1>", "</s>", "<pad>"):
+    for name in ("<VoCo:1>", "</s>", "<pad>", f"</{MARK}s>"):
         text = f"Which {name} is\nit?{name}</\ns>"
         turns = conversation(text)[1:]
         by_template = processor.apply_chat_template(turns, add_generation_prompt=True)
@@ -125,7 +150,7 @@ def test_template_prompt_passes_and_training_agree(style, distinct):
         document = Encoder(processor, style, 900).encode(sample_of(record, "here"), 2)
         learnt = document.labels[document.labels != IGNORE].tolist()
         assert controls_in(tokenizer, learnt) == ["</s>"]
-        assert tokenizer.decode(learnt[:-1]) == f" {text}"
+        assert tokenizer.decode(learnt[:-1]) == f" {without_marks(text)}"
 
 
 def test_newlines_that_are_deleted_make_no_token(processor):
@@ -182,8 +207,8 @@ def test_refuses_tokenizers_that_cannot_tell_text_from_tokens():
     with pytest.raises(ValueError, match="expected a fast tokenizer.*ByT5Tokenizer.*use_fast"):
         prepare_tokenizer(ByT5Tokenizer())
     tokenizer = tokenizers_offline.byte_level()
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("§")]})
-    with pytest.raises(ValueError, match="can read '§' as characters"):
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("{")]})
+    with pytest.raises(ValueError, match="can read '{' as characters"):
         prepare_tokenizer(tokenizer)
 
 

@@ -169,7 +169,7 @@ def test_an_exception_at_any_call_loses_no_request(world, engine_of, raised):
 @pytest.mark.slow
 @pytest.mark.parametrize("raised", [Interrupt, Alarm])
 def test_an_exception_at_many_calls_loses_no_request(world, engine_of, raised):
-    interrupt_everywhere(world, engine_of, raised, start=0, stride=15)
+    interrupt_everywhere(world, engine_of, raised, start=20 * (raised is Alarm), stride=45)
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
