@@ -109,7 +109,8 @@ def _is_empty(value: Any) -> bool:
     """Whether a merged data set has nothing in this column: None, NaN, an empty list, nested or not."""
     if isinstance(value, Mapping):
         return all(_is_empty(inner) for inner in value.values())
-    return value is None or value != value or (isinstance(value, str | list) and not value)
+    missing = isinstance(value, float) and value != value  # as pandas writes it
+    return value is None or missing or (isinstance(value, str | list) and not value)
 
 
 def _turns(columns: Mapping[str, Any], where: str, has_video: bool) -> list[_Turn]:
@@ -244,7 +245,8 @@ def _place(turns: list[_Turn], pictures: list[list[Picture]], where: str, folder
         )
     order = [place.index for place in places]
     if any(index is not None for index in order):
-        if own or sorted(map(str, order)) != sorted(map(str, range(len(pictures)))):
+        numbers = [index for index in order if type(index) is int]
+        if own or len(numbers) < len(order) or sorted(numbers) != list(range(len(pictures))):
             raise DataError(
                 "misplaced_images",
                 where,

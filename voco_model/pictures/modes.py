@@ -106,6 +106,8 @@ def _colours(image: Image.Image, ground: Ground) -> Image.Image:
     if not _has_transparency(image):
         return image.convert("RGB")
     clear = image.info.get("transparency")
+    if image.mode == "RGB" and not isinstance(clear, tuple):
+        return image.convert("RGB")  # convert("RGB") of a grey image has left a grey value there
     if image.mode == "RGB" and max(clear) > 255:
         # Of 48-bit colours Pillow keeps the high bytes, and the transparent one as it was.
         image = image.copy()

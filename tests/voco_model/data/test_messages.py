@@ -9,6 +9,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.voco_model import tiny
@@ -232,6 +233,7 @@ def test_wrong_columns(folder, changes, kind, said):
             "got \\[0, None\\]",
         ),
         ([IMAGE | {"index": True}], ["0.png"], "misplaced_images", "got \\[True\\]"),
+        ([IMAGE | {"index": "0"}], ["0.png"], "misplaced_images", "got \\['0'\\]"),
         ([IMAGE | {"path": "0.png"}], ["0.png"], "misplaced_images", "got some in either"),
         ([IMAGE | {"path": "0.png"}, IMAGE], [], "misplaced_images", "got some in either"),
         ([IMAGE | {"path": "0.png", "url": "1.png"}], [], "bad_record", "got url, path"),
@@ -328,3 +330,13 @@ def test_json_lines_that_pandas_has_written(folder):
     assert "NaN" in path.read_text()
     read = open_records(str(path))
     assert [shown(sample_of(read[i], read.where(i), folder)) for i in (0, 1)] == [[1], []]
+
+
+def test_a_column_that_holds_an_array_is_a_fault_of_its_record(tmp_path):
+    record = {
+        "image": np.zeros((5, 5, 3), np.uint8),
+        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "You."}],
+    }
+    with pytest.raises(DataError) as raised:
+        sample_of(record, "data.json:4", tmp_path)
+    assert raised.value.fault.kind == "bad_record"

@@ -53,6 +53,14 @@ def test_grey_and_black_and_white():
     assert colour(encoded(Image.new("1", (4, 4), 0))) == (0, 0, 0)
 
 
+def test_a_transparent_grey_value_that_convert_has_left_is_no_colour():
+    grey = Image.new("L", (4, 4), 77)
+    grey.info["transparency"] = 77
+    rgb = grey.convert("I;16").convert("I").convert("L").convert("RGB")
+    rgb.info["transparency"] = 77
+    assert colour(rgb) == (77, 77, 77)
+
+
 def test_cmyk_of_adobe_is_not_inverted():
     data = encoded(Image.new("RGB", (16, 16), ORANGE).convert("CMYK"), "JPEG", quality=100)
     assert b"Adobe" in data and opened(data).mode == "CMYK"
