@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import operator
+from numbers import Integral
 from typing import Any
+
+
+def is_whole(value: Any) -> bool:
+    """Whether this is an int, or stands for one as NumPy's integers do; a bool doesn't."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def whole_number(name: str, value: Any, *, at_least: int) -> int:

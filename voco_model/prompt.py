@@ -136,7 +136,7 @@ def prompt(
             ``<image>`` or ``<VoCo>``.
     """
     if images is None:
-        images = 1 if isinstance(turns, str) else sum(_parts(m)[0] for m in turns)
+        images = 1 if isinstance(turns, str) else images_in(messages_of(turns))
     return image_part(num_voco, images) + text_part(
         turns,
         with_image=images > 0,
@@ -187,9 +187,7 @@ def text_pieces(
 
     That is an answer and its end, from right behind ``ask`` on.
     """
-    messages = [{"role": "user", "content": turns}] if isinstance(turns, str) else list(turns)
-    if not messages:
-        raise ValueError("expected a question or at least one message, got none")
+    messages = messages_of(turns)
     form = style_of(style)
     end = eos_token if form.behind_answer is None else form.behind_answer
     default = form.system_with_image if with_image else form.system
@@ -260,6 +258,44 @@ def chat_template(
     for name, value in names.items():
         written = written.replace(name, value)
     return written
+
+
+def messages_of(turns: Turns) -> list[Mapping]:
+    """A question as a message; messages as they are.
+
+    Raises:
+        TypeError: neither.
+        ValueError: no message, or one whose content is neither a string nor parts with a type.
+    """
+    if isinstance(turns, str):
+        return [{"role": "user", "content": turns}]
+    if not isinstance(turns, Sequence) or isinstance(turns, bytes):
+        raise TypeError(
+            f"expected a question or messages in a list, got {type(turns).__name__}; write a question "
+            "as a string, or as [{'role': 'user', 'content': ...}]"
+        )
+    if not turns:
+        raise ValueError("expected a question or at least one message, got none")
+    for index, message in enumerate(turns):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        parts = [] if isinstance(content, str) else content
+        if not isinstance(parts, Sequence) or any(
+            not isinstance(part, Mapping)
+            or not isinstance(part.get("type"), str)
+            or (part["type"] == "text" and not isinstance(part.get("text"), str))
+            for part in parts
+        ):
+            raise ValueError(
+                "expected messages with content that is a string or parts {'type': 'text', 'text': "
+                f"...}} and {{'type': 'image'}}, got {message!r} as message {index}"
+            )
+    return list(turns)
+
+
+def images_in(messages: Sequence[Mapping]) -> int:
+    """How many image parts ``messages_of`` some turns have."""
+    parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
+    return sum(part["type"] == "image" for part in parts)
 
 
 def _parts(message: Mapping) -> tuple[int, str]:

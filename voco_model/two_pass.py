@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from voco_kernels.kv import CompactKV
-from voco_model.arguments import whole_number
+from voco_model.arguments import is_whole, whole_number
 from voco_model.attach import check_ready
 from voco_model.caches import CACHE_ARGUMENT, CompactCache, VoCoCollector
 from voco_model.control_tokens import control_tokens, token_ids
@@ -28,7 +28,15 @@ from voco_model.fingerprint import fingerprint
 from voco_model.image_key import image_key
 from voco_model.kv_store.base import Store
 from voco_model.pictures import PictureLimits, decode_each, ground_of
-from voco_model.prompt import VOCO_TOKEN, Turns, image_part, style_in, text_part
+from voco_model.prompt import (
+    VOCO_TOKEN,
+    Turns,
+    image_part,
+    images_in,
+    messages_of,
+    style_in,
+    text_part,
+)
 from voco_model.rope import check_length, rope_of
 from voco_model.stored import compress_stored
 
@@ -351,16 +359,20 @@ def _token_rows(
         raise ValueError("expected an attention_mask with token ids only, got one with text")
     if processor is None:
         raise ValueError("expected a processor to tokenize the text, got none; or pass token ids")
+    if not isinstance(text, Sequence) or isinstance(text, bytes):
+        raise TypeError(
+            "expected a question, a conversation, a list of either or token ids in a tensor, got "
+            f"{type(text).__name__}"
+        )
+    if text and is_whole(text[0]):
+        raise TypeError("expected token ids as an int64 tensor [B, T], got a list of them")
     is_conversation = not isinstance(text, str) and text and isinstance(text[0], Mapping)
     questions = [text] if isinstance(text, str) or is_conversation else list(text)
     return [_tokenize(processor.tokenizer, model.config, question) for question in questions]
 
 
 def _tokenize(tokenizer, config, turns: Turns) -> list[int]:
-    images = 0
-    if not isinstance(turns, str):
-        parts = [p for m in turns if not isinstance(m["content"], str) for p in m["content"]]
-        images = sum(part.get("type") == "image" for part in parts)
+    images = 0 if isinstance(turns, str) else images_in(messages_of(turns))
     if images > 1:
         raise ValueError(
             f"expected at most one image part in a conversation, got {images}; several images a "

@@ -252,3 +252,25 @@ def test_refuses_a_compact_cache_without_its_voco_tokens(enabled, compact):
     cache.crop(-1)
     with pytest.raises(ValueError, match="with 3 VoCo slots, got one with 2"):
         enabled.generate(**prompt, past_key_values=cache, **STEPS)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            None,
+            "a question, a conversation, a list of either or token ids in a tensor, got NoneType",
+        ),
+        (5, "got int"),
+        ([5, 6], "token ids as an int64 tensor"),
+        ([None], "expected a question or messages in a list, got NoneType"),
+        ([{"role": "user"}], "expected messages with content that is a string or parts"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "expected messages with content"),
+    ],
+)
+def test_what_is_no_text(kind, text, message):
+    model, processor = tiny.tiny_llava(kind), tiny.tiny_processor(kind)
+    voco_model.enable(model, processor, num_voco=2)
+    (entry,) = voco_model.compress(model, tiny.picture(1), processor=processor)
+    with pytest.raises((TypeError, ValueError), match=message):
+        voco_model.generate(model, entry, text, processor=processor)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from voco_model.data.faults import DataError
+from voco_model.pictures import PictureError
+from voco_model.pictures.sources import decode_base64
 
 # Longer than any file's name: what comes as a string of this length is the file itself, in base64.
 _LONGEST_NAME = 4096
@@ -72,8 +72,6 @@ def in_column(value: Any, where: str) -> Any:
 
 def _decoded(text: str, where: str) -> bytes:
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise DataError(
-            "broken_image", where, f"expected base64, got {text[:40]!r}...: {error}"
-        ) from error
+        return decode_base64(text, f"{text[:40]!r}...")
+    except PictureError as error:
+        raise DataError("broken_image", where, str(error)) from error

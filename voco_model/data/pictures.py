@@ -14,6 +14,7 @@ from PIL import Image
 
 from voco_model.data.faults import DataError
 from voco_model.pictures import PictureError, decode, size_of
+from voco_model.pictures.sources import base64_in
 
 _FRAME_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -50,7 +51,7 @@ class Picture:
 
     @classmethod
     def of(cls, value: Any, where: str, folder: Path) -> Picture:
-        """From a file name, or from what ``datasets`` gives: ``{"bytes", "path"}`` or a PIL image."""
+        """From a file name, base64, or what ``datasets`` gives: ``{"bytes", "path"}`` or a PIL image."""
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes | Image.Image):
@@ -59,6 +60,9 @@ class Picture:
             raise DataError("bad_record", where, f"expected the name of an image, got {value!r}")
         path = folder / value
         if not _is_file(path):
+            encoded = base64_in(value)
+            if encoded is not None:
+                return cls(encoded, where)
             raise DataError(
                 "missing_file", where, f"expected an image, got {path}, which isn't there"
             )

@@ -44,6 +44,7 @@ from voco_model.image_key import image_key
 from voco_model.kv_store.base import Store
 from voco_model.kv_store.format import check_key
 from voco_model.pictures import PictureLimits, as_images, decode, ground_of
+from voco_model.pictures.limits import check_limits
 from voco_model.prompt import Turns, image_part
 
 # Threads that prepare requests for answer_many, ahead of those that are being answered.
@@ -142,6 +143,7 @@ class TwoPassEngine:
             num_voco=num_voco,
             max_prompt_tokens=max_prompt_tokens,
         )
+        check_limits(limits)
         check_rotary(model)
         suppressed = suppressed_ids(model)
         if lag is not None and (isinstance(lag, bool) or not isinstance(lag, int) or lag < 0):

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from voco_model.arguments import is_whole
 from voco_model.control_tokens import control_tokens, token_ids
-from voco_model.prompt import IMAGE_TOKEN, VOCO_TOKEN, Turns, image_part, style_in, text_part
+from voco_model.prompt import (
+    IMAGE_TOKEN,
+    VOCO_TOKEN,
+    Turns,
+    image_part,
+    images_in,
+    messages_of,
+    style_in,
+    text_part,
+)
 
 
 @dataclass(frozen=True)
@@ -73,13 +83,11 @@ def plan_prompt(
                     "images as images"
                 )
         rows = model.get_input_embeddings().num_embeddings
-        strange = [token for token in text if type(token) is not int or not 0 <= token < rows]
+        strange = [token for token in text if not is_whole(token) or not 0 <= token < rows]
         if strange:
             raise ValueError(f"expected token ids from 0 to {rows - 1}, got {strange[0]!r}")
     else:
-        if not isinstance(text, str):
-            _check_messages(text)
-        named = 0 if isinstance(text, str) else _images_named(text)
+        named = 0 if isinstance(text, str) else images_in(messages_of(text))
         if named not in (0, images):
             raise ValueError(
                 f"expected as many images as image parts in the messages, got {images} images and "
@@ -125,24 +133,3 @@ def _cut(ids: list[int], images: int, config, *, voco: bool) -> Plan:
         cut.append(ImageSlot(before, tuple(ids[place + 1 : stop]), joint))
         reached = stop
     return Plan(tuple(cut), tuple(ids[reached:]))
-
-
-def _check_messages(messages: Sequence[Mapping]) -> None:
-    for index, message in enumerate(messages):
-        content = message.get("content") if isinstance(message, Mapping) else None
-        parts = [] if isinstance(content, str) else content
-        if not isinstance(parts, Sequence) or any(
-            not isinstance(part, Mapping)
-            or not isinstance(part.get("type"), str)
-            or (part["type"] == "text" and not isinstance(part.get("text"), str))
-            for part in parts
-        ):
-            raise ValueError(
-                "expected messages with content that is a string or parts {'type': 'text', 'text': "
-                f"...}} and {{'type': 'image'}}, got {message!r} as message {index}"
-            )
-
-
-def _images_named(messages: Sequence[Mapping]) -> int:
-    parts = [p for m in messages if not isinstance(m.get("content"), str) for p in m["content"]]
-    return sum(part.get("type") == "image" for part in parts)

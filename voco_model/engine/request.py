@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from voco_model.arguments import is_whole
 from voco_model.prompt import Turns
 
 
@@ -45,13 +46,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         new = self.max_new_tokens
-        if new is not None and not (_is_int(new) and new >= 1):
+        if new is not None and not (is_whole(new) and new >= 1):
             raise ValueError(f"expected max_new_tokens >= 1, got {new!r}")
         if not (_is_finite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"expected temperature >= 0 (0 is greedy), got {self.temperature!r}")
         if not (_is_finite(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"expected top_p in (0, 1], got {self.top_p!r}")
-        if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < 2**63):
+        if self.seed is not None and not (is_whole(self.seed) and 0 <= self.seed < 2**63):
             raise ValueError(f"expected a seed from 0 to 2**63 - 1, got {self.seed!r}")
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"expected ignore_eos as True or False, got {self.ignore_eos!r}")
@@ -62,12 +63,10 @@ class Sampling:
             raise ValueError(
                 f"expected stop strings of at least one character in a list, got {self.stop!r}"
             )
-        stop = tuple(stop)
-        object.__setattr__(self, "stop", stop)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+        object.__setattr__(self, "stop", tuple(stop))
+        for name in ("max_new_tokens", "seed"):  # NumPy's integers as ints
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else int(value))
 
 
 def _is_finite(value: Any) -> bool:

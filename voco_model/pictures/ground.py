@@ -6,6 +6,8 @@ from typing import Any
 
 from PIL import Image
 
+from voco_model.arguments import is_whole
+
 Ground = tuple[int, int, int]
 WHITE: Ground = (255, 255, 255)
 
@@ -16,14 +18,11 @@ def check_ground(ground: Any) -> Ground:
         colour = tuple(ground)
     except TypeError:
         colour = ()
-    if len(colour) != 3 or not all(
-        isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
-        for value in colour
-    ):
+    if len(colour) != 3 or not all(is_whole(value) and 0 <= value <= 255 for value in colour):
         raise ValueError(
             f"expected ground as three numbers from 0 to 255 (red, green, blue), got {ground!r}"
         )
-    return colour
+    return tuple(map(int, colour))
 
 
 def ground_of(config: Any, ground: Any = None) -> Ground:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
+from voco_model.arguments import is_whole
 from voco_model.pictures.errors import PictureError
 
 
@@ -36,9 +38,15 @@ class PictureLimits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and value > 0):
-                raise ValueError(f"expected {field.name} > 0 or None, got {value!r}")
+            if value is None:
+                continue
+            if field.name == "max_aspect_ratio":
+                number = isinstance(value, Real) and not isinstance(value, bool)
+            else:
+                number = is_whole(value)
+            if not (number and value > 0):
+                kind = "a number" if field.name == "max_aspect_ratio" else "an int"
+                raise ValueError(f"expected {field.name} as {kind} > 0 or None, got {value!r}")
 
     def check_bytes(self, count: int, name: str) -> None:
         """Raise ``PictureError`` for an encoded picture of too many bytes."""
@@ -83,6 +91,15 @@ class PictureLimits:
                 name,
                 f"{size}, which makes {resized:,}",
             )
+
+
+def check_limits(limits: Any) -> None:
+    """Raise ``TypeError`` for anything but ``PictureLimits``."""
+    if not isinstance(limits, PictureLimits):
+        raise TypeError(
+            f"expected limits as PictureLimits(...), got {type(limits).__name__}; set its fields to "
+            "None to switch them off"
+        )
 
 
 def processed_pixels(processor: Any, height: int, width: int) -> tuple[int, int]:

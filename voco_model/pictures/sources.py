@@ -15,7 +15,7 @@ from torch import Tensor
 
 from voco_model.pictures.arrays import array_of, is_array
 from voco_model.pictures.errors import PictureError, reading
-from voco_model.pictures.limits import PictureLimits
+from voco_model.pictures.limits import PictureLimits, check_limits
 
 # Keys of data-set rows and of message parts (Transformers', OpenAI's) that hold a picture.
 _KEYS = ("bytes", "image", "path", "url", "base64", "image_url")
@@ -33,7 +33,9 @@ def find(image: Any, limits: PictureLimits) -> tuple[Image.Image | np.ndarray | 
 
     Raises:
         PictureError: something else, or a download that failed or is too large.
+        TypeError: limits that aren't.
     """
+    check_limits(limits)
     if isinstance(image, Image.Image):
         name = getattr(image, "filename", None)
         return image, _shown(str(name)) if name else f"a PIL image of mode {image.mode}"
@@ -90,10 +92,14 @@ def _of_text(text: str, limits: PictureLimits) -> tuple[Path | bytes, str]:
         header, _, payload = text.partition(",")
         if not header.endswith(";base64"):
             raise PictureError(f"expected a data URI in base64, got {_shown(header)!r}")
-        return _decoded(payload, limits, "a data URI"), "a data URI"
+        limits.check_bytes(len(payload) * 3 // 4, "a data URI")
+        return decode_base64(payload, "a data URI"), "a data URI"
     path = Path(text)
-    encoded = None if _is_there(path) else _base64(text, limits)
-    return (path, _shown(text) or "an empty path") if encoded is None else (encoded, "base64 text")
+    encoded = None if _is_there(path) else base64_in(text)
+    if encoded is None:
+        return path, _shown(text) or "an empty path"
+    limits.check_bytes(len(encoded), "base64 text")
+    return encoded, "base64 text"
 
 
 def _is_there(path: Path) -> bool:
@@ -103,20 +109,18 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-def _base64(text: str, limits: PictureLimits) -> bytes | None:
+def base64_in(text: str) -> bytes | None:
     """The bytes if it is base64, as Transformers takes it without a header; else None: a path."""
     if len(text) < _SHORTEST_BASE64:
         return None
     try:
-        return _decoded(text, limits, "base64 text")
-    except PictureError as error:
-        if isinstance(error.__cause__, binascii.Error):
-            return None
-        raise
+        return decode_base64(text, "base64 text")
+    except PictureError:
+        return None
 
 
-def _decoded(payload: str, limits: PictureLimits, name: str) -> bytes:
-    limits.check_bytes(len(payload) * 3 // 4, name)
+def decode_base64(payload: str, name: str) -> bytes:
+    """The bytes, white space aside; ``PictureError`` for what isn't base64."""
     try:
         return base64.b64decode("".join(payload.split()), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -128,6 +132,8 @@ def _of_mapping(given: Mapping, limits: PictureLimits):
         value = given.get(key)
         if value is None:
             continue
+        if isinstance(value, Mapping) and any(isinstance(value.get(k), Mapping) for k in _KEYS):
+            break  # OpenAI's image_url is a mapping; none is that deep
         if key == "base64" and isinstance(value, str):
             value = value if value.startswith("data:") else f"data:;base64,{value}"
         elif key == "bytes":

@@ -340,3 +340,13 @@ def test_a_column_that_holds_an_array_is_a_fault_of_its_record(tmp_path):
     with pytest.raises(DataError) as raised:
         sample_of(record, "data.json:4", tmp_path)
     assert raised.value.fault.kind == "bad_record"
+
+
+def test_base64_in_a_column_is_read_whatever_its_length(tmp_path):
+    made = io.BytesIO()
+    tiny.picture(1, (2, 2)).save(made, "PNG")
+    given = base64.b64encode(made.getvalue()).decode()
+    assert len(given) < 4096
+    turns = [{"from": "human", "value": "<image> Hi"}, {"from": "gpt", "value": "You."}]
+    sample = sample_of({"image": given, "conversations": turns}, "data.json:4", tmp_path)
+    assert sample.pictures[0].open().size == (2, 2)

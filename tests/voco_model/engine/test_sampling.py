@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import TopPLogitsWarper
@@ -144,3 +145,11 @@ def test_suppressed_tokens_are_never_written(world, engine_of):
         assert list(answer.tokens) == out[0, -len(answer.tokens) :].tolist()
     finally:
         world.model.generation_config.suppress_tokens = None
+
+
+def test_numpys_integers_are_integers(world, engine_of):
+    image, text = world.cases[0].request.images, world.cases[0].request.text
+    plain = engine_of().answer(image, text, max_new_tokens=2, seed=3)
+    given = [np.int64(token) for token in text]
+    answer = engine_of().answer(image, given, max_new_tokens=np.int64(2), seed=np.int64(3))
+    assert answer.tokens == plain.tokens

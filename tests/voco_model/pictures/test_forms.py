@@ -245,3 +245,15 @@ def test_one_image_or_several():
         next(read)
     with pytest.raises(PictureError, match="^image 3 of 5: expected an image, got nowhere.png"):
         list(decode_each([DATA, DATA, "nowhere.png", DATA, None]))
+
+
+def test_a_mapping_that_holds_itself():
+    given: dict = {}
+    given["image"] = given
+    with pytest.raises(PictureError, match="expected a mapping with bytes, image"):
+        decode(given)
+
+
+def test_a_ground_of_numpys():
+    clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    assert decode(clear, ground=np.array([1, 2, 3])).getpixel((0, 0)) == (1, 2, 3)

@@ -85,7 +85,7 @@ def test_bytes_beyond_a_limit(tmp_path):
 
 @pytest.mark.parametrize("value", [0, -1, True, "many"])
 def test_limits_are_positive_numbers(value):
-    with pytest.raises(ValueError, match="expected max_pixels > 0 or None, got"):
+    with pytest.raises(ValueError, match="expected max_pixels as an int > 0 or None, got"):
         PictureLimits(max_pixels=value)
 
 
@@ -182,3 +182,15 @@ def test_what_is_no_picture_is_named(tmp_path):
 def test_arrays_have_limits_too():
     with pytest.raises(PictureError, match="of at most 100 pixels, got an array of 20 x 20"):
         decode(np.zeros((20, 20), np.uint8), limits=PictureLimits(max_pixels=100))
+
+
+@pytest.mark.parametrize("limits", [None, {"max_bytes": 5}])
+def test_limits_that_are_none_are_not_the_pictures_fault(limits):
+    with pytest.raises(TypeError, match="expected limits as PictureLimits"):
+        decode(Image.new("RGB", (4, 4)), limits=limits)
+
+
+def test_limits_are_whole_numbers():
+    with pytest.raises(ValueError, match="expected max_bytes as an int > 0 or None, got 1000000.0"):
+        PictureLimits(max_bytes=1e6)
+    assert PictureLimits(max_pixels=np.int64(5), max_aspect_ratio=2.5).max_pixels == 5
