@@ -6,10 +6,10 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from voco_kernels.backends import triton_table
+from voco_kernels.attention.backends.triton import table as triton_table
 
 Blocks = tuple[int, int, int, int]
-"""block_m, block_n, num_warps, num_stages: the first four of ``triton_config.Config``."""
+"""block_m, block_n, num_warps, num_stages: the first four of ``config.Config``."""
 
 Table = dict[int, dict[tuple[str, int], tuple]]
 """As ``triton_table.TABLE``: by chip, by kernel and width, blocks and where they come from."""
@@ -180,7 +180,7 @@ def table_text(table: Table) -> str:
 
 _HEAD = '''"""Blocks of the Triton kernels for 16-bit tensors, by chip. bench/tune.py writes this file.
 
-By kernel and width (``triton_config.width_of``): block_m, block_n, num_warps, num_stages, and where
+By kernel and width (``config.width_of``): block_m, block_n, num_warps, num_stages, and where
 they come from. "compiled": without spills and within the chip's shared memory, but never timed.
 """
 

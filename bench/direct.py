@@ -7,7 +7,7 @@ from types import ModuleType
 from torch import Tensor
 
 from bench.peers import ANY_ORDER, Case
-from voco_kernels import dispatch
+from voco_kernels.attention import dispatch
 
 OWN_KERNELS = ("cuda_sm90", "triton")
 """Backends with kernels of our own, the least tried first."""

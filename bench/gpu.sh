@@ -93,7 +93,7 @@ for name, reasons in voco_kernels.backends().items():
 parity() {
     local chosen=(-m gpu tests)
     if [ -n "$dry_run" ]; then
-        chosen=(-m "not gpu and not slow" tests/bench/test_bench_shapes.py)
+        chosen=(-m "not gpu and not slow" tests/bench/test_shapes.py)
     elif "$PYTHON" -c 'import xdist' 2>/dev/null; then
         chosen+=(-n 8)
     fi

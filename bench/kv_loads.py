@@ -20,9 +20,10 @@ from bench import timing
 from bench.kv_clock import Job
 from bench.kv_places import NotMeasuredError, check_dropped, drop, read_file
 from bench.kv_scene import Scene, same_bits
-from voco_kernels import cache_view, kv_transfer
-from voco_kernels.kv import CompactKV
-from voco_kernels.kv_load import extract, load_into, prepare_extract, prepare_load
+from voco_kernels.kv import cache_view
+from voco_kernels.kv import transfer as kv_transfer
+from voco_kernels.kv.entry import CompactKV
+from voco_kernels.kv.load import extract, load_into, prepare_extract, prepare_load
 
 SOURCES = {
     "cpu": ("memory", "page cache", "disk", "redis"),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.kv_places import RedisServer, write_back
-from voco_kernels.kv import CompactKV, Rope
+from voco_kernels.kv.entry import CompactKV, Rope
 
 FREE_SLOTS = 256
 """Slots that the cache has beside the entry's tokens, for a question and its answer."""

@@ -26,7 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import voco_kernels
 from bench.shapes import Shape
 from bench.splits import PerDocument, Split, TwoCalls, Varlen
-from voco_kernels import MaskLayout, dispatch
+from voco_kernels import MaskLayout
+from voco_kernels.attention import dispatch
 
 Results = tuple[Tensor, ...]
 """``(out,)``, or ``(out, dq, dk, dv)`` with the backward pass."""

@@ -23,7 +23,7 @@ from bench.attn import parse_heads, pick
 from bench.measure import make_case
 from bench.peers import Case
 from bench.shapes import SIZES
-from voco_kernels import dispatch
+from voco_kernels.attention import dispatch
 
 
 def run(backend: str | None, case: Case) -> str:

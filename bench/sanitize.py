@@ -25,8 +25,8 @@ from bench import direct, records
 from bench.measure import make_case
 from bench.peers import Case
 from bench.shapes import Document, Shape
-from voco_kernels import dispatch
-from voco_kernels.kv_move import Move
+from voco_kernels.attention import dispatch
+from voco_kernels.kv.move import Move
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 HEADS = (4, 2)
@@ -81,7 +81,7 @@ def run(backend: str | None, head_dim: int, device: torch.device) -> str:
 
 
 def loader_module(name: str) -> ModuleType:
-    return import_module(f"voco_kernels.loaders.{name}")
+    return import_module(f"voco_kernels.kv.loaders.{name}")
 
 
 def move(loader: str, head_dim: int, device: torch.device) -> None:

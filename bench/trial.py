@@ -21,8 +21,9 @@ import torch
 from bench import direct, measure, records, timing
 from bench.candidates import Blocks
 from bench.shapes import one_image
-from voco_kernels.backends import triton, triton_table
-from voco_kernels.backends.triton_config import CALL_STACK
+from voco_kernels.attention.backends import triton
+from voco_kernels.attention.backends.triton import table as triton_table
+from voco_kernels.attention.backends.triton.config import CALL_STACK
 
 Job = tuple[str, int, Blocks]
 """Kernel, width and blocks of a candidate."""
@@ -139,7 +140,8 @@ def _row(job: Job, *, reason: str | None = None, **usage: int) -> dict:
 def _usage(job: Job) -> dict[str, int]:
     """Registers and bytes of stack a thread, bytes of shared memory a program: the most of what was
     compiled for this candidate in this process."""
-    from voco_kernels.backends import triton_backward, triton_forward
+    from voco_kernels.attention.backends.triton import backward_kernels as triton_backward
+    from voco_kernels.attention.backends.triton import forward_kernel as triton_forward
 
     kernel, width, blocks = job
     function = {

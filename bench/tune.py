@@ -4,10 +4,10 @@
     python bench/tune.py --from tune.json --write    # anywhere: put the choices into the table
     python bench/tune.py --dry-run                   # on a CPU: the same path, interpreted, tiny
 
-A user's first call never tunes: it looks into ``voco_kernels/backends/triton_table.py``, which this
-script writes. Each candidate is compiled first; one that spills or has no room in shared memory is
-dropped. Each is compared with float64 before it is timed. Chosen is the smallest geometric mean over
-the shapes. dQ and dK/dV are timed as parts of the whole backward pass.
+A user's first call never tunes: it looks into ``voco_kernels/attention/backends/triton/table.py``,
+which this script writes. Each candidate is compiled first; one that spills or does not fit into shared
+memory is dropped. Each is compared with float64 before it is timed. The smallest geometric mean over the
+shapes is chosen. dQ and dK/dV are timed as parts of the whole backward pass.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from bench.peers import Case
 from bench.runner import ProgressReport
 from bench.shapes import SIZES, Shape
 from bench.trial import Job
-from voco_kernels.backends import triton, triton_table
-from voco_kernels.backends.triton_config import chip_of
+from voco_kernels.attention.backends import triton
+from voco_kernels.attention.backends.triton import table as triton_table
+from voco_kernels.attention.backends.triton.config import chip_of
 
 SCHEMA = 1
 SHAPE_ORDER = "AECFDGB"
@@ -371,7 +372,7 @@ def _measure(
     num_heads = parse_heads(heads) if heads else (2, 1) if dry_run else size.heads[0]
     most = most or (2 if dry_run else None)
     if dry_run:
-        from tests.triton_interpreter import repair
+        from tests.support.triton_interpreter import repair
 
         repair()  # bfloat16, which Triton's own interpreter multiplies as integers
         device, chip = torch.device("cpu"), 80  # what the backend takes for a CPU

@@ -20,7 +20,7 @@ from bench import two_pass_models as models
 from bench.two_pass_models import Spec
 from bench.two_pass_report import STAGES
 from voco_model.kv_store.memory_store import MemoryStore
-from voco_model.prompt import IMAGE_TOKEN, image_part
+from voco_model.vlm.prompt import IMAGE_TOKEN, image_part
 
 FINGERPRINT = "bench"
 # Host time that a request's stages are kept clear of, in ms: the device is busy with something else

@@ -26,7 +26,7 @@ struct AttentionParams {
   float* delta;              // [batch, heads, length]: rowsum(out * dout) - dlse
   float* dq_sum;             // [batch, heads, length, head_dim], work space, or null
 
-  // ---- The layout (voco_kernels/schedule.py says what the columns and lists are).
+  // ---- The layout (voco_kernels/layout/schedule.py says what the columns and lists are).
   const int* visible_from;  // [batch, length]
   const int* query_tiles;   // [batch * length, 8]
   const int* key_tiles;     // [batch * length, 8]
@@ -40,7 +40,7 @@ struct AttentionParams {
 enum class Element { bf16, fp16, fp32, int8, e4m3 };
 
 // Keys and values of some tokens, of all layers, between compact entries and a cache: the fields of Move
-// (voco_kernels/kv_move.py). The tables, entries and their scales are in device or pinned host memory.
+// (voco_kernels/kv/move.py). The tables, entries and their scales are in device or pinned host memory.
 // Addresses and strides of rows are multiples of 16 bytes, of 8 in entries of 8 bits; addresses of
 // entries and tokens are multiples of 16 as well.
 struct KvMoveParams {

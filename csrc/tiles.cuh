@@ -14,9 +14,9 @@ VOCO_DEVICE int64_t statistic_index(const AttentionParams& params, int row, int 
   return (static_cast<int64_t>(row) * params.heads + head) * params.length + token;
 }
 
-constexpr int SCHEDULE_TILE = 128;  // TILE in voco_kernels/schedule.py
+constexpr int SCHEDULE_TILE = 128;  // TILE in voco_kernels/layout/schedule.py
 
-// Columns of the schedule's two tables, as voco_kernels/schedule.py names them.
+// Columns of the schedule's two tables, as voco_kernels/layout/schedule.py names them.
 constexpr int TILE_COLUMNS = 8;
 enum QueryTileColumn { ROW, START, STOP, KEY_START, PREFIX_START, PREFIX_STOP, RUN_START, RUN_STOP };
 enum KeyTileColumn { KEY_ROW, KIND, KEY_TILE_START, KEY_TILE_STOP, QUERY_START, QUERY_STOP };

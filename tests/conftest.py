@@ -14,7 +14,7 @@ if torch.cuda.is_available():
 else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     if find_spec("triton") is not None:
-        from tests.triton_interpreter import repair
+        from tests.support.triton_interpreter import repair
 
         repair()
 

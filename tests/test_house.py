@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from voco_kernels.dispatch import BACKENDS
+from voco_kernels.attention.dispatch import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("voco_kernels", "voco_model", "bench", "tests", "docs", "csrc", "requirements", ".ci")
-BACKEND_FOLDER = ROOT / "voco_kernels" / "backends"
+BACKEND_FOLDER = ROOT / "voco_kernels" / "attention" / "backends"
 
 
 def sources(folder: str) -> list[Path]:
@@ -62,28 +62,50 @@ assert out.isfinite().all() and vk.backends()["triton"] and vk.backends()["flash
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("path", sorted(BACKEND_FOLDER.glob("*.py")), ids=lambda path: path.name)
-def test_no_backend_imports_another(path):
-    def owner(module: str) -> str:
-        return next((name for name in BACKENDS if module.startswith(name)), module)
-
-    prefix = "voco_kernels.backends."
+@pytest.mark.parametrize("name", BACKENDS)
+def test_no_backend_imports_another(name):
+    folder, module = BACKEND_FOLDER / name, BACKEND_FOLDER / f"{name}.py"
+    prefix = "voco_kernels.attention.backends."
     siblings = {
-        name.removeprefix(prefix).split(".")[0]
-        for name in imported_modules(path)
-        if name.startswith(prefix)
+        imported.removeprefix(prefix).split(".")[0]
+        for path in (sorted(folder.glob("*.py")) if folder.is_dir() else [module])
+        for imported in imported_modules(path)
+        if imported.startswith(prefix)
     }
-    assert {owner(name) for name in siblings} <= {owner(path.stem)}
+    assert siblings <= {name}
+
+
+def modules_on_the_map(folder: str) -> set[str]:
+    """Paths of the modules under ``folder`` in CONTRIBUTING's map, whose indentation is the tree."""
+    chapter = re.search(
+        rf"^{folder}/.*?(?=^\w)", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S
+    )
+    shown, folders = set(), []
+    for line in chapter.group().splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        words = re.match(r"\s*((?:[\w.]+\.py ?|\w+/)+)", line)
+        if words is None:
+            continue
+        if words.group(1).endswith("/"):
+            folders = [*folders[:depth], words.group(1)]
+        else:
+            prefix = "".join(folders[:depth])
+            shown.update(prefix + name for name in words.group(1).split())
+    return shown
 
 
 @pytest.mark.parametrize("folder", ["voco_kernels", "voco_model"])
 def test_the_map_shows_every_module_and_no_other(folder):
-    chapter = re.search(
-        rf"^{folder}/.*?(?=^\w)", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S
-    )
-    shown = set(re.findall(r"(?<!\S)\w+\.py\b", chapter.group()))
-    there = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py", "__main__.py"}
-    assert shown == there
+    """A folder may be a line of its own, without its modules; if it shows one, it shows all."""
+    shown = modules_on_the_map(folder)
+    opened = {str(Path(path).parent) for path in shown}
+    there = {
+        str(path.relative_to(ROOT))
+        for path in sources(folder)
+        if path.name not in ("__init__.py", "__main__.py")
+        and str(path.parent.relative_to(ROOT)) in opened
+    }
+    assert folder in opened and shown == there
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from voco_kernels.kv_move import Move
+from voco_kernels.kv.move import Move
 from voco_kernels.layout import MaskLayout
 
 HINT = (
@@ -70,7 +70,7 @@ def _reasons(error_of: Callable[..., float], *dtypes: torch.dtype) -> tuple[str,
 
 def _attention_error(dtype: torch.dtype) -> float:
     """The largest error of a small problem, forward and backward, in units of what is allowed."""
-    from voco_kernels.backends import triton
+    from voco_kernels.attention.backends import triton
 
     layout = MaskLayout.from_spans(
         [[("vision", 9), ("voco", 2), ("text", 7), ("vision", 5), ("voco", 1), ("text", 4)]]
@@ -96,7 +96,7 @@ def _attention_error(dtype: torch.dtype) -> float:
 
 def _loader_error(entry_dtype: torch.dtype, cache_dtype: torch.dtype) -> float:
     """How many elements of a small entry arrive otherwise than torch converts them."""
-    from voco_kernels.loaders import triton
+    from voco_kernels.kv.loaders import triton
 
     head_dim = 16
     quantized = entry_dtype in (torch.int8, torch.float8_e4m3fn)

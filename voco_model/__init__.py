@@ -1,16 +1,15 @@
 """VoCo attention in Hugging Face LLaVA models: training under the mask, inference in two passes."""
 
-from voco_kernels.kv import CompactKV
-from voco_kernels.kv_load import extract, load_into
-from voco_model.attach import Enabled, enable
+from voco_kernels import CompactKV, extract, load_into
 from voco_model.engine import Answer, Request, RequestError, Sampling, TwoPassEngine
-from voco_model.fingerprint import fingerprint
-from voco_model.image_key import image_key
 from voco_model.kv_store import KVStore
-from voco_model.load import load
 from voco_model.pictures import PictureError, PictureLimits
-from voco_model.prompt import chat_template, prompt
-from voco_model.two_pass import compress, generate
+from voco_model.vlm.attach import Enabled, enable
+from voco_model.vlm.fingerprint import fingerprint
+from voco_model.vlm.generate import compress, generate
+from voco_model.vlm.image_key import image_key
+from voco_model.vlm.load import load
+from voco_model.vlm.prompt import chat_template, prompt
 
 __all__ = [
     "Answer",

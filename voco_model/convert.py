@@ -41,7 +41,7 @@ from transformers.utils import (
 )
 
 from voco_model.checkpoint_files import check_files, listed, weight_files
-from voco_model.prompt import IMAGE_TOKEN, VOCO_TOKEN, chat_template, style_of
+from voco_model.vlm.prompt import IMAGE_TOKEN, VOCO_TOKEN, chat_template, style_of
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def from_authors(
         vision_tower: folder or name of a CLIP model, by default the config's ``mm_vision_tower``. It
             gives the vision config and the preprocessing; its weights, in the dtype of the language
             model, only where the checkpoint has none of its own.
-        prompt: the style of prompts, a name of ``voco_model.prompt.STYLES``; by default ``"authors"``,
+        prompt: the style of prompts, a name of ``vlm.prompt.STYLES``; by default ``"authors"``,
             of an original LLaVA none is written.
         dtype: of all tensors, ``torch.bfloat16`` or ``"bfloat16"``; by default each keeps its own.
 

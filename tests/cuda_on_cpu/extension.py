@@ -10,8 +10,8 @@ from typing import NamedTuple
 import pytest
 
 from tests.cuda_on_cpu.build import ROOT, compile_for_cpu
-from voco_kernels.backends import cuda_sm90
-from voco_kernels.loaders import cuda as cuda_loader
+from voco_kernels.attention.backends import cuda_sm90
+from voco_kernels.kv.loaders import cuda as cuda_loader
 
 CSRC = ROOT / "csrc"
 NAME = "_emulated"

@@ -19,7 +19,7 @@ from tests.voco_kernels.oracle import (
 )
 from tests.voco_kernels.strategies import cases
 from voco_kernels import MaskLayout, masked_attention
-from voco_kernels.backends import cuda_sm90
+from voco_kernels.attention.backends import cuda_sm90
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 

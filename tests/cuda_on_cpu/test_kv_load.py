@@ -7,8 +7,8 @@ import torch
 
 from tests.cuda_on_cpu.build import why_not
 from tests.cuda_on_cpu.extension import emulate, load_emulation
-from tests.voco_kernels.kv_moves import SCENES, Scene, check_extract, check_load
-from voco_kernels.loaders import cuda
+from tests.voco_kernels.kv.moves import SCENES, Scene, check_extract, check_load
+from voco_kernels.kv.loaders import cuda
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from voco_kernels import MaskLayout, masked_attention
-from voco_kernels.dispatch import load
+from voco_kernels.attention.dispatch import load
 
 
 class Inputs(NamedTuple):

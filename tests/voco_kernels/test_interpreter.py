@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.voco_kernels.kv_moves import BF16, FP32, INT8, Scene
+from tests.voco_kernels.kv.moves import BF16, FP32, INT8, Scene
 from voco_kernels import backends, interpreter
-from voco_kernels.backends import triton as backend
-from voco_kernels.loaders import triton as loader
+from voco_kernels.attention.backends import triton as backend
+from voco_kernels.attention.backends.triton import launch
+from voco_kernels.kv.loaders import triton as loader
 
 triton = pytest.importorskip(
     "triton", reason="Triton is not installed: requirements/triton.txt has it"
@@ -129,6 +130,6 @@ def test_checks_run_under_any_mode_of_the_caller(fresh_checks):
 
 
 def test_the_hint_is_in_the_reasons_of_a_machine_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(backend, "_INTERPRETED", False)
+    monkeypatch.setattr(launch, "_INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "set before the start" in backends()["triton"][0]

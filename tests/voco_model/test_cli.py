@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from tests.voco_kernels.test_kv import make_entry
+from tests.voco_kernels.kv.test_entry import make_entry
 from voco_model.cli import app
 from voco_model.kv_store import KVStore
 

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from voco_model.prompt import IMAGE_TOKEN
+from voco_model.vlm.prompt import IMAGE_TOKEN
 
 PAD, BOS, EOS, UNK, IMAGE, VOCO = 0, 1, 2, 3, 4, 261
 FIRST_TEXT = 5  # ids from here to VOCO are the bytes

@@ -6,7 +6,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers import processors as post
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from voco_model.prompt import SYSTEM_WITH_IMAGE
+from voco_model.vlm.prompt import SYSTEM_WITH_IMAGE
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 CHAT = ("<|im_start|>", "<|im_end|>")

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.processing_utils import ProcessorMixin
 
-from voco_model.attach import IN_USE, SUPPORTED, is_enabled
 from voco_model.baselines.cost import Cost, head_flops, layer_flops, token_bytes
-from voco_model.control_tokens import control_tokens, prepare_tokenizer
-from voco_model.devices import execution_device
 from voco_model.pictures import as_images, decode_each, ground_of
-from voco_model.prompt import IMAGE_TOKEN, Turns, image_part, style_in, style_of, text_part
+from voco_model.vlm.attach import IN_USE, SUPPORTED, is_enabled
+from voco_model.vlm.control_tokens import control_tokens, prepare_tokenizer
+from voco_model.vlm.devices import execution_device
+from voco_model.vlm.prompt import IMAGE_TOKEN, Turns, image_part, style_in, style_of, text_part
 
 
 class Method(ABC):
@@ -27,7 +27,7 @@ class Method(ABC):
         model: a LLaVA that is not enabled and has no other method applied.
         processor: its own.
         num_tokens: that are to stand for an image; by default what the method's class says.
-        style: of prompts, a name of ``voco_model.prompt.STYLES``; by default what the model's config
+        style: of prompts, a name of ``voco_model.vlm.prompt.STYLES``; by default what the model's config
             says, else ``"vicuna"``.
 
     Attributes:

@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from voco_model.baselines.base import check_number
 from voco_model.baselines.cost import Cost, head_dim_of, head_flops, layer_flops, token_bytes
 from voco_model.baselines.pruning import Prompt, Pruning, Selection
-from voco_model.caches import CACHE_ARGUMENT
+from voco_model.vlm.caches import CACHE_ARGUMENT
 
 ATTENTION_NAME = "voco-fastv"
 

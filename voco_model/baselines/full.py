@@ -7,10 +7,10 @@ from contextlib import ExitStack
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from voco_model.attach import enable
-from voco_model.attention import hand_out_layout
 from voco_model.baselines.base import Method, check_number, put
 from voco_model.baselines.cost import Cost
+from voco_model.vlm.attach import enable
+from voco_model.vlm.attention import hand_out_layout
 
 
 class Full(Method):

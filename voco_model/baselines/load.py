@@ -10,7 +10,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from voco_model.baselines.base import Method
 from voco_model.baselines.methods import method_class
 from voco_model.baselines.replaced import Replaced
-from voco_model.load import load_processor, load_weights, model_class, read_config
+from voco_model.vlm.load import load_processor, load_weights, model_class, read_config
 
 
 def load(

@@ -20,7 +20,7 @@ from transformers import DynamicCache, LlavaForConditionalGeneration
 from transformers.cache_utils import Cache
 
 from voco_model.baselines.base import Method
-from voco_model.caches import CACHE_ARGUMENT
+from voco_model.vlm.caches import CACHE_ARGUMENT
 
 # Options of model.generate under which no layer would see what it should.
 _REFUSED = {

@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 from voco_model.baselines.base import check_number
 from voco_model.baselines.cost import Cost
 from voco_model.baselines.pruning import Prompt, Pruning, Selection
-from voco_model.caches import CACHE_ARGUMENT
+from voco_model.vlm.caches import CACHE_ARGUMENT
 
 
 class RandomTokens(Pruning):

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from voco_model.attach import enable
 from voco_model.baselines.base import Method, check_images, images_in
 from voco_model.baselines.cost import Cost
-from voco_model.prompt import Turns
-from voco_model.two_pass import compress, generate
+from voco_model.vlm.attach import enable
+from voco_model.vlm.generate import compress, generate
+from voco_model.vlm.prompt import Turns
 
 
 class VoCo(Method):

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 from transformers.processing_utils import ProcessorMixin
 
-from voco_model.control_tokens import check_adds_nothing_behind, control_tokens, token_ids
 from voco_model.data.faults import DataError
 from voco_model.data.pictures import Picture
 from voco_model.data.samples import Sample
 from voco_model.pictures import WHITE, PictureLimits
-from voco_model.prompt import image_part, text_pieces
+from voco_model.vlm.control_tokens import check_adds_nothing_behind, control_tokens, token_ids
+from voco_model.vlm.prompt import image_part, text_pieces
 
 _LIMITS = PictureLimits()
 IGNORE = -100  # what losses of PyTorch and Transformers leave out
@@ -45,7 +45,7 @@ class Encoder:
     Args:
         processor: of an enabled model: its tokenizer knows ``<VoCo>``. The tokenizer must be a fast one,
             which tells the characters that a token stands for.
-        style: a name of ``voco_model.prompt.STYLES``.
+        style: a name of ``voco_model.vlm.prompt.STYLES``.
         max_length: tokens of a document, image tokens included; more are cut off at the end.
         ground: red, green and blue, 0 to 255, that transparent pixels are shown on.
         limits: what an image may cost.

@@ -11,7 +11,7 @@ from typing import Any
 from voco_model.data.faults import DataError
 from voco_model.data.image_values import in_column, in_part
 from voco_model.data.pictures import Picture, frames_of
-from voco_model.prompt import IMAGE_TOKEN, VOCO_TOKEN
+from voco_model.vlm.prompt import IMAGE_TOKEN, VOCO_TOKEN
 
 # LLaVA's names for roles, and those of everyone else.
 _ROLES = {

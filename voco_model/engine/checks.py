@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from voco_model.arguments import whole_number
-from voco_model.attach import check_ready
-from voco_model.control_tokens import check_adds_nothing_behind
-from voco_model.devices import is_offloaded
 from voco_model.kv_store.base import Store
-from voco_model.rope import depends_on_length, length_limit
+from voco_model.vlm.attach import check_ready
+from voco_model.vlm.control_tokens import check_adds_nothing_behind
+from voco_model.vlm.devices import is_offloaded
+from voco_model.vlm.rope import depends_on_length, length_limit
 
 MODES = ("voco", "full_cache", "uncached")
 # Options of a model's generation_config that the engine would ignore, and what they are when they do

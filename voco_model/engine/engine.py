@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from voco_kernels.kv import CompactKV
-from voco_model.attach import check_ready
+from voco_kernels.kv.entry import CompactKV
 from voco_model.engine.checks import (
     cast,
     check_counts,
@@ -38,14 +37,15 @@ from voco_model.engine.scheduler import EngineStats, Scheduler
 from voco_model.engine.second_pass import SecondPass
 from voco_model.engine.ticket import Ticket
 from voco_model.engine.work_stream import WorkStream
-from voco_model.fingerprint import Unchanged
-from voco_model.fingerprint import fingerprint as fingerprint_of
-from voco_model.image_key import image_key
 from voco_model.kv_store.base import Store
 from voco_model.kv_store.format import check_key
 from voco_model.pictures import PictureLimits, as_images, decode, ground_of
 from voco_model.pictures.limits import check_limits
-from voco_model.prompt import Turns, image_part
+from voco_model.vlm.attach import check_ready
+from voco_model.vlm.fingerprint import Unchanged
+from voco_model.vlm.fingerprint import fingerprint as fingerprint_of
+from voco_model.vlm.image_key import image_key
+from voco_model.vlm.prompt import Turns, image_part
 
 # Threads that prepare requests for answer_many, ahead of those that are being answered.
 _PREPARING_THREADS = 2

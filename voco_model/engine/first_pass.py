@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
-from voco_kernels.kv import CompactKV
-from voco_kernels.kv_load import extract
+from voco_kernels.kv.entry import CompactKV
+from voco_kernels.kv.load import extract
 from voco_model.engine.clock import StageClock
 from voco_model.engine.language import Language
 from voco_model.engine.plan import ImageSlot
 from voco_model.engine.programs import Programs, bucket
 from voco_model.engine.row_cache import RowCache, Step
 from voco_model.pictures import decode
-from voco_model.rope import rope_of
+from voco_model.vlm.rope import rope_of
 
 # Tiles that go through the vision tower together, at most.
 _MAX_TILES = 16

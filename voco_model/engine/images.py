@@ -12,14 +12,14 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from voco_kernels.kv import CompactKV
+from voco_kernels.kv.entry import CompactKV
 from voco_model.engine.first_pass import Pixels
 from voco_model.engine.plan import ImageSlot
 from voco_model.engine.request import RequestError
 from voco_model.engine.store_writer import StoreWriter
-from voco_model.image_key import pixel_digest
 from voco_model.kv_store.base import Store, after_fork
 from voco_model.pictures import PictureError
+from voco_model.vlm.image_key import pixel_digest
 
 _ABANDONED = (
     "the thread that was looking up or decoding this image for another request was interrupted; submit "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from voco_model.caches import CACHE_ARGUMENT
 from voco_model.engine.row_cache import RowCache, RowLayer, Step
+from voco_model.vlm.caches import CACHE_ARGUMENT
 
 # Every shape is compiled once. Layers differ in their index only, which mustn't make each another
 # program.

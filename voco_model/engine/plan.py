@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from voco_model.arguments import is_whole
-from voco_model.control_tokens import control_tokens, token_ids
-from voco_model.prompt import (
+from voco_model.vlm.control_tokens import control_tokens, token_ids
+from voco_model.vlm.prompt import (
     IMAGE_TOKEN,
     VOCO_TOKEN,
     Turns,

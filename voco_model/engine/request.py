@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from voco_model.arguments import is_whole
-from voco_model.prompt import Turns
+from voco_model.vlm.prompt import Turns
 
 
 class RequestError(RuntimeError):

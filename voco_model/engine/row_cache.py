@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from voco_kernels import cache_view
+from voco_kernels.kv import cache_view
 
 
 @dataclass

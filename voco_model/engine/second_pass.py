@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from voco_kernels.kv import CompactKV
-from voco_kernels.kv_load import load_into
+from voco_kernels.kv.entry import CompactKV
+from voco_kernels.kv.load import load_into
 from voco_model.engine.clock import StageClock
 from voco_model.engine.language import Language
 from voco_model.engine.programs import Programs, bucket, length_bucket

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from transformers import LogitsProcessor
 
 from voco_model import baselines
-from voco_model.control_tokens import as_text, control_tokens
 from voco_model.evaluate import requests as ask
 from voco_model.evaluate.devices import default_device
 from voco_model.pictures import ground_of
+from voco_model.vlm.control_tokens import as_text, control_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from voco_model.pictures import WHITE, PictureError, decode
-from voco_model.prompt import IMAGE_TOKEN
+from voco_model.vlm.prompt import IMAGE_TOKEN
 
 SEVERAL_IMAGES = ("refuse", "middle")
 # For tasks that name no limit of their own; their answers are an option's letter or a few words.

@@ -22,7 +22,7 @@ from voco_model.evaluate.devices import default_device, device_name
 from voco_model.evaluate.paper import model_of
 from voco_model.evaluate.requests import SEVERAL_IMAGES
 from voco_model.evaluate.tables import BOUNDS
-from voco_model.load import model_class, read_config
+from voco_model.vlm.load import model_class, read_config
 
 # Not tuned to compress: measured on the model that was tuned without the mask.
 ON_UPPER = (*BOUNDS, "fastv", "random")

@@ -27,8 +27,8 @@ def explain(
     from voco_model import load
     from voco_model.explain import attention, draw
     from voco_model.explain.drawing import check_path
-    from voco_model.load import read_config
     from voco_model.pictures import size_of
+    from voco_model.vlm.load import read_config
 
     try:
         check_path(output)

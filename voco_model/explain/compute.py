@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration
 
 from voco_kernels import MaskLayout
-from voco_model.attach import check_ready
-from voco_model.devices import execution_device
 from voco_model.pictures import as_images, decode, ground_of
-from voco_model.prompt import prompt, style_in
+from voco_model.vlm.attach import check_ready
+from voco_model.vlm.devices import execution_device
+from voco_model.vlm.prompt import prompt, style_in
 
 
 @dataclass(frozen=True, eq=False)

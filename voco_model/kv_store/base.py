@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from voco_kernels.kv import CompactKV
-from voco_kernels.kv_load import load_into
+from voco_kernels.kv.entry import CompactKV
+from voco_kernels.kv.load import load_into
 from voco_model.kv_store.format import check_key
 
 logger = logging.getLogger("voco_model.kv_store")

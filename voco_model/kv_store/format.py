@@ -37,7 +37,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from voco_kernels.kv import QUANTIZED_MAX, CompactKV, Rope
+from voco_kernels.kv.entry import QUANTIZED_MAX, CompactKV, Rope
 
 VERSION = 1
 ALIGNMENT = 4096  # of the payload; 8 + N is a multiple of it

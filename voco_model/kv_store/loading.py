@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from voco_kernels.kv import CompactKV
-from voco_kernels.kv_load import prepare_load
-from voco_kernels.kv_transfer import Transfer
+from voco_kernels.kv.entry import CompactKV
+from voco_kernels.kv.load import prepare_load
+from voco_kernels.kv.transfer import Transfer
 from voco_model.kv_store.format import EntryError, Header
 from voco_model.kv_store.reader import EntryReader
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from voco_kernels.kv import CompactKV
+from voco_kernels.kv.entry import CompactKV
 from voco_model.kv_store.base import Store, StoreStats, Tally, after_fork, key_of, logger
 from voco_model.kv_store.format import check_key
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from voco_kernels.kv import CompactKV
+from voco_kernels.kv.entry import CompactKV
 from voco_model.kv_store.base import after_fork
 from voco_model.kv_store.buffers import BufferPool
 from voco_model.kv_store.format import (

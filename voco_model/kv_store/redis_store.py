@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from voco_kernels.kv import CompactKV
+from voco_kernels.kv.entry import CompactKV
 from voco_model.kv_store.base import (
     Store,
     StoreStats,

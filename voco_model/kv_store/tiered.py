@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from voco_kernels.kv import CompactKV
+from voco_kernels.kv.entry import CompactKV
 from voco_model.kv_store.base import (
     Store,
     StoreStats,

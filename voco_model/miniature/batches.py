@@ -15,7 +15,7 @@ from transformers import LlavaProcessor
 from voco_model.data.encode import IGNORE
 from voco_model.miniature.model import MEAN, STD
 from voco_model.miniature.scenes import Question, ask_many, describe, draw_scene, paint
-from voco_model.prompt import IMAGE_TOKEN, image_part, text_pieces
+from voco_model.vlm.prompt import IMAGE_TOKEN, image_part, text_pieces
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from voco_model.miniature.scenes import COLOURS, PLACES, SIZE
-from voco_model.prompt import SYSTEM, SYSTEM_WITH_IMAGE, VOCO_TOKEN
+from voco_model.vlm.prompt import SYSTEM, SYSTEM_WITH_IMAGE, VOCO_TOKEN
 
 PATCH = 4
 GRID = SIZE // PATCH

@@ -19,7 +19,7 @@ from voco_model.miniature.exam import PRICED, make_exam, score
 from voco_model.miniature.model import build_model, build_processor
 from voco_model.miniature.recipe import Job, Recipe
 from voco_model.miniature.training import Progress, train_tower, tune
-from voco_model.prompt import text_part
+from voco_model.vlm.prompt import text_part
 
 
 def do(job: Job, recipe: Recipe, folder: Path, device: str, progress: Progress) -> None:

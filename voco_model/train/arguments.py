@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import LlavaForConditionalGeneration, TrainingArguments
 
-from voco_model.load import model_class
 from voco_model.train.config import TrainConfig
 from voco_model.train.model import layer_classes
+from voco_model.vlm.load import model_class
 
 
 def training_arguments(config: TrainConfig, accumulation: int) -> TrainingArguments:

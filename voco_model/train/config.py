@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from voco_model.data.faults import FaultPolicy
 from voco_model.pictures import WHITE, PictureLimits
-from voco_model.prompt import STYLES
+from voco_model.vlm.prompt import STYLES
 
 
 class _Section(BaseModel):
@@ -152,7 +152,7 @@ class TrainConfig(_Section):
     Attributes:
         model: folder or name of a LLaVA in the Hugging Face layout.
         output: folder for checkpoints and, at the end, the model.
-        prompt: a name of ``voco_model.prompt.STYLES``.
+        prompt: a name of ``voco_model.vlm.prompt.STYLES``.
         dtype: of the computation. Weights are kept in float32 but for LoRA's frozen ones.
         sharding: of weights, gradients and optimizer state: ``"zero3"`` (DeepSpeed, as the paper),
             ``"fsdp2"`` (can go on with another number of GPUs), or ``"none"``.

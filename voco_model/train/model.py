@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from voco_model.attach import enable
-from voco_model.load import load_weights, model_class
 from voco_model.pictures import WHITE
 from voco_model.train.config import LoRAConfig, TrainConfig
+from voco_model.vlm.attach import enable
+from voco_model.vlm.load import load_weights, model_class
 
 
 @dataclass(frozen=True)

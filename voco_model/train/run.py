@@ -16,10 +16,7 @@ import yaml
 from torch.utils.data import IterableDataset
 from transformers import AutoConfig, PrinterCallback, TrainerCallback, set_seed
 
-from voco_model.attach import name_tokens
 from voco_model.data.faults import FaultPolicy, listed
-from voco_model.load import load_processor, model_class
-from voco_model.processor_check import check_processor
 from voco_model.train import checkpoints
 from voco_model.train.arguments import training_arguments
 from voco_model.train.batches import Batches, make_batches
@@ -28,6 +25,9 @@ from voco_model.train.flops import WorkPerBatch
 from voco_model.train.model import build_model, parts_of
 from voco_model.train.progress import Meter
 from voco_model.train.trainer import VoCoTrainer
+from voco_model.vlm.attach import name_tokens
+from voco_model.vlm.load import load_processor, model_class
+from voco_model.vlm.processor_check import check_processor
 
 
 def train(

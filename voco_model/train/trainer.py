@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from voco_model.attach import SUPPORTED
 from voco_model.data.collate import STATS
 from voco_model.train import checkpoints
 from voco_model.train.progress import Meter
+from voco_model.vlm.attach import SUPPORTED
 
 
 class VoCoTrainer(Trainer):

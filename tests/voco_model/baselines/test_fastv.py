@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from tests.voco_model import tiny
 from tests.voco_model.baselines.eager import rows_of
 from voco_model import baselines
-from voco_model.caches import CACHE_ARGUMENT
+from voco_model.vlm.caches import CACHE_ARGUMENT
 
 ROWS = [(1, 9), (1, 3), (0, 5)]  # the third has no image
 KEPT, STEPS = 3, 5

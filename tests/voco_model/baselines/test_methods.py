@@ -7,7 +7,7 @@ import torch
 
 import voco_model
 from tests.voco_model import tiny
-from tests.voco_model.test_enable import assert_same, snapshot
+from tests.voco_model.vlm.test_enable import assert_same, snapshot
 from voco_model import baselines
 
 OPTIONS = {"fastv": {"layer": 1}, "qformer": {"width": 32, "heads": 2}}

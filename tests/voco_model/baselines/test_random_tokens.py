@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from tests.voco_model import tiny
 from tests.voco_model.baselines.eager import rows_of
 from voco_model import baselines
-from voco_model.caches import CACHE_ARGUMENT
+from voco_model.vlm.caches import CACHE_ARGUMENT
 
 KEPT, STEPS = 4, 5
 PICTURES = [tiny.picture(0), tiny.picture(1)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.voco_model import tiny
-from voco_model.attach import name_tokens
+from voco_model.vlm.attach import name_tokens
 
 
 @pytest.fixture

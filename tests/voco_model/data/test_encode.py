@@ -11,10 +11,10 @@ from transformers import ByT5Tokenizer, LlavaProcessor, PreTrainedTokenizerFast
 import voco_model
 from tests.voco_model import tiny
 from tests.voco_model.data.conversation import learnt, learnt_runs, sample, text_of, turns
-from voco_model.attach import name_tokens
 from voco_model.data.encode import IGNORE, Encoder
 from voco_model.data.faults import DataError
 from voco_model.data.samples import sample_of
+from voco_model.vlm.attach import name_tokens
 
 MAN = (
     "What is the man doing in the image?",

@@ -11,7 +11,7 @@ import torch
 import voco_model
 from tests.voco_model import tiny
 from voco_model import Request, Sampling
-from voco_model.prompt import image_part, text_part
+from voco_model.vlm.prompt import image_part, text_part
 
 NUM_VOCO, NEW_TOKENS = 2, 10
 # Beside so few ids the image has a say in every token of the answer; a sentence of bytes drowns it.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import voco_model
-from tests.forks import in_child, needs_fork
+from tests.support.forks import in_child, needs_fork
 from tests.voco_model.engine.conftest import SHORT
 from voco_model import Request
 from voco_model.kv_store.memory_store import MemoryStore

@@ -14,7 +14,7 @@ import torch
 
 import voco_model
 from tests.voco_model import tiny
-from voco_kernels.kv import CompactKV
+from voco_kernels.kv.entry import CompactKV
 from voco_model.engine import store_writer
 from voco_model.engine.images import ImageJob
 from voco_model.engine.plan import ImageSlot

@@ -18,7 +18,7 @@ from voco_model.evaluate.requests import (
     question_of,
     turns_of,
 )
-from voco_model.prompt import prompt
+from voco_model.vlm.prompt import prompt
 
 
 @pytest.mark.parametrize(

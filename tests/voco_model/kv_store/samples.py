@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from voco_kernels.kv import CompactKV, Rope
+from voco_kernels.kv.entry import CompactKV, Rope
 
 
 def make_entry(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from tests.voco_model.kv_store.samples import assert_same, make_entry, make_key
-from voco_kernels.kv import Rope
+from voco_kernels.kv.entry import Rope
 from voco_model.kv_store import format as kv_format
 from voco_model.kv_store.format import (
     COMPACT,

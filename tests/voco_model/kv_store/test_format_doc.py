@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.voco_kernels.test_kv import llama_rope, make_entry
-from voco_kernels.kv import CompactKV
+from tests.voco_kernels.kv.test_entry import llama_rope, make_entry
+from voco_kernels.kv.entry import CompactKV
 from voco_model.kv_store.format import encode
 
 ROOT = Path(__file__).parents[3]

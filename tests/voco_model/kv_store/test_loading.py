@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.voco_kernels.test_kv import llama_rope, make_entry
-from tests.voco_kernels.test_kv_load import (
+from tests.voco_kernels.kv.test_entry import llama_rope, make_entry
+from tests.voco_kernels.kv.test_load import (
     CACHES,
     LAYERS,
     assert_only,

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from tests.voco_model.kv_store.conftest import PATIENT, free_port
 from tests.voco_model.kv_store.samples import assert_same, make_entry, make_key
-from voco_kernels.kv import CompactKV
+from voco_kernels.kv.entry import CompactKV
 from voco_model.kv_store.base import StoreUnavailable
 from voco_model.kv_store.bounded import Breaker, BusyError, Deadline, Workers
 from voco_model.kv_store.format import COMPACT, encode

@@ -14,7 +14,6 @@ import voco_model
 from tests.voco_model import tiny
 from tests.voco_model.pictures.files import encoded, noise, oriented
 from voco_model import baselines
-from voco_model.attach import name_tokens
 from voco_model.data.encode import Encoder
 from voco_model.data.faults import DataError
 from voco_model.data.samples import sample_of
@@ -23,6 +22,7 @@ from voco_model.evaluate.requests import image_of
 from voco_model.explain.compute import _prepare
 from voco_model.kv_store.memory_store import MemoryStore
 from voco_model.pictures import decode
+from voco_model.vlm.attach import name_tokens
 
 TURNS = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "A man."}]
 BLACK = (0, 0, 0)

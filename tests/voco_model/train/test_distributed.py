@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from tests.voco_model import instruction
-from voco_model.load import load
 from voco_model.train import checkpoints, make_config, train
+from voco_model.vlm.load import load
 
 WORKER = Path(__file__).with_name("worker.py")
 ROOT = WORKER.parents[3]

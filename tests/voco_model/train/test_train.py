@@ -13,13 +13,13 @@ import torch.nn.functional as F
 import yaml
 from transformers import LlavaForConditionalGeneration, TrainerCallback
 
-import voco_model.attention
 import voco_model.train.run
+import voco_model.vlm.attention
 from tests.voco_model import instruction, tiny
 from voco_model.data.faults import DataError
-from voco_model.load import load, load_processor
-from voco_model.prompt import STYLES
 from voco_model.train import checkpoints, load_config, make_config, train
+from voco_model.vlm.load import load, load_processor
+from voco_model.vlm.prompt import STYLES
 
 
 @pytest.fixture
@@ -85,12 +85,12 @@ def test_thirty_steps_are_those_of_a_dense_mask(values, monkeypatch):
     """Losses and gradients within twice the error of the dense mask, against a dense run in float64."""
     padded = values(batch={"packed": False}, **LONG)
     ours = watched(padded)
-    monkeypatch.setattr(voco_model.attention, "masked_attention", dense)
+    monkeypatch.setattr(voco_model.vlm.attention, "masked_attention", dense)
     theirs = watched(padded)
     with monkeypatch.context() as in_double:
         in_double.setattr(voco_model.train.run, "_weights_dtype", lambda config: torch.float64)
         truth = watched(padded)
-    monkeypatch.setattr(voco_model.attention, "masked_attention", unmasked)
+    monkeypatch.setattr(voco_model.vlm.attention, "masked_attention", unmasked)
     without = watched(padded)
 
     assert len(truth.losses) == 30 and truth.losses[-1] < 0.7 * truth.losses[0]

@@ -1,0 +1,1 @@
+"""One module a backend, one contract (see ``voco_kernels.attention.dispatch``); none imports another."""

@@ -1,0 +1,81 @@
+"""The attention operator under ``torch.func``'s transforms: grad, vjp, jacrev and vmap.
+
+Operators of ``torch.library`` with a registered backward refuse them; an ``autograd.Function`` with
+``setup_context`` and a rule for vmap doesn't. ``vmap`` is a loop: one call for each sample.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from voco_kernels.attention.autograd import attention_backward, attention_forward
+
+
+def is_transforming() -> bool:
+    """Whether a transform of ``torch.func`` runs now, outside ``torch.compile``."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+class TransformableAttention(torch.autograd.Function):
+    """``attention_forward``, same arguments and results."""
+
+    @staticmethod
+    def forward(*inputs) -> tuple[Tensor, Tensor]:
+        return attention_forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        q, k, v, *layout_tensors, scale, backend, deterministic = inputs
+        ctx.save_for_backward(q, k, v, *output, *layout_tensors)
+        ctx.options = scale, backend, deterministic
+
+    @staticmethod
+    def backward(ctx, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        return *_TransformableBackward.apply(dout, dlse, *ctx.saved_tensors, *ctx.options), *(
+            None,
+        ) * 10
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _one_by_one(TransformableAttention.apply, info.batch_size, in_dims, inputs)
+
+
+class _TransformableBackward(torch.autograd.Function):
+    """``attention_backward``; there is no second derivative."""
+
+    @staticmethod
+    def forward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
+        return attention_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        raise NotImplementedError(
+            "expected first derivatives of masked_attention, got a derivative of its gradient, which "
+            "no backend has; use torch.nn.functional.scaled_dot_product_attention with "
+            "attn_mask=layout.materialize()[:, None] and the math backend"
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _one_by_one(_TransformableBackward.apply, info.batch_size, in_dims, inputs)
+
+
+def _one_by_one(function, batch_size: int, in_dims: tuple, inputs: tuple):
+    results = [
+        function(
+            *(
+                value if dim is None else value.select(dim, sample).contiguous()
+                for value, dim in zip(inputs, in_dims, strict=True)
+            )
+        )
+        for sample in range(batch_size)
+    ]
+    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)

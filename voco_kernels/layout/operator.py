@@ -1,0 +1,67 @@
+"""``voco_kernels::layout_from_token_ids``: from token ids to all tensors of a ``MaskLayout``.
+
+One operator, so that ``torch.compile`` and graph capture see one node and no Python state.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from voco_kernels.layout.schedule import build_schedule
+from voco_kernels.layout.token_ids import visibility_from_token_ids
+
+
+@torch.library.custom_op("voco_kernels::layout_from_token_ids", mutates_args=())
+def layout_from_token_ids(
+    input_ids: Tensor,
+    voco_token_id: int,
+    image_token_id: int | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    isolated: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The tensors that ``MaskLayout.from_tensors`` takes, and which VoCo tokens have no context to
+    compress (bool ``[B, S]``); arguments as in ``MaskLayout.from_input_ids``, not checked.
+
+    On CUDA a few Triton kernels compute what the torch code specifies, equal in every element that
+    is specified; where Triton is not installed, the torch code runs there too. No host sync.
+    """
+    if input_ids.is_cuda and input_ids.numel() > 0 and _has_triton():
+        from voco_kernels.layout import triton as triton_layout
+
+        return triton_layout.layout_from_token_ids(
+            input_ids, voco_token_id, image_token_id, attention_mask, position_ids, isolated
+        )
+    visible_from, visible_until, stray = visibility_from_token_ids(
+        input_ids, voco_token_id, image_token_id, attention_mask, position_ids, isolated=isolated
+    )
+    schedule = build_schedule(visible_from, visible_until)
+    # Contiguous, as the fake kernel promises, whatever the strides of input_ids.
+    visibility = (rows.int().contiguous() for rows in (visible_from, visible_until))
+    return *visibility, *schedule, stray.contiguous()
+
+
+@layout_from_token_ids.register_fake
+def _(input_ids, *_):
+    shape = input_ids.shape
+    rows = input_ids.new_empty(shape, dtype=torch.int32)
+    tiles = input_ids.new_empty(shape.numel(), 8, dtype=torch.int32)
+    return (
+        rows,
+        torch.empty_like(rows),
+        tiles,
+        torch.empty_like(tiles),
+        input_ids.new_empty(2, dtype=torch.int32),
+        torch.empty_like(rows),
+        torch.empty_like(rows),
+        torch.empty_like(rows, dtype=torch.bool),
+    )
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
