@@ -22,11 +22,13 @@ import torch
 import typer
 from rich.console import Console
 
-from bench import peers, plots, records, tables, timing
-from bench.measure import DeviceLostError
-from bench.peers import Peer
-from bench.runner import Runner
-from bench.shapes import SIZES
+from bench.attention import peers, plots, tables
+from bench.attention.measure import DeviceLostError
+from bench.attention.peers import Peer
+from bench.attention.run import Runner
+from bench.attention.shapes import SIZES
+from bench.harness import clock as timing
+from bench.harness import records
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

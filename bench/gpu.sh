@@ -57,7 +57,7 @@ environment() {
     fi
     "$PYTHON" - <<'PY'
 import json, os, torch
-from bench import timing
+from bench.harness import clock as timing
 
 device = torch.device("cpu" if os.environ.get("VOCO_DRY_RUN") else "cuda")
 on_gpu = device.type == "cuda"

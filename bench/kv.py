@@ -25,14 +25,18 @@ import torch
 import typer
 from rich.console import Console
 
-from bench import kv_clock, kv_loads, plots, records, tables, timing
+from bench.attention import plots, tables
+from bench.attention.measure import DeviceLostError
+from bench.attention.run import ProgressReport
 from bench.attn import EXIT_DEVICE_LOST, EXIT_RED, Device, pick, pick_device
-from bench.kv_clock import Clock, Job
-from bench.kv_loads import Load
-from bench.kv_places import NotMeasuredError, RedisServer
-from bench.kv_scene import FREE_SLOTS, SIZES, Model, Scene
-from bench.measure import DeviceLostError
-from bench.runner import ProgressReport
+from bench.harness import clock as timing
+from bench.harness import records
+from bench.harness import turns as kv_clock
+from bench.harness.turns import Clock, Job
+from bench.loading import loads as kv_loads
+from bench.loading.loads import Load
+from bench.loading.places import NotMeasuredError, RedisServer
+from bench.loading.scene import FREE_SLOTS, SIZES, Model, Scene
 
 TOKENS = (1, 64, 576, 8)
 """Sizes of an entry, those that decide most first: 0.5, 34, 302 and 4 MB of LLaVA-1.5-7B."""

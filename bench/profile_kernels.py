@@ -18,11 +18,12 @@ if __name__ == "__main__":
 import torch
 import typer
 
-from bench import direct, records
+from bench.attention import direct
+from bench.attention.measure import make_case
+from bench.attention.peers import Case
+from bench.attention.shapes import SIZES
 from bench.attn import parse_heads, pick
-from bench.measure import make_case
-from bench.peers import Case
-from bench.shapes import SIZES
+from bench.harness import records
 from voco_kernels.attention import dispatch
 
 

@@ -31,18 +31,15 @@ if __name__ == "__main__":
 
 import typer
 
-from bench import (
-    kv_report,
-    markdown,
-    plots,
-    records,
-    tiles,
-    train_report,
-    two_pass_plots,
-    two_pass_report,
-)
-from bench.markdown import NOT_MEASURED
-from bench.shapes import SIZES
+from bench.answering import plots as two_pass_plots
+from bench.answering import report as two_pass_report
+from bench.attention import plots, tiles
+from bench.attention.shapes import SIZES
+from bench.harness import records
+from bench.harness import text as markdown
+from bench.harness.text import NOT_MEASURED
+from bench.loading import report as kv_report
+from bench.training import report as train_report
 from voco_model.miniature import report as miniature_report
 
 ROOT = Path(__file__).resolve().parents[1]

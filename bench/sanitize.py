@@ -21,10 +21,11 @@ if __name__ == "__main__":
 import torch
 import typer
 
-from bench import direct, records
-from bench.measure import make_case
-from bench.peers import Case
-from bench.shapes import Document, Shape
+from bench.attention import direct
+from bench.attention.measure import make_case
+from bench.attention.peers import Case
+from bench.attention.shapes import Document, Shape
+from bench.harness import records
 from voco_kernels.attention import dispatch
 from voco_kernels.kv.move import Move
 

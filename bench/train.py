@@ -26,12 +26,16 @@ if __name__ == "__main__":
 import torch
 import typer
 
-from bench import records, timing, train_methods, train_report, train_runs
 from bench.attn import EXIT_RED, Device, pick, pick_device
-from bench.train_data import Batch, Distribution, Sample, draw, padding_share
-from bench.train_methods import QFormerLlava
-from bench.train_report import METHODS
-from bench.train_runs import Trainer, say
+from bench.harness import clock as timing
+from bench.harness import records
+from bench.training import methods as train_methods
+from bench.training import report as train_report
+from bench.training import steps as train_runs
+from bench.training.data import Batch, Distribution, Sample, draw, padding_share
+from bench.training.methods import QFormerLlava
+from bench.training.report import METHODS
+from bench.training.steps import Trainer, say
 
 MEASURED = (*timing.SOURCES, "voco_model")
 """Folders of the code that is timed."""

@@ -31,12 +31,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from bench import candidates, direct, measure, oracle, records, timing, trial
+from bench.attention import direct, measure, oracle
+from bench.attention.peers import Case
+from bench.attention.run import ProgressReport
+from bench.attention.shapes import SIZES, Shape
 from bench.attn import EXIT_DEVICE_LOST, parse_heads, pick
-from bench.peers import Case
-from bench.runner import ProgressReport
-from bench.shapes import SIZES, Shape
-from bench.trial import Job
+from bench.harness import clock as timing
+from bench.harness import records
+from bench.tuning import candidates, trial
+from bench.tuning.trial import Job
 from voco_kernels.attention.backends import triton
 from voco_kernels.attention.backends.triton import table as triton_table
 from voco_kernels.attention.backends.triton.config import chip_of

@@ -26,12 +26,16 @@ if __name__ == "__main__":
 import torch
 import typer
 
-from bench import records, timing, two_pass_plots, two_pass_report, two_pass_runs
+from bench.answering import plots as two_pass_plots
+from bench.answering import report as two_pass_report
+from bench.answering import subject as two_pass_runs
+from bench.answering.models import BRIEF, DEFAULT, SPECS
+from bench.answering.subject import Effort, References, Subject, WrongError
+from bench.attention.measure import DeviceLostError
+from bench.attention.run import ProgressReport
 from bench.attn import EXIT_DEVICE_LOST, EXIT_RED, Device, pick, pick_device
-from bench.measure import DeviceLostError
-from bench.runner import ProgressReport
-from bench.two_pass_models import BRIEF, DEFAULT, SPECS
-from bench.two_pass_runs import Effort, References, Subject, WrongError
+from bench.harness import clock as timing
+from bench.harness import records
 
 MEASURED = (*timing.SOURCES, "voco_model")
 """Folders of the code that is timed."""

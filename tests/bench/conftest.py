@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.measure import make_case
-from bench.shapes import SIZES
+from bench.attention.measure import make_case
+from bench.attention.shapes import SIZES
 
 
 @pytest.fixture

@@ -11,8 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import attn, measure, peers, records, timing
-from bench.shapes import SIZES, Shape
+from bench import attn
+from bench.attention import measure, peers
+from bench.attention.shapes import SIZES, Shape
+from bench.harness import clock as timing
+from bench.harness import records
 from voco_kernels.attention import dispatch
 
 ROOT = Path(__file__).parents[2]

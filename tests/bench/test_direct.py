@@ -6,10 +6,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import direct, profile_kernels, records, sanitize
-from bench.measure import make_case, truth_of
-from bench.oracle import NAMES, within_limits
-from bench.shapes import SIZES
+from bench import profile_kernels, sanitize
+from bench.attention import direct
+from bench.attention.measure import make_case, truth_of
+from bench.attention.oracle import NAMES, within_limits
+from bench.attention.shapes import SIZES
+from bench.harness import records
 from voco_kernels.attention import dispatch
 
 SCRIPTS = {"sanitize": sanitize.app, "profile": profile_kernels.app}

@@ -9,10 +9,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import kv, kv_loads, kv_places, kv_report, plots, records, report, timing
-from bench.kv_clock import QUICK, Clock, Job
-from bench.kv_places import NotMeasuredError
-from bench.kv_scene import SIZES, Scene
+from bench import kv, report
+from bench.attention import plots
+from bench.harness import clock as timing
+from bench.harness import records
+from bench.harness.turns import QUICK, Clock, Job
+from bench.loading import loads as kv_loads
+from bench.loading import places as kv_places
+from bench.loading import report as kv_report
+from bench.loading.places import NotMeasuredError
+from bench.loading.scene import SIZES, Scene
 
 TINY = ["--device", "cpu", "--size", "tiny", "--quick"]
 CPU = torch.device("cpu")

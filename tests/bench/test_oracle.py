@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import oracle
+from bench.attention import oracle
 from voco_kernels import MaskLayout, masked_attention
 
 LAYOUTS = {

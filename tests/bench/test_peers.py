@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import oracle, peers, splits
-from bench.shapes import SIZES, Shape
+from bench.attention import oracle, peers, splits
+from bench.attention.shapes import SIZES, Shape
 
 TINY = SIZES["tiny"].shapes
 

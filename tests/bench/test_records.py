@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bench import records
+from bench.harness import records
 
 
 def test_a_record_survives_its_file(record, tmp_path):

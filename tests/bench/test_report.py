@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bench import records, report
+from bench import report
+from bench.harness import records
 from voco_model.miniature import report as miniature_report
 
 README = """# Title

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from bench.shapes import IMAGE_TOKEN, PACKED_SEED, SIZES, VOCO_TOKEN
+from bench.attention.shapes import IMAGE_TOKEN, PACKED_SEED, SIZES, VOCO_TOKEN
 from voco_kernels import MaskLayout
 
 TINY = SIZES["tiny"].shapes

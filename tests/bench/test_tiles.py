@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench import tiles
-from bench.shapes import SIZES
+from bench.attention import tiles
+from bench.attention.shapes import SIZES
 from voco_kernels import MaskLayout
 
 

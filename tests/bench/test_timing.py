@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from bench import timing
+from bench.harness import clock as timing
 
 CPU = torch.device("cpu")
 

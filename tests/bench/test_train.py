@@ -12,18 +12,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from bench import (
-    flops,
-    records,
-    report,
-    train,
-    train_data,
-    train_methods,
-    train_report,
-    train_runs,
-)
-from bench.train_data import IGNORED, Distribution, Sample
-from bench.train_methods import SMALL, QFormerLlava
+from bench import flops, report, train
+from bench.harness import records
+from bench.training import data as train_data
+from bench.training import methods as train_methods
+from bench.training import report as train_report
+from bench.training import steps as train_runs
+from bench.training.data import IGNORED, Distribution, Sample
+from bench.training.methods import SMALL, QFormerLlava
 
 CPU = torch.device("cpu")
 RUN = ["--small", "--device", "cpu", "--steps", "2"]

@@ -15,8 +15,14 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton", reason="Triton is not installed: requirements/triton.txt has it")
 
-from bench import candidates, measure, records, trial, tune  # noqa: E402
-from bench.shapes import SIZES  # noqa: E402
+from bench import tune  # noqa: E402
+from bench.attention import measure  # noqa: E402
+from bench.attention.shapes import SIZES  # noqa: E402
+from bench.harness import records  # noqa: E402
+from bench.tuning import (
+    candidates,  # noqa: E402
+    trial,  # noqa: E402
+)
 from voco_kernels.attention.backends.triton import forward_kernel as triton_forward  # noqa: E402
 from voco_kernels.attention.backends.triton.config import Config, config  # noqa: E402
 from voco_kernels.attention.backends.triton.table import TABLE  # noqa: E402

@@ -16,18 +16,14 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from bench import (
-    flops,
-    records,
-    report,
-    two_pass,
-    two_pass_models,
-    two_pass_plots,
-    two_pass_report,
-    two_pass_runs,
-)
-from bench.two_pass_models import DEFAULT, SPECS
-from bench.two_pass_runs import QUICK, Reference, References, Subject, WrongError
+from bench import flops, report, two_pass
+from bench.answering import models as two_pass_models
+from bench.answering import plots as two_pass_plots
+from bench.answering import report as two_pass_report
+from bench.answering import subject as two_pass_runs
+from bench.answering.models import DEFAULT, SPECS
+from bench.answering.subject import QUICK, Reference, References, Subject, WrongError
+from bench.harness import records
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--quick", "--text-tokens", "9", "--new-tokens", "3"]

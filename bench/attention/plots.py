@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench import records
+from bench.harness import records
 
 OUR_COLOURS = ("#c0392b", "#e08e79", "#f0c4b8")
 COLOURS = {

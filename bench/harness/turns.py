@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench import timing
-from bench.timing import Effort
+from bench.harness import clock as timing
+from bench.harness.clock import Effort
 
 FULL = {"cpu": Effort(0.7, 5, 100), "cuda": Effort(0.08, 5, 40)}
 QUICK = {"cpu": Effort(0.01, 3, 5), "cuda": Effort(0.02, 3, 10)}

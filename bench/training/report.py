@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bench import records
-from bench.kv_report import duration
-from bench.markdown import NOT_MEASURED, short, table
+from bench.harness import records
+from bench.harness.text import NOT_MEASURED, short, table
+from bench.loading.report import duration
 
 METHODS = {
     "dense": "dense mask, SDPA, padded",

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench import timing
-from bench.kv_clock import Job
-from bench.kv_places import NotMeasuredError, check_dropped, drop, read_file
-from bench.kv_scene import Scene, same_bits
+from bench.harness import clock as timing
+from bench.harness.turns import Job
+from bench.loading.places import NotMeasuredError, check_dropped, drop, read_file
+from bench.loading.scene import Scene, same_bits
 from voco_kernels.kv import cache_view
 from voco_kernels.kv import transfer as kv_transfer
 from voco_kernels.kv.entry import CompactKV

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 import voco_model
-from bench.train_data import Batch
-from bench.two_pass_models import CLIP_TINY, SPECS, Spec, build_config, build_model
+from bench.answering.models import CLIP_TINY, SPECS, Spec, build_config, build_model
+from bench.training.data import Batch
 from voco_kernels import MaskLayout
 
 SMALL = Spec(

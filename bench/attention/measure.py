@@ -7,9 +7,11 @@ import hashlib
 
 import torch
 
-from bench import oracle, peers, records, timing
-from bench.peers import Case, Peer
-from bench.shapes import IMAGE_TOKEN, VOCO_TOKEN, Shape
+from bench.attention import oracle, peers
+from bench.attention.peers import Case, Peer
+from bench.attention.shapes import IMAGE_TOKEN, VOCO_TOKEN, Shape
+from bench.harness import clock as timing
+from bench.harness import records
 from voco_kernels import MaskLayout
 
 UNCOMPILED_BLOCK_MASK = 16384

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench import records
+from bench.harness import records
 
 
 def print_attention(record: dict, console: Console) -> None:

@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from bench.shapes import Document, Shape
+from bench.attention.shapes import Document, Shape
 
 Range = tuple[int, int]
 

@@ -20,9 +20,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import measure, records, timing
-from bench.peers import Peer
-from bench.shapes import Shape
+from bench.attention import measure
+from bench.attention.peers import Peer
+from bench.attention.shapes import Shape
+from bench.harness import clock as timing
+from bench.harness import records
 
 
 class ProgressReport:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench import records
-from bench.kv_report import duration
-from bench.markdown import NOT_MEASURED, short, table
+from bench.harness import records
+from bench.harness.text import NOT_MEASURED, short, table
+from bench.loading.report import duration
 
 STAGES = ("vision", "prefix", "extract", "load", "prefill")
 """Of the engine, until the first token is chosen, in their order."""

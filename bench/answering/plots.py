@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench import two_pass_report
-from bench.two_pass_report import MODES, STAGES
+from bench.answering import report as two_pass_report
+from bench.answering.report import MODES, STAGES
 
 COLOURS = {
     "vision": "#1f4e79",

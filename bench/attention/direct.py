@@ -6,7 +6,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from bench.peers import ANY_ORDER, Case
+from bench.attention.peers import ANY_ORDER, Case
 from voco_kernels.attention import dispatch
 
 OWN_KERNELS = ("cuda_sm90", "triton")

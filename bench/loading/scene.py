@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.kv_places import RedisServer, write_back
+from bench.loading.places import RedisServer, write_back
 from voco_kernels.kv.entry import CompactKV, Rope
 
 FREE_SLOTS = 256

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 import voco_model
-from bench import flops, kv_clock, timing
-from bench import two_pass_models as models
-from bench.two_pass_models import Spec
-from bench.two_pass_report import STAGES
+from bench import flops
+from bench.answering import models
+from bench.answering.models import Spec
+from bench.answering.report import STAGES
+from bench.harness import clock as timing
+from bench.harness import turns as kv_clock
 from voco_model.kv_store.memory_store import MemoryStore
 from voco_model.vlm.prompt import IMAGE_TOKEN, image_part
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench import kv_loads, records
-from bench.kv_scene import SIZES
-from bench.markdown import NOT_MEASURED, short, table
+from bench.harness import records
+from bench.harness.text import NOT_MEASURED, short, table
+from bench.loading import loads as kv_loads
+from bench.loading.scene import SIZES
 
 TOKENS = (1, 8, 64, 576)
 

@@ -18,9 +18,11 @@ from contextlib import contextmanager
 
 import torch
 
-from bench import direct, measure, records, timing
-from bench.candidates import Blocks
-from bench.shapes import one_image
+from bench.attention import direct, measure
+from bench.attention.shapes import one_image
+from bench.harness import clock as timing
+from bench.harness import records
+from bench.tuning.candidates import Blocks
 from voco_kernels.attention.backends import triton
 from voco_kernels.attention.backends.triton import table as triton_table
 from voco_kernels.attention.backends.triton.config import CALL_STACK

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bench import flops
-from bench.train_data import Batch, Distribution, Sample, collate, draw
-from bench.train_methods import (
+from bench.training.data import Batch, Distribution, Sample, collate, draw
+from bench.training.methods import (
     SMALL,
     Method,
     Optimizer,

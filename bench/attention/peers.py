@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import voco_kernels
-from bench.shapes import Shape
-from bench.splits import PerDocument, Split, TwoCalls, Varlen
+from bench.attention.shapes import Shape
+from bench.attention.splits import PerDocument, Split, TwoCalls, Varlen
 from voco_kernels import MaskLayout
 from voco_kernels.attention import dispatch
 

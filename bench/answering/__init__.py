@@ -1,0 +1,1 @@
+"""Questions about images through whole models: compressed before, or not."""

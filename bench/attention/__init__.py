@@ -1,0 +1,1 @@
+"""masked_attention against every rival that a user could reach for instead."""

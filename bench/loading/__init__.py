@@ -1,0 +1,1 @@
+"""Compact entries into key/value caches, against one copy of the same bytes."""

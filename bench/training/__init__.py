@@ -1,0 +1,1 @@
+"""A training step under the VoCo mask, in four ways, and of a Q-Former."""

@@ -1,0 +1,1 @@
+"""Block sizes of the Triton kernels, chosen by measurement."""
