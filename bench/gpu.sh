@@ -57,13 +57,13 @@ environment() {
     fi
     "$PYTHON" - <<'PY'
 import json, os, torch
-from bench.harness import clock as timing
+from bench.harness import clock, machine
 
 device = torch.device("cpu" if os.environ.get("VOCO_DRY_RUN") else "cuda")
 on_gpu = device.type == "cuda"
-record = timing.environment(device)
-dtype, effort = (torch.bfloat16, timing.FULL) if on_gpu else (torch.float32, timing.QUICK)
-record["ceilings"] = timing.ceilings(device, dtype, effort[device.type])
+record = machine.environment(device)
+dtype, effort = (torch.bfloat16, clock.FULL) if on_gpu else (torch.float32, clock.QUICK)
+record["ceilings"] = machine.ceilings(device, dtype, effort[device.type])
 print(json.dumps(record, indent=1))
 PY
 }

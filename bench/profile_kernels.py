@@ -21,9 +21,9 @@ import typer
 from bench.attention import direct
 from bench.attention.measure import make_case
 from bench.attention.peers import Case
+from bench.attention.questions import DIRECTIONS
 from bench.attention.shapes import SIZES
-from bench.attn import parse_heads, pick
-from bench.harness import records
+from bench.harness import options
 from voco_kernels.attention import dispatch
 
 
@@ -52,10 +52,10 @@ def run(backend: str | None, case: Case) -> str:
     return name
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = options.app()
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+@app.command(context_settings=options.CONTEXT)
 def main(
     shape: Annotated[
         list[str] | None, typer.Option(help="A shape; repeat for more.", show_default="A and E")
@@ -71,14 +71,14 @@ def main(
     on_cuda = torch.cuda.is_available()
     device = torch.device("cuda" if on_cuda else "cpu")
     shapes = SIZES["full" if on_cuda else "tiny"].shapes
-    for name in pick(shape or ["A", "E"], list(shapes), "shapes"):
+    for name in options.pick(shape or ["A", "E"], list(shapes), "shapes"):
         case = make_case(
             shapes[name],
-            parse_heads(heads),
+            options.parse_heads(heads),
             head_dim,
             torch.bfloat16,
             device,
-            direction=records.DIRECTIONS[1],
+            direction=DIRECTIONS[1],
         )
         try:
             used = run(backend, case)

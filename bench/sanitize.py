@@ -24,8 +24,9 @@ import typer
 from bench.attention import direct
 from bench.attention.measure import make_case
 from bench.attention.peers import Case
+from bench.attention.questions import DIRECTIONS
 from bench.attention.shapes import Document, Shape
-from bench.harness import records
+from bench.harness import options
 from voco_kernels.attention import dispatch
 from voco_kernels.kv.move import Move
 
@@ -60,7 +61,7 @@ def run(backend: str | None, head_dim: int, device: torch.device) -> str:
             head_dim,
             torch.bfloat16,
             torch.device("cpu"),
-            direction=records.DIRECTIONS[1],
+            direction=DIRECTIONS[1],
         )
         tensors = (getattr(host, name).to(device) for name in ("q", "k", "v", "dout"))
         case = Case(shape, host.layout.to(device), *tensors, backward=True)
@@ -152,10 +153,10 @@ def move(loader: str, head_dim: int, device: torch.device) -> None:
         )
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = options.app()
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+@app.command(context_settings=options.CONTEXT)
 def main(
     backend: Annotated[
         str | None,

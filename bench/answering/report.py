@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.harness import records
-from bench.harness.text import NOT_MEASURED, short, table
-from bench.loading.report import duration
-
-STAGES = ("vision", "prefix", "extract", "load", "prefill")
-"""Of the engine, until the first token is chosen, in their order."""
-
-FIRST_FORWARD = ("vision", "prefix", "extract")
-SECOND_FORWARD = ("load", "prefill")
+from bench.answering import plots
+from bench.answering.questions import (
+    FIRST_FORWARD,
+    MODES,
+    SECOND_FORWARD,
+    answer_row,
+    first_voco,
+    gemm_ms,
+    saved,
+    stage_ms,
+    stream_row,
+    was_planned,
+    weights_ms,
+)
+from bench.harness import text
+from bench.harness.family import Family, Picture, picture_links
+from bench.harness.records import Records, is_on_gpu, newest_by_device
+from bench.harness.text import NOT_MEASURED, duration, table
 
 PAPER_TABLE_2 = [
     "the paper, LLaVA-1.5-7B, A100",
@@ -40,9 +49,6 @@ EXPECTED = {
 }
 """Models that a record of all would hold."""
 
-MODES = {"uncached": "read", "full cache": "stored", "voco": "stored"}
-"""The three that are compared, and where their images come from."""
-
 TITLES = {
     "uncached": "nothing cached",
     "full cache": "all tokens cached",
@@ -66,82 +72,15 @@ class Goal:
     figure: Callable[[dict, dict], str | None]
 
 
-def weights_ms(record: dict, case: dict) -> float:
-    """To read the language model's weights at the rate at which the same run copied."""
-    # That rate counts what is read and what is written.
-    return 1e-9 * case["language_bytes"] / record["ceilings"]["copy_tb_per_s"]
-
-
-def gemm_ms(record: dict, flops: int) -> float:
-    """For so many operations at the rate at which the same run multiplied."""
-    return 1e-9 * flops / record["ceilings"]["matmul_tflops"]
-
-
-def was_planned(case: dict, **wanted) -> bool:
-    """Whether a row with these values was to be measured, however that went."""
-    return any(all(row[key] == value for key, value in wanted.items()) for row in case["rows"])
-
-
-def answer_row(case: dict | None, name: str, batch: int, num_voco: int, **more) -> dict | None:
-    """The row of a batch; through the compiler where that was timed."""
-    wanted = dict(kind="answer", name=name, batch=batch, num_voco=num_voco, **more)
-    return records.two_pass_row(case, compiled=True, **wanted) or records.two_pass_row(
-        case, compiled=False, **wanted
-    )
-
-
-def same_row(case: dict, name: str, batch: int, compiled: bool) -> dict | None:
-    """A plain LLaVA's row of a batch, compiled or not."""
-    return records.two_pass_row(
-        case, kind="answer", name=name, batch=batch, images=MODES[name], compiled=compiled
-    )
-
-
-def stream_row(case: dict, name: str, share: float | None) -> dict | None:
-    """The row of a stream; through the compiler where that was timed."""
-    wanted = dict(kind="stream", name=name, share=None if name == "stock generate" else share)
-    return records.two_pass_row(case, compiled=True, **wanted) or records.two_pass_row(
-        case, compiled=False, **wanted
-    )
-
-
-def saved(case: dict, batch: int, num_voco: int, name: str = "voco") -> float | None:
-    """By what share of the uncached answer's time the cached one's is lower; both compiled or both
-    not."""
-    for compiled in (True, False):
-        cached = records.two_pass_row(
-            case,
-            kind="answer",
-            name=name,
-            images="stored",
-            batch=batch,
-            num_voco=num_voco,
-            compiled=compiled,
-        )
-        plain = same_row(case, "uncached", batch, compiled)
-        if cached and plain:
-            return 1 - cached["device"]["p50"] / plain["device"]["p50"]
-    return None
-
-
-def stage_ms(row: dict, stages: Sequence[str]) -> float:
-    """Medians of these stages, summed."""
-    return sum(row["stages"][stage]["p50"] for stage in stages if stage in row["stages"])
-
-
-def _first_voco(record: dict) -> int:
-    return record["settings"]["num_voco"][0]
-
-
 def _second_pass(record: dict, case: dict) -> str | None:
-    row = answer_row(case, "voco", 1, _first_voco(record), images="stored")
+    row = answer_row(case, "voco", 1, first_voco(record), images="stored")
     if row is None:
         return None
     return f"{stage_ms(row, SECOND_FORWARD) / weights_ms(record, case):.2f}"
 
 
 def _first_pass(record: dict, case: dict) -> str | None:
-    row = answer_row(case, "voco", 1, _first_voco(record), images="new")
+    row = answer_row(case, "voco", 1, first_voco(record), images="new")
     if row is None:
         return None
     floor = gemm_ms(record, row["flops"]["prefix"]["useful"])
@@ -149,7 +88,7 @@ def _first_pass(record: dict, case: dict) -> str | None:
 
 
 def _decode_step(record: dict, case: dict) -> str | None:
-    row = answer_row(case, "voco", 1, _first_voco(record), images="stored")
+    row = answer_row(case, "voco", 1, first_voco(record), images="stored")
     if row is None or "decode" not in row:
         return None
     return f"{row['decode']['p50'] / weights_ms(record, case):.2f}"
@@ -157,7 +96,7 @@ def _decode_step(record: dict, case: dict) -> str | None:
 
 def _saved(batch: int) -> Callable[[dict, dict], str | None]:
     def figure(record: dict, case: dict) -> str | None:
-        share = saved(case, batch, _first_voco(record))
+        share = saved(case, batch, first_voco(record))
         return None if share is None else f"{100 * share:.1f}%"
 
     return figure
@@ -165,7 +104,7 @@ def _saved(batch: int) -> Callable[[dict, dict], str | None]:
 
 def _smaller(record: dict, case: dict) -> str | None:
     full = answer_row(case, "full cache", 1, 0)
-    own = answer_row(case, "voco", 1, _first_voco(record), images="stored")
+    own = answer_row(case, "voco", 1, first_voco(record), images="stored")
     if not full or not own:
         return None
     return f"{full['cache_bytes'] / own['cache_bytes']:.0f}"
@@ -182,21 +121,15 @@ GOALS = [
 ]
 
 
-def tables(results: dict[str, dict], device_type: str) -> str:
-    """For each device of a type its newest record; without any the goals, "not measured".
+def tables(results: Records, device_type: str) -> str:
+    """The newest record of each device of a type; without any the goals, "not measured".
 
     Args:
         results: two_pass records by file name, oldest first.
         device_type: "cpu" or "cuda".
     """
-    newest = {}
-    for name, record in results.items():
-        device = record["environment"]["device"]
-        if device["type"] == device_type:
-            newest[device["name"]] = (name, record)
-    if not newest:
-        return _nothing(device_type)
-    return "\n\n".join(_blocks(name, record) for name, record in newest.values())
+    newest = newest_by_device(results, device_type)
+    return "\n\n".join(_blocks(name, record) for name, record in newest) or _nothing(device_type)
 
 
 def show(record: dict) -> str:
@@ -251,23 +184,14 @@ def _blocks(name: str, record: dict) -> str:
 
 
 def _origin(name: str, record: dict) -> str:
-    environment, settings, ceilings = record["environment"], record["settings"], record["ceilings"]
-    device, versions = environment["device"], environment["versions"]
-    threads = device.get("threads")
-    where = f" (`bench/results/{name}`)" if name else ""
-    on = f" ({threads} thread{'s' if threads > 1 else ''})" if threads else ""
-    product = _rate(ceilings["matmul_tflops"], "FLOP/s")
-    copy = _rate(ceilings["copy_tb_per_s"], "B/s")
+    settings, ceilings = record["settings"], record["ceilings"]
+    product = text.rate(ceilings["matmul_tflops"], "FLOP/s")
+    copy = text.rate(ceilings["copy_tb_per_s"], "B/s")
     return (
-        f"{device['name']}{on}, {settings['dtype']}, random weights; {settings['text_tokens']} text "
+        f"{text.device(record)}, {settings['dtype']}, random weights; {settings['text_tokens']} text "
         f"tokens, answers of {settings['new_tokens']}; measured in the same run: product {product}, "
-        f"copy {copy}; torch {versions['torch']}, transformers {versions['transformers']}, commit "
-        f"{short(environment['commit'])}, {environment['date'][:10]}{where}."
+        f"copy {copy}; {text.provenance({name: record}, ['torch', 'transformers'])}."
     )
-
-
-def _rate(tera: float, unit: str) -> str:
-    return f"{tera:.3g} T{unit}" if tera >= 0.9995 else f"{1e3 * tera:.3g} G{unit}"
 
 
 def _measured(record: dict) -> list[dict]:
@@ -290,7 +214,7 @@ def goals_table(record: dict) -> str:
 def floors_table(record: dict) -> str:
     """What no implementation can beat at the rates of this run, beside what was measured."""
     rows = []
-    first = _first_voco(record)
+    first = first_voco(record)
     for case in _measured(record):
         new = answer_row(case, "voco", 1, first, images="new")
         stored = answer_row(case, "voco", 1, first, images="stored")
@@ -403,16 +327,16 @@ def _table_7_cells(case: dict, row: dict | None, batch: int, num_voco: int) -> l
         *stages,
         f"{duration(row['device']['p50'])} ({low} to {high}{compiled})",
         "" if share is None else f"{100 * share:.1f}%",
-        _bytes(row["cache_bytes"]) if row["cache_bytes"] else "",
-        f"{_flops(counts[0])} ({_flops(counts[1])})",
+        text.nbytes(row["cache_bytes"]) if row["cache_bytes"] else "",
+        f"{text.flops(counts[0])} ({text.flops(counts[1])})",
     ]
 
 
 def decode_table(record: dict) -> str:
     """First tokens on the host's clock, tokens a second behind them, and memory."""
     rows = []
-    on_gpu = record["environment"]["device"]["type"] == "cuda"
-    first = _first_voco(record)
+    on_gpu = is_on_gpu(record)
+    first = first_voco(record)
     names = [("stock generate", "read", 0), ("voco generate", "stored", first)]
     names += [(name, images, first if name == "voco" else 0) for name, images in MODES.items()]
     for case in _measured(record):
@@ -448,9 +372,9 @@ def _decode_cells(record: dict, case: dict, row: dict | None) -> list[str]:
         duration(row["wall"]["p50"]),
         duration(step["p50"]) if step else "",
         f"{step['p50'] / weights_ms(record, case):.2f}" if step else "",
-        three(row["tokens_per_s"]) if "tokens_per_s" in row else NOT_MEASURED,
-        _bytes(row["kv_bytes"]) if "kv_bytes" in row else "",
-        _bytes(row["peak_bytes"]) if row["peak_bytes"] else "",
+        text.three(row["tokens_per_s"]) if "tokens_per_s" in row else NOT_MEASURED,
+        text.nbytes(row["kv_bytes"]) if "kv_bytes" in row else "",
+        text.nbytes(row["peak_bytes"]) if row["peak_bytes"] else "",
     ]
 
 
@@ -465,7 +389,7 @@ def stream_table(record: dict) -> str:
             cells = []
             for share in shares:
                 row = stream_row(case, name, share)
-                cells.append(three(row["answers_per_s"]) if row else NOT_MEASURED)
+                cells.append(text.three(row["answers_per_s"]) if row else NOT_MEASURED)
             title = f"engine, {TITLES[name]}" if name in MODES else TITLES[name]
             rows.append([case["title"], title, *cells])
     header = ["model", "what", *(f"r = {share:g}" for share in shares)]
@@ -512,20 +436,44 @@ def agreement_table(record: dict) -> str:
     return table(header, rows, left=2) if rows else ""
 
 
-def three(value: float) -> str:
-    """Three digits, without an exponent."""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
+def _label(case: dict, row: dict | None) -> str:
+    if row is None:
+        return case["model"]
+    return (
+        f"{case['model']} {row['name']} {row['kind']} batch {row['batch']} VoCo {row['num_voco']}"
+    )
 
 
-def _bytes(count: float) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if count >= 0.9995 * factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count / 1e3:.3g} kB"
-
-
-def _flops(count: float) -> str:
-    for unit, factor in (("TFLOP", 1e12), ("GFLOP", 1e9)):
-        if count >= 0.9995 * factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count / 1e6:.3g} MFLOP"
+PICTURES = (
+    Picture("Time to the first token by stage", plots.plot_stages, has=plots.has_stages),
+    Picture(
+        "Answers a second over the share of images that come back",
+        plots.plot_streams,
+        has=plots.has_streams,
+        suffix="-streams",
+    ),
+)
+FAMILY = Family(
+    name="two_pass",
+    show=show,
+    record_keys={"cases": list, "ceilings": dict},
+    case_keys={"model": str, "title": str, "fits": bool, "rows": list},
+    row_keys={
+        "name": str,
+        "kind": str,
+        "images": str,
+        "num_voco": int,
+        "batch": int,
+        "compiled": bool,
+        "status": str,
+    },
+    times=("wall",),
+    choices={"kind": ("answer", "stream")},
+    label=_label,
+    tables={
+        "two-pass": lambda results, link: tables(results, "cuda"),
+        "two-pass-cpu": lambda results, link: tables(results, "cpu"),
+        "two-pass-plot": lambda results, link: picture_links(PICTURES, results, link),
+    },
+    pictures=PICTURES,
+)

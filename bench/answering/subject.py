@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import random
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,20 +17,15 @@ import voco_model
 from bench import flops
 from bench.answering import models
 from bench.answering.models import Spec
-from bench.answering.report import STAGES
-from bench.harness import clock as timing
-from bench.harness import turns as kv_clock
+from bench.harness.clock import Flush
+from bench.harness.guard import WrongError, first_line
 from voco_model.kv_store.memory_store import MemoryStore
 from voco_model.vlm.prompt import IMAGE_TOKEN, image_part
 
 FINGERPRINT = "bench"
 # Host time that a request's stages are kept clear of, in ms: the device is busy with something else
 # while they are enqueued.
-_COVERED_MS = 10.0
-
-
-class WrongError(RuntimeError):
-    """An answer that isn't what it should be: nothing is timed."""
+COVERED_MS = 10.0
 
 
 @dataclass(frozen=True)
@@ -145,12 +139,12 @@ class Subject:
         self.model.generation_config.suppress_tokens = special
         self._exact = dtype == torch.float32
         self._pictures: dict[int, object] = {}
-        self._flush = timing.Flush(device) if device.type == "cuda" else None
+        self.flush = Flush(device) if device.type == "cuda" else None
         self.image_tokens = int(self.plain_inputs([0])["input_ids"].shape[1]) - 1 - text_tokens
         self.store = MemoryStore(store_bytes, fingerprint=FINGERPRINT)
         self._kept: set[str] = set()
         self._fresh = 0
-        self._warm: weakref.ref | None = None  # the engine must go when its rows are done
+        self.warm: weakref.ref | None = None  # the engine must go when its rows are done
 
     def enable(self) -> None:
         """From now on the model knows VoCo tokens, and stock ``generate`` isn't stock any more."""
@@ -227,7 +221,7 @@ class Subject:
                 self.plain_inputs([*numbers, *numbers][: max(2, len(numbers))])
             )
         except Exception as error:  # the answers alone still say something
-            return References(answers, None, timing.first_line(error))
+            return References(answers, None, first_line(error))
         return References(answers, self._noise(answers, together))
 
     def voco_references(self, num_voco: int) -> References:
@@ -254,7 +248,7 @@ class Subject:
                 for number in numbers
             ]
         except Exception as error:  # the answers alone still say something
-            return References(answers, None, timing.first_line(error))
+            return References(answers, None, first_line(error))
         return References(answers, self._noise(answers, one_pass))
 
     def _noise(self, first: Sequence[Reference], second: Sequence[Reference]) -> float:
@@ -339,7 +333,7 @@ class Subject:
                 engine, [self.request(n, n, self.key(n, f"{variant} compared")) for n in numbers]
             )
             engine.flush()
-            _check_found(asked, len(numbers) if stored else 0)
+            check_found(asked, len(numbers) if stored else 0)
             pairs += zip(asked.answers, references.answers, strict=True)
         same = [
             ours == theirs
@@ -400,9 +394,9 @@ class Subject:
         self.synchronize()
         started = time.perf_counter()
         tickets = [engine.submit(request) for request in requests]
-        if covered and self._flush is not None:
-            for _ in range(self._flush.repeats_covering(_COVERED_MS)):
-                self._flush()
+        if covered and self.flush is not None:
+            for _ in range(self.flush.repeats_covering(COVERED_MS)):
+                self.flush()
         answers = [ticket.result() for ticket in tickets]
         whole = time.perf_counter() - started
         seconds = engine.stage_seconds()
@@ -419,194 +413,10 @@ class Subject:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    # ---- rows
-
-    def answer_row(
-        self,
-        engine: voco_model.TwoPassEngine,
-        *,
-        batch: int,
-        num_voco: int,
-        new_images: bool,
-        variant: str,
-    ) -> dict:
-        """Times of a batch until its first tokens, stage by stage, and of each token behind."""
-        stored = engine.mode != "uncached" and not new_images
-        cache_bytes = 0
-        if engine.mode != "uncached":
-            cache_bytes = self.keep(engine, variant)
-
-        def once(covered: bool) -> Asked:
-            pictures = [n if stored else self.fresh() for n in range(batch)]
-            requests = [
-                self.request(picture, n, self.key(picture, variant))
-                for n, picture in enumerate(pictures)
-            ]
-            asked = self.ask(engine, requests, covered=covered)
-            _check_found(asked, batch if stored else 0)
-            return asked
-
-        setup = []
-
-        def all_repeats() -> tuple[list[Asked], list[Asked]]:
-            for _ in range(2):  # graphs are recorded here, and layers compiled
-                setup.append(once(False).whole)
-            on_host, on_device = [], []
-            for _ in self._repeats():
-                on_host.append(once(False))
-                if self._flush is not None:
-                    on_device.append(once(True))
-            return on_host, on_device or on_host
-
-        (on_host, on_device), peak = self._with_peak(all_repeats)
-        self.forget(engine)
-        stages = {
-            stage: kv_clock.summary([asked.stages[stage] for asked in on_device])
-            for stage in STAGES
-            if stage in on_device[0].stages
-        }
-        row = {
-            "stages": stages,
-            "device": kv_clock.summary([sum(asked.stages.values()) for asked in on_device]),
-            "wall": kv_clock.summary([asked.first for asked in on_host]),
-            "prompt_tokens": on_host[0].answers[0].prompt_tokens,
-            "cache_bytes": cache_bytes,
-            "peak_bytes": peak,
-            "kv_bytes": engine.stats().cache_bytes,
-            "setup_s": 1e-3 * setup[0],
-            "flops": self._flops(engine.mode, num_voco, new_images),
-        }
-        steps = [each for asked in on_device for each in asked.decode]
-        if steps:
-            row["decode"] = kv_clock.summary(steps)
-            behind = [asked.whole - asked.first for asked in on_host]
-            row["tokens_per_s"] = _rate(batch * (self.new_tokens - 1), behind)
-        return row
-
-    def generate_row(self, batch: int) -> dict:
-        """Stock Transformers on the plain prompt."""
-        inputs = self.plain_inputs(range(batch))
-        row = self._generate_times(
-            batch,
-            lambda new: self.model.generate(**inputs, max_new_tokens=new, do_sample=False),
-        )
-        return row | {"cache_bytes": 0, "flops": self._flops("uncached", 0, False)}
-
-    def voco_generate_row(
-        self, engine: voco_model.TwoPassEngine, *, batch: int, num_voco: int, variant: str
-    ) -> dict:
-        """``voco_model.generate`` from stored entries."""
-        cache_bytes = self.keep(engine, variant)
-        keys = [self.key(number, variant) for number in range(batch)]
-        text = torch.tensor([self.question(n) for n in range(batch)], device=self.device)
-
-        def generate(new: int) -> Tensor:
-            return voco_model.generate(
-                self.model, self.store.get_many(keys), text, max_new_tokens=new, do_sample=False
-            )
-
-        row = self._generate_times(batch, generate)
-        return row | {
-            "cache_bytes": cache_bytes,
-            "flops": self._flops("voco", num_voco, False),
-        }
-
-    def _generate_times(self, batch: int, generate: Callable[[int], Tensor]) -> dict:
-        def timed(new: int) -> float:
-            self.synchronize()
-            started = time.perf_counter()
-            made = generate(new)
-            self.synchronize()
-            elapsed = time.perf_counter() - started
-            del made
-            return 1e3 * elapsed
-
-        def all_repeats() -> tuple[list[float], list[float]]:
-            timed(1)
-            timed(self.new_tokens)
-            pairs = [(timed(1), timed(self.new_tokens)) for _ in self._repeats()]
-            return [one for one, _ in pairs], [whole - one for one, whole in pairs]
-
-        (first, behind), peak = self._with_peak(all_repeats)
-        row = {"wall": kv_clock.summary(first), "peak_bytes": peak}
-        if self.new_tokens > 1:
-            row["tokens_per_s"] = _rate(batch * (self.new_tokens - 1), behind)
-        return row
-
-    def stream_row(self, engine: voco_model.TwoPassEngine, share: float, variant: str) -> dict:
-        """Answers a second of a stream of requests, of whose images a share came before."""
-        count = self.effort.requests
-        repeats = max(1, self.effort.repeats // 3)
-
-        def once() -> tuple[float, int]:
-            numbers = stream(count, share)
-            new = {number: self.fresh() for number in dict.fromkeys(numbers)}
-            requests = []
-            for index, number in enumerate(numbers):
-                # A plain LLaVA knows no image again.
-                known = self.fresh() if engine.mode == "uncached" else new[number]
-                requests.append(self.request(number, index, self.key(known, variant)))
-            while engine.step():
-                pass
-            self.synchronize()
-            started = time.perf_counter()
-            answers = engine.answer_many(requests)
-            elapsed = time.perf_counter() - started
-            for answer in answers:
-                if answer.error is not None:
-                    raise answer.error
-            self.forget(engine)
-            return elapsed, sum(answer.from_store for answer in answers)
-
-        if self._warm is None or self._warm() is not engine:
-            engine.warmup(text_tokens=(self.text_tokens,))
-            self._warm = weakref.ref(engine)
-        once()
-        read_before = engine.stats().images_read
-        runs, peak = self._with_peak(lambda: [once() for _ in range(repeats)])
-        engine.stage_seconds()
-        return {
-            "wall": kv_clock.summary([1e3 * elapsed for elapsed, _ in runs]),
-            "answers_per_s": _rate(count, [1e3 * elapsed for elapsed, _ in runs]),
-            "requests": count,
-            "images_read": (engine.stats().images_read - read_before) / repeats,
-            "peak_bytes": peak,
-        }
-
-    def generate_stream_row(self) -> dict:
-        """The same requests through stock ``generate``, a full batch at a time. It knows no image
-        again, so one share stands for all."""
-        count, batch = self.effort.requests, self.max_batch
-        repeats = max(1, self.effort.repeats // 3)
-
-        def once() -> float:
-            self.synchronize()
-            started = time.perf_counter()
-            for start in range(0, count, batch):
-                inputs = self.plain_inputs(range(start, min(start + batch, count)))
-                self.model.generate(**inputs, max_new_tokens=self.new_tokens, do_sample=False)
-            self.synchronize()
-            return 1e3 * (time.perf_counter() - started)
-
-        once()
-        runs, peak = self._with_peak(lambda: [once() for _ in range(repeats)])
-        return {
-            "wall": kv_clock.summary(runs),
-            "answers_per_s": _rate(count, runs),
-            "requests": count,
-            "images_read": count,
-            "peak_bytes": peak,
-        }
-
-    def _repeats(self) -> Iterator[int]:
-        finish = time.monotonic() + self.effort.seconds
-        for index in range(4 * self.effort.repeats):
-            if index >= self.effort.repeats and time.monotonic() > finish:
-                return
-            yield index
-
-    def _flops(self, mode: str, num_voco: int, new_images: bool) -> dict[str, dict[str, int]]:
-        """By stage, of one request."""
+    def flops_by_stage(
+        self, mode: str, num_voco: int, new_images: bool
+    ) -> dict[str, dict[str, int]]:
+        """Useful and full FLOPs of one request."""
         config, tiles = self.model.config, models.tiles_of(self.spec)
         plain = 1 + self.image_tokens  # and BOS
         parts = {}
@@ -622,37 +432,9 @@ class Subject:
             parts["prefill"] = flops.first_token(config, self.text_tokens, num_voco)
         return {stage: {"useful": part.useful, "full": part.full} for stage, part in parts.items()}
 
-    def _with_peak(self, function: Callable[[], object]) -> tuple[object, int | None]:
-        """What it returns, and the most device memory that was taken meanwhile, weights included."""
-        gc.collect()
-        if self.device.type != "cuda":
-            return function(), None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        returned = function()
-        torch.cuda.synchronize()
-        return returned, torch.cuda.max_memory_allocated(self.device)
 
-
-def stream(count: int, share: float) -> list[int]:
-    """Numbers of the images of a stream: as near as can be, ``share`` of them came before."""
-    draw = random.Random(0)
-    numbers: list[int] = []
-    for index in range(count):
-        new = len(set(numbers))
-        fresh = new < max(1, round((1 - share) * (index + 1)))
-        numbers.append(new if fresh else draw.randrange(new))
-    return numbers
-
-
-def _check_found(asked: Asked, expected: int) -> None:
+def check_found(asked: Asked, expected: int) -> None:
     """What is timed must be what it is called."""
     found = sum(answer.from_store for answer in asked.answers)
     if found != expected:
         raise RuntimeError(f"expected {expected} images from the store, got {found}")
-
-
-def _rate(amount: int, milliseconds: Sequence[float]) -> float:
-    """Median, a second."""
-    _, p50, _ = timing.quantiles(list(milliseconds))
-    return 1e3 * amount / p50

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 
 import torch
 
 from bench.attention import oracle, peers
 from bench.attention.peers import Case, Peer
+from bench.attention.questions import DIRECTIONS
 from bench.attention.shapes import IMAGE_TOKEN, VOCO_TOKEN, Shape
-from bench.harness import clock as timing
-from bench.harness import records
+from bench.harness import clock
+from bench.harness.clock import Effort
+from bench.harness.guard import first_line
 from voco_kernels import MaskLayout
 
 UNCOMPILED_BLOCK_MASK = 16384
@@ -19,18 +20,6 @@ UNCOMPILED_BLOCK_MASK = 16384
 
 STORAGES = ("tokens", "heads")
 """How q, k, v lie in memory: ``[B, S, H, D]`` (as projections leave them) or ``[B, H, S, D]``."""
-
-
-class DeviceLostError(RuntimeError):
-    """A kernel broke the CUDA context: nothing more can run in this process.
-
-    Attributes:
-        row: of the peer whose kernel it was.
-    """
-
-    def __init__(self, row: dict) -> None:
-        super().__init__(f"{row['name']} broke the CUDA context: {row['reason']}")
-        self.row = row
 
 
 def make_case(
@@ -47,7 +36,7 @@ def make_case(
 
     Args:
         heads: query heads and key/value heads.
-        direction: one of ``records.DIRECTIONS``.
+        direction: one of ``DIRECTIONS``.
         storage: one of ``STORAGES``.
     """
     num_heads, num_kv_heads = heads
@@ -63,7 +52,7 @@ def make_case(
 
     q, k, v, dout = (normal(n) for n in (num_heads, num_kv_heads, num_kv_heads, num_heads))
     layout = shape.layout(device)
-    return Case(shape, layout, q, k, v, dout, backward=direction != records.DIRECTIONS[0])
+    return Case(shape, layout, q, k, v, dout, backward=direction != DIRECTIONS[0])
 
 
 def case_record(
@@ -75,7 +64,7 @@ def case_record(
     flops = layout.flops(num_heads, head_dim)
     tokens = layout.batch * layout.length
     result_bytes = tokens * num_heads * (head_dim * dtype.itemsize + 4)  # out, and lse in fp32
-    if direction != records.DIRECTIONS[0]:
+    if direction != DIRECTIONS[0]:
         flops += layout.flops(num_heads, head_dim, backward=True)
         result_bytes += tokens * (num_heads + 2 * num_kv_heads) * head_dim * dtype.itemsize
     return {
@@ -100,15 +89,13 @@ def truth_of(case: Case) -> oracle.Truth:
     return oracle.truth(case.q, case.k, case.v, dout, case.layout)
 
 
-def empty_row(peer: Peer, status: str, reason: str) -> dict:
-    """A row without a time."""
+def row_head(peer: Peer) -> dict:
+    """What a peer's row has in any case."""
     return {
         "name": peer.name,
         "ours": peer.ours,
         "masked": peer.masked,
         "drop_in": peer.drop_in,
-        "status": status,
-        "reason": reason,
     }
 
 
@@ -117,40 +104,19 @@ def measure_peer(
     case: Case,
     truth: oracle.Truth,
     flops: int,
-    effort: timing.Effort,
+    effort: Effort,
     *,
     graph: bool = False,
 ) -> dict:
-    """One row: checked first, then timed. Whatever a peer raises becomes its row's reason.
+    """The rest of a peer's row: checked first, then timed.
 
-    Raises:
-        DeviceLostError: what it raised has left CUDA unusable.
+    Args:
+        flops: useful ones of one call.
+        graph: also time replays of a CUDA graph.
     """
-    try:
-        return _check_and_time(peer, case, truth, flops, effort, graph)
-    except Exception as error:  # any rival may break in its own way: the row says how
-        row = empty_row(peer, "failed", timing.first_line(error))
-    if case.device.type == "cuda":
-        gc.collect()
-        try:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        except RuntimeError as error:
-            raise DeviceLostError(row) from error
-    return row
-
-
-def _check_and_time(
-    peer: Peer,
-    case: Case,
-    truth: oracle.Truth,
-    flops: int,
-    effort: timing.Effort,
-    graph: bool,
-) -> dict:
     reason = peer.unsupported(case)
     if reason:
-        return empty_row(peer, "unsupported", reason)
+        return {"status": "unsupported", "reason": reason}
     job = peer.prepare(case)
     poison(case)
     errors = {}
@@ -158,20 +124,17 @@ def _check_and_time(
         results = dict(zip(oracle.NAMES, job.collect(job.run()), strict=False))
         errors = truth.check(results, case.k.shape[1])
         del results
-        if not oracle.within_limits(errors):
-            wrong = {name: e for name, e in errors.items() if not e["error"] <= e["limit"]}
-            listed = (f"{name} {e['error']:.2e} over {e['limit']:.2e}" for name, e in wrong.items())
-            row = empty_row(peer, "red", f"error against fp64: {', '.join(listed)}; not timed")
-            return {**row, "errors": errors}
+        wrong = oracle.over_limits(errors)
+        if wrong:
+            return {"status": "red", "reason": wrong, "errors": errors}
     else:
         job.run()
-    measured = timing.measure(job.run, case.device, effort, graph)
-    row = empty_row(peer, "ok", "")
-    del row["reason"]
-    row |= {
+    measured = clock.measure(job.run, case.device, effort, graph)
+    row = {
+        "status": "ok",
         "timing": measured.to_json(),
-        "tflops": timing.tflops(flops, measured.p50),
-        "extra_bytes": timing.peak_extra_bytes(job.run, case.device),
+        "tflops": clock.tflops(flops, measured.p50),
+        "extra_bytes": clock.peak_extra_bytes(job.run, case.device),
         "setup_ms": job.setup_ms,
     }
     return {**row, "errors": errors} if peer.masked else row
@@ -183,9 +146,7 @@ def poison(case: Case) -> None:
     del blocks
 
 
-def measure_layout(
-    shape: Shape, device: torch.device, effort: timing.Effort, *, compiled: bool
-) -> dict:
+def measure_layout(shape: Shape, device: torch.device, effort: Effort, *, compiled: bool) -> dict:
     """``from_input_ids`` against ``create_block_mask``, for the same mask, both ready for use.
 
     Args:
@@ -208,9 +169,9 @@ def measure_layout(
         if not all(map(torch.equal, made.tensors()[:2], expected.tensors()[:2])):
             reason = "from_input_ids gives another layout than the spans; not timed"
             return {**entry, "status": "red", "reason": reason}
-        entry["layout"] = timing.measure(make, device, effort).to_json()
+        entry["layout"] = clock.measure(make, device, effort).to_json()
     except Exception as error:  # as with a peer: the entry says what broke
-        return {**entry, "status": "failed", "reason": timing.first_line(error)}
+        return {**entry, "status": "failed", "reason": first_line(error)}
     for key, by_compiler in (("block_mask", False), ("block_mask_compiled", True)):
         entry[key] = None
         if by_compiler and not compiled:
@@ -221,9 +182,9 @@ def measure_layout(
         try:
             make_mask = peers.block_mask_maker(shape, expected, compiled=by_compiler)
             make_mask()
-            entry[key] = timing.measure(make_mask, device, effort).to_json()
+            entry[key] = clock.measure(make_mask, device, effort).to_json()
         except Exception as error:  # recorded: the other one goes on
-            entry["notes"].append(f"{key}: {timing.first_line(error)}")
+            entry["notes"].append(f"{key}: {first_line(error)}")
     masks = [entry[key]["p50"] for key in ("block_mask", "block_mask_compiled") if entry[key]]
     entry["ratio"] = min(masks) / entry["layout"]["p50"] if masks else None
     return entry

@@ -67,6 +67,13 @@ def within_limits(errors: dict[str, dict[str, float]]) -> bool:
     return all(entry["error"] <= entry["limit"] for entry in errors.values())
 
 
+def over_limits(errors: dict[str, dict[str, float]]) -> str:
+    """The reason of a red row: which tensors are off by how much; empty if none is."""
+    wrong = {name: entry for name, entry in errors.items() if not within_limits({name: entry})}
+    listed = [f"{name} {e['error']:.2e} over {e['limit']:.2e}" for name, e in wrong.items()]
+    return f"error against fp64: {', '.join(listed)}; not timed" if wrong else ""
+
+
 def choose_sample(layout: MaskLayout, num_kv_heads: int) -> Sample:
     """First and last row and key/value head; all tokens, or of long rows three windows of 1024."""
     every, window = 4096, 1024

@@ -1,89 +1,45 @@
-"""A whole run of ``bench/attn.py``: every shape, heads, direction and peer, into one record.
+"""A whole run of bench/attn.py: every shape, heads, direction and peer, into one record.
 
-What matters most comes first. Peers that compile for each case, or take far longer than their
-worth, are left to a second pass over all cases, and layouts to the end: a run that is cut off has
-the rest.
+What matters most is measured first. Peers that compile for each case, or take far longer than they are
+worth, are left to a second pass over all cases, and layouts to the end: a run that is cut off has the
+rest.
 """
 
 from __future__ import annotations
 
 import gc
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+import typer
 
-from bench.attention import measure
+from bench.attention import measure, peers
 from bench.attention.peers import Peer
+from bench.attention.report import FAMILY
 from bench.attention.shapes import Shape
-from bench.harness import clock as timing
-from bench.harness import records
+from bench.harness import machine
+from bench.harness.clock import Effort
+from bench.harness.guard import first_line
+from bench.harness.options import pick, usage_errors
+from bench.harness.run import Runner
 
 
-class ProgressReport:
-    """Progress on stderr: a bar on a terminal, a line for each measurement elsewhere."""
-
-    def __init__(self, total: int, done: int) -> None:
-        self.console = Console(stderr=True)
-        self.total, self.done = total, done
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-            transient=True,
-        )
-        self.task = self.progress.add_task("", total=total, completed=done)
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        with self.progress:
-            yield
-
-    def measure(self, what: str, function: Callable[[], dict]) -> dict:
-        """Run one measurement under its name; returns what it returns."""
-        self.progress.update(self.task, description=what)
-        row = function()
-        self.done += 1
-        self.progress.advance(self.task)
-        if not self.console.is_terminal:
-            line = f"[{self.done}/{self.total}] {what}: {_outcome(row)}"
-            print(line, file=sys.stderr, flush=True)
-        return row
-
-
-def _outcome(row: dict) -> str:
-    if row["status"] != "ok":
-        return f"{row['status']}: {row['reason']}"
-    if "tflops" in row:
-        return f"{row['timing']['p50']:.4g} ms, {row['tflops']:.4g} useful TFLOP/s"
-    timing = row["layout"] if "layout" in row else row["timing"]
-    return f"{timing['p50']:.4g} ms"
-
-
-@dataclass
-class Runner:
-    """What to run, how, and the record that fills up.
+@dataclass(kw_only=True)
+class AttentionRunner(Runner):
+    """What to run, and how.
 
     Attributes:
-        record: see ``records``; written to ``out`` after every case.
+        storage: one of ``measure.STORAGES``.
         present: peers in the order of the tables; ours first.
         shapes, heads, directions: each combination is a case.
-        budget: seconds after which no measurement starts; None for no limit.
+        graph: whether to time replays of a CUDA graph, too.
+        layouts: whether to time making the layouts, too.
     """
 
-    record: dict
-    out: Path
-    device: torch.device
+    family = FAMILY
     dtype: torch.dtype
     head_dim: int
     storage: str
@@ -91,45 +47,42 @@ class Runner:
     shapes: list[Shape]
     heads: list[tuple[int, int]]
     directions: list[str]
-    effort: timing.Effort
+    effort: Effort
     graph: bool
     layouts: bool
-    budget: float | None
 
-    def run(self) -> None:
-        """Fill the record.
-
-        Raises:
-            measure.DeviceLostError: a kernel broke the CUDA context; the record is written, the
-                culprit's row in it, and another process can go on with it.
-        """
-        self.started = time.monotonic()
+    def fill(self) -> None:
         cases = [
             (direction, heads, shape)
             for direction in self.directions
             for heads in self.heads
             for shape in self.shapes
         ]
-        total = len(cases) * len(self.present) + (len(self.shapes) if self.layouts else 0)
-        done = [row for case in self.record["cases"] for row in case["rows"]]
-        self.progress = ProgressReport(total, len(done) + len(self.record["layouts"]))
-        with self.progress.shown():
+        shapes = self.shapes if self.layouts else []
+        done = sum(len(case["rows"]) for case in self.record["cases"])
+        total = len(cases) * len(self.present) + len(shapes)
+        with self.progress_of(total, done + len(self.record["layouts"])):
             self._measure_ceilings()
             for slow in (False, True):
                 for case in cases:
                     self._run_case(*case, slow=slow)
-            for shape in self.shapes if self.layouts else []:
+            for shape in shapes:
                 self._run_layout(shape)
-        self.record["finished"] = True
-        records.write(self.record, self.out)
+
+    def say(self, row: dict) -> str:
+        if row["status"] != "ok":
+            return super().say(row)
+        if "layout" in row:
+            return f"{row['layout']['p50']:.4g} ms"
+        return f"{super().say(row)}, {row['tflops']:.4g} useful TFLOP/s"
 
     def _measure_ceilings(self) -> None:
         if self.record["ceilings"]:
             return
         try:
-            self.record["ceilings"] = timing.ceilings(self.device, self.dtype, self.effort)
+            self.record["ceilings"] = machine.ceilings(self.device, self.dtype, self.effort)
         except RuntimeError as error:  # a table without its ceilings is better than no table
-            reason = timing.first_line(error)
+            reason = first_line(error)
             self.record["environment"]["no_ceilings"] = reason
             print(f"no ceilings: {reason}", file=sys.stderr)
 
@@ -145,55 +98,46 @@ class Runner:
         ]
         if not todo:
             return
-        measure_row = self._measure_row(direction, heads, shape, entry["flops"])
-        order = [peer.name for peer in self.present]
+        rest_of = self._measurement(direction, heads, shape, entry["flops"])
         for peer in todo:
-            what = f"{direction} {shape.name} {heads[0]}/{heads[1]} {peer.name}"
-            try:
-                row = self.progress.measure(what, partial(measure_row, peer))
-            except measure.DeviceLostError as lost:
-                entry["rows"].append(lost.row)
-                records.write(self.record, self.out)
-                raise
-            entry["rows"].append(row)
-            entry["rows"].sort(key=lambda row: order.index(row["name"]))
-            records.write(self.record, self.out)
-        del measure_row
+            self.measure(
+                f"{direction} {shape.name} {heads[0]}/{heads[1]} {peer.name}",
+                measure.row_head(peer),
+                partial(rest_of, peer),
+                entry["rows"],
+                order=[each.name for each in self.present],
+            )
+        del rest_of
         if self.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
 
-    def _measure_row(
+    def _measurement(
         self, direction: str, heads: tuple[int, int], shape: Shape, flops: int
     ) -> Callable[[Peer], dict]:
         """The inputs of a case and its truth, as a function that measures a peer on them."""
-        reason = self._spent_reason()
-        if not reason:
-            try:
-                case = measure.make_case(
-                    shape,
-                    heads,
-                    self.head_dim,
-                    self.dtype,
-                    self.device,
-                    direction=direction,
-                    storage=self.storage,
-                )
-                truth = measure.truth_of(case)
-            except Exception as error:  # without a truth nothing is timed; other cases go on
-                reason = f"no inputs or no float64 truth: {timing.first_line(error)}"
-                return lambda peer: measure.empty_row(peer, "failed", reason)
-
-        def row_of(peer: Peer) -> dict:
-            reason = self._spent_reason()
-            if reason:
-                return measure.empty_row(peer, "skipped", reason)
-            return measure.measure_peer(peer, case, truth, flops, self.effort, graph=self.graph)
-
-        return row_of
+        if self.spent():
+            return lambda peer: {}  # never called
+        try:
+            case = measure.make_case(
+                shape,
+                heads,
+                self.head_dim,
+                self.dtype,
+                self.device,
+                direction=direction,
+                storage=self.storage,
+            )
+            truth = measure.truth_of(case)
+        except Exception as error:  # without a truth nothing is timed; other cases go on
+            reason = f"no inputs or no float64 truth: {first_line(error)}"
+            return lambda peer: {"status": "failed", "reason": reason}
+        return lambda peer: measure.measure_peer(
+            peer, case, truth, flops, self.effort, graph=self.graph
+        )
 
     def _entry(self, found: dict) -> dict:
-        """The record's case of this shape, heads and direction; the one that was found if new."""
+        """The record's case of this shape, heads and direction; ``found`` itself if it is new."""
         keys = ("shape", "direction", "num_heads", "num_kv_heads")
         for known in self.record["cases"]:
             if all(known[key] == found[key] for key in keys):
@@ -204,20 +148,44 @@ class Runner:
     def _run_layout(self, shape: Shape) -> None:
         if shape.name in [entry["shape"] for entry in self.record["layouts"]]:
             return
-        on_gpu = self.device.type == "cuda"
+        compiled = self.device.type == "cuda"
+        self.measure(
+            f"layout {shape.name}",
+            {"shape": shape.name},
+            lambda: measure.measure_layout(shape, self.device, self.effort, compiled=compiled),
+            self.record["layouts"],
+        )
 
-        def entry_of() -> dict:
-            reason = self._spent_reason()
-            if reason:
-                return {"shape": shape.name, "status": "skipped", "reason": reason}
-            return measure.measure_layout(shape, self.device, self.effort, compiled=on_gpu)
 
-        entry = self.progress.measure(f"layout {shape.name}", entry_of)
-        self.record["layouts"].append(entry)
-        records.write(self.record, self.out)
+def pick_peers(
+    probe: torch.Tensor, backends: list[str], rivals: list[str]
+) -> tuple[list[Peer], dict[str, str]]:
+    """The peers that this machine has, ours first, and the other ones with their reasons.
 
-    def _spent_reason(self) -> str:
-        """Why no measurement may start any more; empty while there is time."""
-        if self.budget is None or time.monotonic() - self.started <= self.budget:
-            return ""
-        return f"the budget of {self.budget:g} s was spent"
+    Args:
+        probe: a small q, of the device, dtype and head_dim that will be run.
+        backends: names of ours; all but the reference if empty.
+        rivals: names; all if empty, none if ``["none"]``.
+
+    Raises:
+        typer.BadParameter: a name is unknown, or no backend of ours can run.
+    """
+    device = probe.device
+    names = [] if rivals == ["none"] else pick(rivals, list(peers.RIVALS), "rivals")
+    with usage_errors():
+        chosen = [*peers.ours(probe, backends), *(peers.RIVALS[name] for name in names)]
+    if not rivals:  # a rival of another device is news only to those who asked for it
+        chosen = [peer for peer in chosen if peer.device_type in (None, device.type)]
+    present, unavailable = [], {}
+    for peer in chosen:
+        try:
+            reason = peer.missing(device)
+        except Exception as error:  # a broken package must not end the run; its reason is recorded
+            reason = first_line(error)
+        if reason is None:
+            present.append(peer)
+        else:
+            unavailable[peer.name] = reason
+    if not any(peer.ours for peer in present):
+        raise typer.BadParameter(f"no backend of ours can run on {device}: {unavailable}")
+    return present, unavailable

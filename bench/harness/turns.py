@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.harness import clock as timing
+from bench.harness import clock
 from bench.harness.clock import Effort
+from bench.harness.guard import first_line
 
 FULL = {"cpu": Effort(0.7, 5, 100), "cuda": Effort(0.08, 5, 40)}
 QUICK = {"cpu": Effort(0.01, 3, 5), "cuda": Effort(0.02, 3, 10)}
@@ -83,7 +84,7 @@ class Clock:
         self.evicted_bytes = {"cpu": self._evict.nbytes}
         self._flush = None
         if device.type == "cuda":
-            self._flush = timing.Flush(device)
+            self._flush = clock.Flush(device)
             self.evicted_bytes["cuda"] = self._flush.buffer.nbytes
 
     def time(self, jobs: Sequence[Job], *, warm: bool) -> list[str]:
@@ -166,12 +167,6 @@ class Clock:
             torch.cuda.synchronize()
 
 
-def summary(milliseconds: list[float]) -> dict:
-    """p20, p50 and p80 in ms, and of how many calls."""
-    p20, p50, p80 = timing.quantiles(milliseconds)
-    return {"p20": p20, "p50": p50, "p80": p80, "repeats": len(milliseconds)}
-
-
 def _note(job: Job, what: str, seconds: float) -> None:
     job.times.setdefault(what, []).append(1e3 * seconds)
 
@@ -180,7 +175,7 @@ def _reason_of(time_one: Callable[[Job], None], job: Job) -> str:
     try:
         time_one(job)
     except Exception as error:  # whatever a load raises becomes its row's reason
-        return timing.first_line(error)
+        return first_line(error)
     return ""
 
 

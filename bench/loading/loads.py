@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.harness import clock as timing
+from bench.harness.clock import capture
+from bench.harness.guard import NotMeasuredError, first_line
 from bench.harness.turns import Job
-from bench.loading.places import NotMeasuredError, check_dropped, drop, read_file
+from bench.loading.places import check_dropped, drop, read_file
 from bench.loading.scene import Scene, same_bits
 from voco_kernels.kv import cache_view
 from voco_kernels.kv import transfer as kv_transfer
@@ -166,8 +167,8 @@ def _launch(
         except NotImplementedError as error:
             if loader is None:
                 raise
-            raise NotMeasuredError(timing.first_line(error)) from error
-    run = timing.capture(transfer.launch).replay if graph else transfer.launch
+            raise NotMeasuredError(first_line(error)) from error
+    run = capture(transfer.launch).replay if graph else transfer.launch
     # The transfer must outlive its graph.
     return Job(lambda: (run(), transfer)[0], _loaded(scene), queued=_queued(scene))
 

@@ -10,11 +10,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from bench.harness.guard import NotMeasuredError
+
 _START_SECONDS = 20.0
-
-
-class NotMeasuredError(Exception):
-    """Why this machine can't time something."""
 
 
 def write_back(paths: Iterable[Path]) -> None:

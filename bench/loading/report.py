@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.harness import records
-from bench.harness.text import NOT_MEASURED, short, table
-from bench.loading import loads as kv_loads
+from bench.harness import text
+from bench.harness.family import Family, Picture, picture_links
+from bench.harness.records import Records, is_on_gpu, named, newest_by_device
+from bench.harness.text import NOT_MEASURED, duration, table
+from bench.loading import plots
+from bench.loading.loads import loads_from
+from bench.loading.questions import case_of, floor_of, times_floor
 from bench.loading.scene import SIZES
 
 TOKENS = (1, 8, 64, 576)
@@ -34,39 +38,32 @@ class Goal:
 
 def _against_floor(source: str, tokens: int, name: str) -> Callable[[dict, str], float | None]:
     def figure(record: dict, what: str) -> float | None:
-        case = records.kv_case(record, source, tokens)
-        row = records.kv_row(case, name)
-        return row and records.kv_times_floor(case, row, what)
+        case = case_of(record, source, tokens)
+        row = named(case, name)
+        return row and times_floor(case, row, what)
 
     return figure
 
 
 def _microseconds(source: str, tokens: int, name: str) -> Callable[[dict, str], float | None]:
     def figure(record: dict, what: str) -> float | None:
-        row = records.kv_row(records.kv_case(record, source, tokens), name)
+        row = named(case_of(record, source, tokens), name)
         return 1e3 * row[what]["p50"] if row and row.get(what) else None
 
     return figure
 
 
 def _times_faster(record: dict, what: str) -> float | None:
-    own = records.kv_row(records.kv_case(record, "pinned memory", 1), "replace + launch")
-    rival = records.kv_row(records.kv_case(record, "page cache", 1), "safetensors")
+    own = named(case_of(record, "pinned memory", 1), "replace + launch")
+    rival = named(case_of(record, "page cache", 1), "safetensors")
     if not own or not rival or not own.get(what) or not rival.get(what):
         return None
     return rival[what]["p50"] / own[what]["p50"]
 
 
-def _three(value: float) -> str:
-    """Three digits, as many as a median of a noisy machine has at best, without an exponent."""
-    if value >= 99.95:
-        return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-
-
 def _size(tokens: int) -> str:
     """``"64 tokens, 33.6 MB"``"""
-    return f"{tokens} token{'s' if tokens > 1 else ''}, {_three(SIZES['full'].nbytes(tokens) / 1e6)} MB"
+    return f"{text.plural(tokens, 'token')}, {text.digits(SIZES['full'].nbytes(tokens) / 1e6)} MB"
 
 
 _PINNED = "pinned memory to StaticCache, `launch`"
@@ -113,21 +110,18 @@ COLUMNS = {
 }
 
 
-def tables(results: dict[str, dict], device_type: str) -> str:
+def tables(results: Records, device_type: str) -> str:
     """Goals and loads for each device of a type; without records the goals, "not measured".
 
     Args:
         results: kv records by file name, oldest first.
         device_type: "cpu" or "cuda".
     """
-    newest = {}
-    for name, record in results.items():
-        device = record["environment"]["device"]
-        if device["type"] == device_type and record["settings"]["size"] == "full":
-            newest[device["name"]] = (name, record)
+    full = {n: record for n, record in results.items() if record["settings"]["size"] == "full"}
+    newest = newest_by_device(full, device_type)
     if not newest:
         return f"{NOT_MEASURED.capitalize()} yet.\n\n{goals_table(None, device_type)}"
-    return "\n\n".join(_blocks(name, record, device_type) for name, record in newest.values())
+    return "\n\n".join(_blocks(name, record, device_type) for name, record in newest)
 
 
 def _blocks(name: str, record: dict, device_type: str) -> str:
@@ -150,19 +144,45 @@ def _blocks(name: str, record: dict, device_type: str) -> str:
 
 
 def show(record: dict) -> str:
-    """All tables of one record, whatever its size and device."""
-    return _blocks("this record", record, record["environment"]["device"]["type"])
+    """The tables of one record, whatever its size and device, and then every row of it."""
+    blocks = [_blocks("", record, record["environment"]["device"]["type"])]
+    for case in record["cases"]:
+        title = f"**from {case['source']}: {text.plural(case['tokens'], 'token')}"
+        blocks += [f"{title}, {case['bytes'] / 1e6:.3g} MB**", details_table(record, case)]
+    blocks.append(
+        "ms on cold caches, from the call until the device is done; warm: the same, call after call; "
+        "device: the GPU's time alone; ×: a multiple of the floor, with a checksum if the load has one"
+    )
+    return "\n\n".join(blocks)
+
+
+def details_table(record: dict, case: dict) -> str:
+    """Every load of a case, or why it has no time."""
+    kinds = ["warm", "device"] if is_on_gpu(record) else ["warm"]
+    columns = ["p20", "p50", "p80", "×"] + [name for kind in kinds for name in (kind, f"× {kind}")]
+    rows = []
+    for row in case["rows"]:
+        if row["status"] != "ok":
+            status = row["status"].upper() if row["status"] == "red" else row["status"]
+            note = f"{status}: {text.cell(row['reason'])}"
+            rows.append([row["name"], *["-"] * len(columns), note])
+            continue
+        cells = [f"{row['wall'][quantile]:.4g}" for quantile in ("p20", "p50", "p80")]
+        for kind in ("wall", *kinds):
+            ratio = times_floor(case, row, kind)
+            if kind != "wall":
+                cells.append(f"{row[kind]['p50']:.4g}" if row.get(kind) else "-")
+            cells.append("-" if ratio is None else f"{ratio:.2f}")
+        rows.append([row["name"], *cells, "checksum" if row["checksum"] else ""])
+    return table(["load", *columns, "note"], rows)
 
 
 def _origin(name: str, record: dict) -> str:
-    environment, settings = record["environment"], record["settings"]
-    device, versions = environment["device"], environment["versions"]
-    threads = f" ({device['threads']} thread)" if device.get("threads") == 1 else ""
+    settings = record["settings"]
     return (
-        f"{device['name']}{threads}; entries of {settings['num_layers']} layers, "
+        f"{text.device(record)}; entries of {settings['num_layers']} layers, "
         f"{settings['num_kv_heads']} heads of {settings['head_dim']}, {settings['dtype']}, into a "
-        f"StaticCache of one row; torch {versions['torch']}, commit {short(environment['commit'])}, "
-        f"{environment['date'][:10]} (`bench/results/{name}`)."
+        f"StaticCache of one row; {text.provenance({name: record}, ['torch'])}."
     )
 
 
@@ -189,8 +209,8 @@ def goals_table(record: dict | None, device_type: str) -> str:
         figures = []
         for what in columns:
             value = goal.figure(record, what) if record else None
-            text = NOT_MEASURED if value is None else f"{_three(value)}{goal.unit}"
-            figures.append(text if what in goal.times else "")
+            figure = NOT_MEASURED if value is None else f"{text.digits(value)}{goal.unit}"
+            figures.append(figure if what in goal.times else "")
         rows.append([goal.what, goal.goal, *figures])
     return table(["what", "goal", *columns.values()], rows)
 
@@ -201,7 +221,7 @@ def loads_table(record: dict, device_type: str, what: str) -> str:
     sizes += [tokens for tokens in record["settings"]["tokens"] if tokens not in sizes]
     rows = []
     for source in record["settings"]["sources"]:
-        for load in kv_loads.loads_from(source, device_type):
+        for load in loads_from(source, device_type):
             cells = [_cell(record, source, tokens, load.name, what) for tokens in sizes]
             if what == "device" and set(cells) == {NOT_MEASURED}:
                 continue
@@ -210,17 +230,17 @@ def loads_table(record: dict, device_type: str, what: str) -> str:
             rows.append([source, f"{name}{check}", load.legend, *cells])
     model = record["settings"]
     each = 4 * model["num_layers"] * model["num_kv_heads"] * model["head_dim"]
-    header = [f"{n} token{'s' if n > 1 else ''}, {_three(each * n / 1e6)} MB" for n in sizes]
+    header = [f"{text.plural(n, 'token')}, {text.digits(each * n / 1e6)} MB" for n in sizes]
     return table(["from", "load", "its time includes", *header], rows, left=3)
 
 
 def _cell(record: dict, source: str, tokens: int, name: str, what: str) -> str:
-    case = records.kv_case(record, source, tokens)
-    row = records.kv_row(case, name)
+    case = case_of(record, source, tokens)
+    row = named(case, name)
     if row is None or not row.get(what):
         return NOT_MEASURED
-    ratio = records.kv_times_floor(case, row, what)
-    factor = "" if ratio is None else f" ({_three(ratio)})"
+    ratio = times_floor(case, row, what)
+    factor = "" if ratio is None else f" ({text.digits(ratio)})"
     return f"{duration(row[what]['p50'])}{factor}"
 
 
@@ -228,10 +248,10 @@ def crossover_table(record: dict) -> str:
     """Direct reads against staging by size; "" if neither was timed."""
     rows = []
     for case in record["cases"]:
-        ways = [records.kv_row(case, f"launch, {way}") for way in ("direct", "staged")]
+        ways = [named(case, f"launch, {way}") for way in ("direct", "staged")]
         if case["source"] != "pinned memory" or not any(ways):
             continue
-        floor = records.kv_floor(case, checksum=False)
+        floor = floor_of(case, checksum=False)
         figures = [row and row.get("device") for row in (*ways, floor)]
         cells = [duration(f["p50"]) if f else NOT_MEASURED for f in figures]
         rows.append([f"{case['tokens']}", f"{case['bytes'] / 1e6:.3g} MB", *cells])
@@ -239,9 +259,31 @@ def crossover_table(record: dict) -> str:
     return table(header, rows, left=0) if rows else ""
 
 
-def duration(milliseconds: float) -> str:
-    """``"93.1 µs"``, ``"4.57 ms"``, ``"1.2 s"``: three digits."""
-    for unit, factor in (("µs", 1e3), ("ms", 1.0)):
-        if milliseconds * factor < 999.5:
-            return f"{_three(milliseconds * factor)} {unit}"
-    return f"{_three(1e-3 * milliseconds)} s"
+def _label(case: dict, row: dict | None) -> str:
+    if row is None:
+        return f"{case['source']}, {text.plural(case['tokens'], 'token')}"
+    return f"{case['source']} {case['tokens']} {row['name']}"
+
+
+LINES = Picture(
+    "Time of a load against its bytes",
+    plots.plot_loads,
+    has=lambda record: bool(record["cases"]),
+)
+FAMILY = Family(
+    name="kv",
+    show=show,
+    record_keys={"cases": list},
+    case_keys={"source": str, "tokens": int, "bytes": int, "rows": list},
+    row_keys={"name": str, "kind": str, "checksum": bool, "status": str},
+    times=("wall",),
+    choices={"kind": ("floor", "ours", "rival")},
+    label=_label,
+    counts=lambda row: row["kind"] != "rival",
+    tables={
+        "kv": lambda results, link: tables(results, "cuda"),
+        "kv-cpu": lambda results, link: tables(results, "cpu"),
+        "kv-plot": lambda results, link: picture_links([LINES], results, link),
+    },
+    pictures=(LINES,),
+)

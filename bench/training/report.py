@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from bench.harness import records
-from bench.harness.text import NOT_MEASURED, short, table
-from bench.loading.report import duration
+from bench.harness import text
+from bench.harness.family import Family
+from bench.harness.records import Records, named, newest_by_device, timed
+from bench.harness.text import NOT_MEASURED, duration, table
 
 METHODS = {
     "dense": "dense mask, SDPA, padded",
@@ -25,23 +26,19 @@ PAPER_TABLE_5 = [
 """Supplement, Table 5: the whole training, and the memory of each of eight A100."""
 
 
-def tables(results: dict[str, dict], device_type: str) -> str:
-    """For each device of a type its newest record; without any "not measured".
+def tables(results: Records, device_type: str) -> str:
+    """The newest record of each device of a type; without any "not measured".
 
     Args:
         results: train records by file name, oldest first.
         device_type: "cpu" or "cuda".
     """
-    newest = {}
-    for name, record in results.items():
-        device = record["environment"]["device"]
-        if device["type"] == device_type:
-            newest[device["name"]] = (name, record)
+    newest = newest_by_device(results, device_type)
     if not newest:
         empty = {"rows": [], "samples": 0, "padding": 0.0}
         blocks = [f"{NOT_MEASURED.capitalize()} yet.", steps_table(empty, list(METHODS))]
         return "\n\n".join([*blocks, table_5(empty, list(METHODS))])
-    return "\n\n".join(_blocks(name, record) for name, record in newest.values())
+    return "\n\n".join(_blocks(name, record) for name, record in newest)
 
 
 def show(record: dict) -> str:
@@ -66,43 +63,34 @@ def _blocks(name: str, record: dict) -> str:
 
 
 def _origin(name: str, record: dict) -> str:
-    environment, settings = record["environment"], record["settings"]
-    device, versions = environment["device"], environment["versions"]
-    threads = device.get("threads")
-    on = f" ({threads} thread{'s' if threads > 1 else ''})" if threads else ""
-    where = f" (`bench/results/{name}`)" if name else ""
-    product = f"{_rate(record['ceilings']['matmul_tflops'])}FLOP/s"
+    settings = record["settings"]
+    product = text.rate(record["ceilings"]["matmul_tflops"], "FLOP/s")
     checkpointing = "with" if settings["checkpointing"] else "without"
     return (
-        f"{device['name']}{on}, {settings['dtype']}, random weights, {settings['optimizer']}, "
-        f"{checkpointing} gradient checkpointing; a large product in the same run {product}; torch "
-        f"{versions['torch']}, transformers {versions['transformers']}, commit "
-        f"{short(environment['commit'])}, {environment['date'][:10]}{where}."
+        f"{text.device(record)}, {settings['dtype']}, random weights, {settings['optimizer']}, "
+        f"{checkpointing} gradient checkpointing; a large product in the same run {product}; "
+        f"{text.provenance({name: record}, ['torch', 'transformers'])}."
     )
 
 
 def _batch(record: dict, case: dict) -> str:
     texts = case["texts"]
-    steps = max((row["timing"]["repeats"] for row in records.timed(case)), default=0)
+    steps = max((row["timing"]["repeats"] for row in timed(case)), default=0)
     voco = record["settings"]["num_voco"]
     return (
         f"**{case['title']}**: a step of {case['samples']} samples, {case['images']} of them with an "
-        f"image of {case['vision_tokens']} tokens and {voco} VoCo token{'s' * (voco > 1)}; texts of "
+        f"image of {case['vision_tokens']} tokens and {text.plural(voco, 'VoCo token')}; texts of "
         f"{min(texts)} to {max(texts)} tokens, {sum(texts) / len(texts):.0f} on average. Medians of "
         f"{steps} steps."
     )
 
 
-def _row(case: dict, name: str) -> dict | None:
-    return records.named(case, name)
-
-
 def steps_table(case: dict, methods: list[str]) -> str:
     """A step by method. What was not right or not run has no figure, and nothing is compared with it."""
     rows = []
-    dense = _row(case, "dense")
+    dense = named(case, "dense")
     for name in methods:
-        row = _row(case, name)
+        row = named(case, name)
         if row is None:
             rows.append([METHODS[name], *[NOT_MEASURED] * 6])
             continue
@@ -118,9 +106,9 @@ def steps_table(case: dict, methods: list[str]) -> str:
                 row["title"],
                 f"{middle} ({low} to {high})",
                 ratio,
-                _three(row["tokens_per_s"]),
+                text.three(row["tokens_per_s"]),
                 f"{100 * row['padding']:.0f}%",
-                _rate(row["tflops"]),
+                text.rate(row["tflops"], ""),
                 _memory(row),
             ]
         )
@@ -140,7 +128,7 @@ def table_5(case: dict, methods: list[str]) -> str:
     """Time and memory as the paper has them, theirs beside ours; theirs is a whole training."""
     rows = []
     for name in methods:
-        row = _row(case, name)
+        row = named(case, name)
         if row is None:
             rows.append([METHODS[name], NOT_MEASURED, NOT_MEASURED, "", ""])
             continue
@@ -188,9 +176,23 @@ def _memory(row: dict) -> str:
     return f"{row['peak_bytes'] / 1e9:.1f} GB" if row["peak_bytes"] else NOT_MEASURED
 
 
-def _rate(tera: float) -> str:
-    return f"{tera:.3g} T" if tera >= 0.9995 else f"{1e3 * tera:.3g} G"
-
-
-def _three(value: float) -> str:
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
+FAMILY = Family(
+    name="train",
+    show=show,
+    record_keys={"cases": list, "ceilings": dict},
+    case_keys={
+        "model": str,
+        "title": str,
+        "layers": int,
+        "samples": int,
+        "texts": list,
+        "rows": list,
+    },
+    row_keys={"name": str, "title": str, "packed": bool, "status": str},
+    times=("timing", "tflops"),
+    label=lambda case, row: f"{case['title']} {row['name']}" if row else case["title"],
+    tables={
+        "train": lambda results, link: tables(results, "cuda"),
+        "train-cpu": lambda results, link: tables(results, "cpu"),
+    },
+)

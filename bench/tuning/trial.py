@@ -19,9 +19,9 @@ from contextlib import contextmanager
 import torch
 
 from bench.attention import direct, measure
+from bench.attention.questions import DIRECTIONS
 from bench.attention.shapes import one_image
-from bench.harness import clock as timing
-from bench.harness import records
+from bench.harness.guard import first_line
 from bench.tuning.candidates import Blocks
 from voco_kernels.attention.backends import triton
 from voco_kernels.attention.backends.triton import table as triton_table
@@ -107,7 +107,7 @@ def try_out(job: Job, heads: tuple[int, int], chip: int, device: torch.device) -
     kernel, width, blocks = job
     try:
         for shape in _SHAPES if device.type == "cuda" else _SHAPES[:1]:
-            direction = records.DIRECTIONS[1]
+            direction = DIRECTIONS[1]
             case = measure.make_case(
                 shape, heads, width, torch.bfloat16, device, direction=direction
             )
@@ -118,7 +118,7 @@ def try_out(job: Job, heads: tuple[int, int], chip: int, device: torch.device) -
             if device.type == "cuda":
                 torch.cuda.synchronize()
     except Exception as error:  # the compiler and the launcher have many ways to refuse
-        reason = timing.first_line(error)
+        reason = first_line(error)
         try:
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -133,9 +133,14 @@ def try_out(job: Job, heads: tuple[int, int], chip: int, device: torch.device) -
     return _row(job, reason=f"spills {excess} bytes a thread" if excess > 0 else None, **usage)
 
 
-def _row(job: Job, *, reason: str | None = None, **usage: int) -> dict:
+def head_of(job: Job) -> dict:
+    """What a candidate's rows have in any case."""
     kernel, width, blocks = job
-    row = {"kernel": kernel, "width": width, "blocks": list(blocks), **usage}
+    return {"kernel": kernel, "width": width, "blocks": list(blocks)}
+
+
+def _row(job: Job, *, reason: str | None = None, **usage: int) -> dict:
+    row = {**head_of(job), **usage}
     return row | ({"status": "dropped", "reason": reason} if reason else {"status": "ok"})
 
 

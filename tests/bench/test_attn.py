@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 
 from bench import attn
 from bench.attention import measure, peers
+from bench.attention.questions import DIRECTIONS, our_next, our_row, times_faster
+from bench.attention.report import FAMILY
 from bench.attention.shapes import SIZES, Shape
-from bench.harness import clock as timing
-from bench.harness import records
+from bench.harness import clock, guard, options
+from bench.harness.family import read
 from voco_kernels.attention import dispatch
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +32,7 @@ def run(tmp_path):
     def invoke(*arguments: str):
         out = tmp_path / "attn.json"
         result = CliRunner().invoke(attn.app, [*arguments, "--out", str(out)])
-        return result, records.read(out) if out.exists() else None
+        return result, read(out, [FAMILY]) if out.exists() else None
 
     return invoke
 
@@ -41,14 +43,14 @@ def rows_of(record: dict) -> dict[str, dict]:
 
 def test_a_whole_run(run, tmp_path):
     rivals = ["sdpa-two-call", "sdpa-two-call-parts", "sdpa-causal", "sdpa-dense"]
-    options = [word for rival in rivals for word in ("--rival", rival)]
+    chosen = [word for rival in rivals for word in ("--rival", rival)]
     tiny = [word for word in TINY if word != "--no-layouts"]
     shapes = ["--shape", "G", "--shape", "A"]
-    result, record = run(*tiny, *shapes, "--backend", "sdpa", "--backend", "reference", *options)
+    result, record = run(*tiny, *shapes, "--backend", "sdpa", "--backend", "reference", *chosen)
     assert result.exit_code == 0, result.output
     assert record["finished"] and record["ceilings"]["matmul_tflops"] > 0
     assert [(case["direction"], case["shape"]) for case in record["cases"]] == [
-        (direction, shape) for direction in records.DIRECTIONS for shape in "AG"
+        (direction, shape) for direction in DIRECTIONS for shape in "AG"
     ]
     for case in record["cases"]:
         assert [row["name"] for row in case["rows"]] == ["voco sdpa", "voco reference", *rivals]
@@ -77,7 +79,7 @@ def test_a_whole_run(run, tmp_path):
 def test_a_new_backend_is_measured_beside_the_others(run, monkeypatch):
     """As cuda_sm90 beside triton on a GPU: whatever ``BACKENDS`` holds, the device's default first."""
     sdpa = dispatch.BACKENDS["sdpa"]
-    new = {"cuda_new": sdpa, "cuda_next": sdpa, **dispatch.BACKENDS}
+    new = {"cuda_new": sdpa, "cuda_next": sdpa, "sdpa": sdpa}
     monkeypatch.setattr(dispatch, "BACKENDS", new)
     monkeypatch.setattr(dispatch, "PREFERENCE_ELSEWHERE", ("cuda_new", "sdpa"))
     result, record = run(*TINY, "--shape", "A", "--rival", "sdpa-two-call")
@@ -86,16 +88,16 @@ def test_a_new_backend_is_measured_beside_the_others(run, monkeypatch):
         names = [row["name"] for row in case["rows"] if row["status"] == "ok"]
         own = [name for name in names if name.startswith("voco ")]
         assert own[0] == "voco cuda_new" and "voco sdpa" in own and names[-1] == "sdpa-two-call"
-        assert records.our_row(case)["name"] == "voco cuda_new"
-        assert records.our_next(case)["name"] == "voco cuda_next"
+        assert our_row(case)["name"] == "voco cuda_new"
+        assert our_next(case)["name"] == "voco cuda_next"
 
 
 def planted(how):
     """``masked_attention`` with a fault, for the reference backend alone."""
     right = peers.voco_kernels.masked_attention
 
-    def wrong(q, k, v, layout, *, backend=None, **options):
-        out = right(q, k, v, layout, backend=backend, **options)
+    def wrong(q, k, v, layout, *, backend=None, **named):
+        out = right(q, k, v, layout, backend=backend, **named)
         return how(out) if backend == "reference" else out
 
     return wrong
@@ -113,7 +115,7 @@ def unwritten(out: torch.Tensor) -> torch.Tensor:
 def test_a_red_check_prints_no_speed(run, monkeypatch, fault):
     monkeypatch.setattr(peers.voco_kernels, "masked_attention", planted(fault))
     result, record = run(*ONE, "--direction", "forward", "--rival", "sdpa-two-call")
-    assert result.exit_code == attn.EXIT_RED
+    assert result.exit_code == options.EXIT_RED
     rows = rows_of(record)
     red = rows["voco reference"]
     assert red["status"] == "red" and "error against fp64: out" in red["reason"]
@@ -122,7 +124,7 @@ def test_a_red_check_prints_no_speed(run, monkeypatch, fault):
     assert "RED" in line and line.count(" - ") == 5
     rival = rows["sdpa-two-call"]
     assert rival["status"] == "ok"  # the others go on, but against a wrong result there is no ratio
-    assert records.times_faster(record["cases"][0], rival) is None
+    assert times_faster(record["cases"][0], rival) is None
     assert "RED forward A 4/2 voco reference" in result.stderr
 
 
@@ -138,7 +140,7 @@ def test_wrong_gradients_are_red(run, monkeypatch):
 
     monkeypatch.setattr(peers.voco_kernels, "masked_attention", planted(Scaled.apply))
     result, record = run(*ONE, "--rival", "none")
-    assert result.exit_code == attn.EXIT_RED
+    assert result.exit_code == options.EXIT_RED
     statuses = [case["rows"][0]["status"] for case in record["cases"]]
     assert statuses == ["ok", "red"]
     assert "dq" in record["cases"][1]["rows"][0]["reason"]
@@ -149,8 +151,8 @@ def test_a_rival_that_raises_is_recorded_and_the_others_go_on(run, monkeypatch):
         raise RuntimeError("no kernel\nfor this")
 
     monkeypatch.setattr(peers.SdpaDense, "prepare", broken)
-    options = ["--rival", "sdpa-dense", "--rival", "sdpa-two-call", "--direction", "forward"]
-    result, record = run(*ONE, *options)
+    chosen = ["--rival", "sdpa-dense", "--rival", "sdpa-two-call", "--direction", "forward"]
+    result, record = run(*ONE, *chosen)
     assert result.exit_code == 0
     rows = rows_of(record)
     assert rows["sdpa-dense"]["status"] == "failed"
@@ -165,49 +167,55 @@ def test_a_backend_of_ours_that_raises_fails_the_run(run, monkeypatch):
 
     monkeypatch.setattr(peers.voco_kernels, "masked_attention", broken)
     result, record = run(*ONE, "--direction", "forward", "--rival", "none")
-    assert result.exit_code == attn.EXIT_RED
+    assert result.exit_code == options.EXIT_RED
     assert rows_of(record)["voco reference"]["reason"] == "RuntimeError: no kernel"
 
 
 def test_a_missing_rival_is_listed_with_its_reason(run):
-    options = ["--direction", "forward", "--rival", "flash-attn2-varlen"]
-    result, record = run(*ONE, *options)
+    chosen = ["--direction", "forward", "--rival", "flash-attn2-varlen"]
+    result, record = run(*ONE, *chosen)
     assert result.exit_code == 0
     assert record["unavailable"] == {"flash-attn2-varlen": "runs on cuda, not on cpu"}
     assert "not on this machine: flash-attn2-varlen: runs on cuda, not on cpu" in result.stdout
 
 
 def test_a_spent_budget_skips_and_resume_goes_on(run):
-    options = [*ONE, "--direction", "forward", "--rival", "sdpa-two-call"]
-    result, record = run(*options, "--budget", "0")
+    chosen = [*ONE, "--direction", "forward", "--rival", "sdpa-two-call"]
+    result, record = run(*chosen, "--budget", "0")
     assert result.exit_code == 0
     assert {row["status"] for row in rows_of(record).values()} == {"skipped"}
-    result, record = run(*options, "--resume")
+    result, record = run(*chosen, "--resume")
     assert result.exit_code == 0
     assert {row["status"] for row in rows_of(record).values()} == {"ok"}
 
 
 def test_a_lost_device_ends_with_3_and_resume_goes_on_behind_the_culprit(run, monkeypatch):
-    options = [*ONE, "--direction", "forward", "--rival", "sdpa-two-call", "--rival", "sdpa-causal"]
+    rivals = ["--rival", "sdpa-two-call", "--rival", "sdpa-causal"]
+    arguments = [*ONE, "--direction", "forward", *rivals]
     right = measure.measure_peer
 
-    def lost(peer, *arguments, **options):
+    def broken(peer, *arguments, **named):
         if peer.name == "sdpa-two-call":
-            row = measure.empty_row(peer, "failed", "illegal memory access")
-            raise measure.DeviceLostError(row)
-        return right(peer, *arguments, **options)
+            raise RuntimeError("illegal memory access")
+        return right(peer, *arguments, **named)
 
-    monkeypatch.setattr(measure, "measure_peer", lost)
-    result, record = run(*options)
-    assert result.exit_code == attn.EXIT_DEVICE_LOST and not record["finished"]
+    def lost(device, what, row):
+        if row["status"] == "failed":
+            raise guard.DeviceLostError(f"{what} broke the CUDA context: {row['reason']}")
+
+    monkeypatch.setattr(measure, "measure_peer", broken)
+    monkeypatch.setattr(guard, "check_device", lost)
+    result, record = run(*arguments)
+    assert "sdpa-two-call broke the CUDA context: RuntimeError: illegal" in result.stderr
+    assert result.exit_code == options.EXIT_DEVICE_LOST and not record["finished"]
     before = rows_of(record)
     assert list(before) == ["voco reference", "sdpa-two-call"]
     monkeypatch.setattr(measure, "measure_peer", right)
-    result, record = run(*options, "--resume")
+    result, record = run(*arguments, "--resume")
     after = rows_of(record)
     assert result.exit_code == 0 and record["finished"]
     assert after["voco reference"] == before["voco reference"]
-    assert after["sdpa-two-call"]["reason"] == "illegal memory access"
+    assert after["sdpa-two-call"]["reason"] == "RuntimeError: illegal memory access"
     assert after["sdpa-causal"]["status"] == "ok"
 
 
@@ -247,7 +255,7 @@ def test_asking_for_cuda_without_one_is_an_error(run):
 def test_layouts_that_disagree_are_red(monkeypatch):
     other = peers.MaskLayout.from_lengths(20, 5, 9, batch=3)
     monkeypatch.setattr(Shape, "layout", lambda self, device: other)
-    shape, effort = SIZES["tiny"].shapes["A"], timing.QUICK["cpu"]
+    shape, effort = SIZES["tiny"].shapes["A"], clock.QUICK["cpu"]
     entry = measure.measure_layout(shape, torch.device("cpu"), effort, compiled=False)
     assert entry["status"] == "red" and "layout" not in entry
 
@@ -261,9 +269,9 @@ def test_without_a_truth_nothing_is_timed_and_other_cases_go_on(run, monkeypatch
         return right(case)
 
     monkeypatch.setattr(measure, "truth_of", broken)
-    options = [*ONE, "--shape", "B", "--direction", "forward", "--rival", "sdpa-two-call"]
-    result, record = run(*options)
-    assert result.exit_code == attn.EXIT_RED
+    chosen = [*ONE, "--shape", "B", "--direction", "forward", "--rival", "sdpa-two-call"]
+    result, record = run(*chosen)
+    assert result.exit_code == options.EXIT_RED
     statuses = [{row["status"] for row in case["rows"]} for case in record["cases"]]
     assert statuses == [{"failed"}, {"ok"}]
     assert "no float64 truth: MemoryError: no room" in record["cases"][0]["rows"][0]["reason"]

@@ -10,8 +10,8 @@ from bench import profile_kernels, sanitize
 from bench.attention import direct
 from bench.attention.measure import make_case, truth_of
 from bench.attention.oracle import NAMES, within_limits
+from bench.attention.questions import DIRECTIONS
 from bench.attention.shapes import SIZES
-from bench.harness import records
 from voco_kernels.attention import dispatch
 
 SCRIPTS = {"sanitize": sanitize.app, "profile": profile_kernels.app}
@@ -25,7 +25,7 @@ def test_a_backend_called_directly_is_right():
         16,
         torch.float32,
         device,
-        direction=records.DIRECTIONS[1],
+        direction=DIRECTIONS[1],
     )
     backend = dispatch.load("sdpa")
     out, lse = direct.forward(backend, case)
@@ -57,7 +57,7 @@ def test_the_least_tried_kernels_come_first(monkeypatch):
         16,
         torch.float32,
         torch.device("cpu"),
-        direction=records.DIRECTIONS[1],
+        direction=DIRECTIONS[1],
     )
     monkeypatch.setattr(direct, "OWN_KERNELS", ("flash_attn", "reference"))
     assert direct.choose(case, None) == "reference"

@@ -10,14 +10,15 @@ import torch
 from typer.testing import CliRunner
 
 from bench import kv, report
-from bench.attention import plots
-from bench.harness import clock as timing
-from bench.harness import records
+from bench.harness import machine
+from bench.harness.family import read
+from bench.harness.guard import NotMeasuredError
 from bench.harness.turns import QUICK, Clock, Job
-from bench.loading import loads as kv_loads
-from bench.loading import places as kv_places
-from bench.loading import report as kv_report
-from bench.loading.places import NotMeasuredError
+from bench.loading import loads, places, plots
+from bench.loading import report as loading_report
+from bench.loading import run as loading_run
+from bench.loading.questions import floor_of, times_floor
+from bench.loading.report import FAMILY
 from bench.loading.scene import SIZES, Scene
 
 TINY = ["--device", "cpu", "--size", "tiny", "--quick"]
@@ -31,7 +32,7 @@ def run(tmp_path):
     def invoke(*arguments: str):
         out = tmp_path / "kv.json"
         result = CliRunner().invoke(kv.app, [*TINY, *arguments, "--out", str(out)])
-        return result, records.read(out) if out.exists() else None
+        return result, read(out, [FAMILY]) if out.exists() else None
 
     return invoke
 
@@ -55,10 +56,10 @@ def test_a_whole_run(run, tmp_path):
     assert result.exit_code == 0, result.output
     assert record["finished"] and record["bench"] == "kv" and record["settings"]["tokens"] == [1, 2]
     found = [(case["source"], case["tokens"]) for case in record["cases"]]
-    assert found == [(source, n) for source in kv_loads.SOURCES["cpu"] for n in (1, 2)]
+    assert found == [(source, n) for source in loads.SOURCES["cpu"] for n in (1, 2)]
     for case in record["cases"]:
         assert case["bytes"] == 2 * (3 * 2 * 2 * case["tokens"] * 16)
-        names = [load.name for load in kv_loads.loads_from(case["source"], "cpu")]
+        names = [load.name for load in loads.loads_from(case["source"], "cpu")]
         assert [row["name"] for row in case["rows"]] == names
         for row in case["rows"]:
             if row["status"] == "unsupported":  # no Redis here, or a disk in memory
@@ -68,7 +69,7 @@ def test_a_whole_run(run, tmp_path):
             assert 0 < row["wall"]["p20"] <= row["wall"]["p50"] <= row["wall"]["p80"]
             assert ("warm" in row) == (case["source"] != "disk") and "device" not in row
     assert {"numpy", "safetensors", "xxhash"} <= set(record["environment"]["versions"])
-    assert record["environment"]["sources_sha256"] == timing.sources_digest(sources=kv.MEASURED)
+    assert record["environment"]["sources_sha256"] == machine.sources_digest(sources=kv.MEASURED)
     assert (tmp_path / "kv.png").stat().st_size > 10_000
     for words in ("from page cache: 2 tokens, 0.000768 MB", "memcpy + xxh3-128", "RedisStore"):
         assert words in result.stdout
@@ -78,7 +79,7 @@ def test_a_whole_run(run, tmp_path):
 
 @pytest.mark.parametrize("fault", ["an element", "nothing", "behind", "length"])
 def test_a_red_check_prints_no_time(run, monkeypatch, fault):
-    right = kv_loads.load_into
+    right = loads.load_into
 
     def wrong(cache, entry, **placement):
         if fault != "nothing":
@@ -91,9 +92,9 @@ def test_a_red_check_prints_no_time(run, monkeypatch, fault):
         elif fault == "length" and hasattr(cache, "layers"):
             cache.layers[0].cumulative_length += 1
 
-    monkeypatch.setattr(kv_loads, "load_into", wrong)
+    monkeypatch.setattr(loads, "load_into", wrong)
     result, record = run("--tokens", "2", "--source", "memory")
-    assert result.exit_code == kv.EXIT_RED
+    assert result.exit_code == options.EXIT_RED
     rows = rows_of(record, "memory")
     red = rows["load_into"]
     assert red["status"] == "red" and "not timed" in red["reason"]
@@ -107,9 +108,9 @@ def test_a_red_check_prints_no_time(run, monkeypatch, fault):
 
 def test_a_stale_result_is_red(scene):
     """Memory is poisoned between loads: one that does nothing doesn't live on another's work."""
-    loads = [load for load in kv_loads.loads_from("memory", "cpu") if load.name == "launch"]
-    idle = kv_loads.Load("idle", "", lambda s: Job(lambda: None, kv_loads._in_cache(s)))
-    rows = kv.time_loads([*loads, idle], scene, Clock(CPU, QUICK["cpu"]))
+    timed = [load for load in loads.loads_from("memory", "cpu") if load.name == "launch"]
+    idle = loads.Load("idle", "", lambda s: Job(lambda: None, loads._in_cache(s)))
+    rows = loading_run.time_loads([*timed, idle], scene, Clock(CPU, QUICK["cpu"]))
     assert [row["status"] for row in rows] == ["ok", "red"]
 
 
@@ -120,12 +121,12 @@ def test_what_raises_is_recorded_and_the_others_go_on(run, monkeypatch):
         calls.append(None)
         raise RuntimeError("no memory\nleft")
 
-    monkeypatch.setattr(kv_loads, "extract", breaks)
+    monkeypatch.setattr(loads, "extract", breaks)
     result, record = run("--tokens", "1", "--source", "memory")
     rows = rows_of(record, "memory")
     assert rows["extract"]["reason"] == "RuntimeError: no memory left" and calls
     assert rows["extract"]["status"] == "failed" and rows["memcpy"]["status"] == "ok"
-    assert result.exit_code == kv.EXIT_RED
+    assert result.exit_code == options.EXIT_RED
 
 
 def test_a_load_that_fails_later_has_no_time(scene):
@@ -136,13 +137,13 @@ def test_a_load_that_fails_later_has_no_time(scene):
         if left[0] < 0:
             raise OSError("gone")
 
-    load = kv_loads.Load("fragile", "", lambda _: Job(run_out, lambda _: ""))
-    (row,) = kv.time_loads([load], scene, Clock(CPU, QUICK["cpu"]))
+    load = loads.Load("fragile", "", lambda _: Job(run_out, lambda _: ""))
+    (row,) = loading_run.time_loads([load], scene, Clock(CPU, QUICK["cpu"]))
     assert row["status"] == "failed" and row["reason"] == "OSError: gone" and "wall" not in row
 
 
 def test_without_a_server_redis_is_not_measured(run, monkeypatch):
-    monkeypatch.setattr(kv_places.shutil, "which", lambda _: None)
+    monkeypatch.setattr(places.shutil, "which", lambda _: None)
     result, record = run("--tokens", "1", "--source", "redis")
     assert result.exit_code == 0
     rows = rows_of(record, "redis")
@@ -153,7 +154,7 @@ def test_without_a_server_redis_is_not_measured(run, monkeypatch):
 
 
 def test_files_that_stay_in_memory_are_no_cold_disk(run, monkeypatch):
-    monkeypatch.setattr(kv_places.os, "posix_fadvise", lambda *_: None)
+    monkeypatch.setattr(places.os, "posix_fadvise", lambda *_: None)
     result, record = run("--tokens", "1", "--source", "disk")
     assert result.exit_code == 0
     rows = rows_of(record, "disk")
@@ -177,24 +178,24 @@ def test_wrong_usage(run, arguments):
 
 def test_the_loads_of_a_gpu_can_be_prepared(scene):
     """As far as a CPU goes: what is named, not what is timed."""
-    for source in kv_loads.SOURCES["cuda"][:2]:
-        for load in kv_loads.loads_from(source, "cuda"):
+    for source in loads.SOURCES["cuda"][:2]:
+        for load in loads.loads_from(source, "cuda"):
             if load.name == "graph replay":
                 continue
-            outcome = kv._prepare(load, scene)
-            if load.name in ("launch, cuda", "launch, triton") and not isinstance(outcome, Job):
-                assert outcome[0] == "unsupported" and "no loader can make this move" in outcome[1]
-            else:  # Triton may be there, interpreted
-                assert isinstance(outcome, Job), (load.name, outcome)
-    names = [load.name for load in kv_loads.loads_from("pinned memory", "cuda", sweep=True)]
+            try:
+                assert isinstance(loading_run.checked(load, scene), Job)
+            except NotMeasuredError as error:  # Triton may be there, interpreted
+                assert load.name in ("launch, cuda", "launch, triton")
+                assert "no loader can make this move" in str(error)
+    names = [load.name for load in loads.loads_from("pinned memory", "cuda", sweep=True)]
     assert names == ["pinned copy", "launch, direct", "launch, staged"]
 
 
 def test_staging_is_as_it_was_behind_a_load(scene):
-    shipped = kv_loads.kv_transfer.STAGED_ABOVE
+    shipped = loads.kv_transfer.STAGED_ABOVE
     for staged in (True, False):
-        kv_loads._launch(scene, staged=staged)
-        assert kv_loads.kv_transfer.STAGED_ABOVE == shipped
+        loads._launch(scene, staged=staged)
+        assert loads.kv_transfer.STAGED_ABOVE == shipped
 
 
 # ---- records, tables and plots
@@ -207,16 +208,16 @@ def summary(p50: float) -> dict:
 def made_up(device_type: str) -> dict:
     """A record of a whole run whose every load takes a multiple of the first floor's time."""
     model = SIZES["full"]
-    sizes = [(n, False) for n in kv_report.TOKENS]
+    sizes = [(n, False) for n in loading_report.TOKENS]
     if device_type == "cuda":
-        sizes += [(n, True) for n in kv.SWEEP_TOKENS]
+        sizes += [(n, True) for n in loading_run.SWEEP_TOKENS]
     cases = []
-    for source in kv_loads.SOURCES[device_type]:
+    for source in loads.SOURCES[device_type]:
         for tokens, sweep in sizes:
             if sweep and source != "pinned memory":
                 continue
             rows = []
-            for place, load in enumerate(kv_loads.loads_from(source, device_type, sweep=sweep)):
+            for place, load in enumerate(loads.loads_from(source, device_type, sweep=sweep)):
                 p50 = 1e-8 * model.nbytes(tokens) * (2 + place)
                 row = {"name": load.name, "kind": load.kind, "checksum": load.checksum}
                 row |= {"status": "ok", "wall": summary(p50), "warm": summary(p50 / 4)}
@@ -245,8 +246,8 @@ def made_up(device_type: str) -> dict:
             "num_kv_heads": model.num_kv_heads,
             "head_dim": model.head_dim,
             "dtype": "bf16",
-            "tokens": list(kv_report.TOKENS),
-            "sources": list(kv_loads.SOURCES[device_type]),
+            "tokens": list(loading_report.TOKENS),
+            "sources": list(loads.SOURCES[device_type]),
             "evicted_bytes": {"cpu": 64 << 20},
             "quick": False,
         },
@@ -284,7 +285,7 @@ def test_without_results_goals_are_shown_as_not_measured(checkout):
 def test_results_become_tables_and_plots(checkout):
     folder = checkout / "bench" / "results"
     for device_type in ("cpu", "cuda"):
-        records.write(made_up(device_type), folder / f"kv-{device_type}.json")
+        FAMILY.write(made_up(device_type), folder / f"kv-{device_type}.json")
     result, text = report_on(checkout)
     assert "wrote: bench/results/kv-cpu.png" in result.stdout
     for name in ("kv-cpu", "kv-cuda"):
@@ -304,7 +305,7 @@ def test_results_become_tables_and_plots(checkout):
     record = made_up("cpu")
     for row in record["cases"][0]["rows"]:
         row["wall"]["p50"] *= 2
-    records.write(record, folder / "kv-cpu.json")
+    FAMILY.write(record, folder / "kv-cpu.json")
     result, _ = report_on(checkout, "--check")
     assert result.exit_code == 1 and "docs/kv_cache.md" in result.stdout
     assert "kv-cpu.png" in result.stdout
@@ -318,7 +319,7 @@ def test_what_was_not_timed_is_not_measured(checkout):
                 for what in ("wall", "warm"):
                     del row[what]
                 row |= {"status": "red", "reason": "wrong"}
-    records.write(record, checkout / "bench" / "results" / "kv.json")
+    FAMILY.write(record, checkout / "bench" / "results" / "kv.json")
     _, text = report_on(checkout)
     assert "1 token, 0.52 MB: × memcpy + xxh3-128 | ≤ 2 | not measured | not measured |" in text
     assert (
@@ -356,23 +357,23 @@ def test_broken_records_are_refused(tmp_path, spoil, message):
     record = made_up("cpu")
     spoil(record)
     with pytest.raises(ValueError, match=message):
-        records.write(record, tmp_path / "kv.json")
+        FAMILY.write(record, tmp_path / "kv.json")
     assert not list(tmp_path.iterdir())
 
 
 def test_floors_are_compared_with_their_like():
     case = made_up("cpu")["cases"][0]
     rows = {row["name"]: row for row in case["rows"]}
-    assert records.kv_floor(case, checksum=False) is rows["memcpy"]
-    assert records.kv_floor(case, checksum=True) is rows["memcpy + xxh3-128"]
-    assert records.kv_times_floor(case, rows["load_into"]) == pytest.approx(4 / 2)
+    assert floor_of(case, checksum=False) is rows["memcpy"]
+    assert floor_of(case, checksum=True) is rows["memcpy + xxh3-128"]
+    assert times_floor(case, rows["load_into"]) == pytest.approx(4 / 2)
     on_cuda = made_up("cuda")["cases"][0]
-    assert records.kv_floor(on_cuda, checksum=True)["name"] == "pinned copy"
+    assert floor_of(on_cuda, checksum=True)["name"] == "pinned copy"
 
 
 def test_a_plot_needs_cases(tmp_path):
     with pytest.raises(ValueError, match="expected a record with cases"):
-        plots.plot_kv({**made_up("cpu"), "cases": []}, tmp_path / "kv.png")
+        plots.plot_loads({**made_up("cpu"), "cases": []}, tmp_path / "kv.png")
 
 
 @pytest.mark.parametrize(
@@ -380,7 +381,7 @@ def test_a_plot_needs_cases(tmp_path):
     [(0.0931, "93.1 µs"), (0.9999, "1.00 ms"), (4.567, "4.57 ms"), (1234, "1.23 s")],
 )
 def test_durations_have_three_digits(milliseconds, text):
-    assert kv_report.duration(milliseconds) == text
+    assert loading_report.duration(milliseconds) == text
 
 
 def test_more_than_the_caches_hold_is_read():

@@ -6,13 +6,24 @@ import json
 
 import pytest
 
-from bench.harness import records
+from bench.attention.questions import (
+    best_pieces,
+    intensity,
+    our_next,
+    our_row,
+    roof,
+    times_faster,
+)
+from bench.attention.report import FAMILY
+from bench.harness.family import read
+from bench.harness.records import named
+from bench.report import FAMILIES
 
 
 def test_a_record_survives_its_file(record, tmp_path):
     path = tmp_path / "new" / "attn.json"
-    records.write(record, path)
-    assert records.read(path) == record
+    FAMILY.write(record, path)
+    assert read(path, FAMILIES) == record
     assert [entry.name for entry in path.parent.iterdir()] == ["attn.json"]
 
 
@@ -20,11 +31,11 @@ def test_nan_becomes_a_string(record, tmp_path):
     row = {**record["cases"][0]["rows"][-1], "status": "red", "reason": "wrong"}
     row["errors"] = {"out": {"error": float("nan"), "limit": 1e-3}}
     record["cases"][0]["rows"] = [row]
-    records.write(record, tmp_path / "attn.json")
+    FAMILY.write(record, tmp_path / "attn.json")
     text = (tmp_path / "attn.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (
-        records.read(tmp_path / "attn.json")["cases"][0]["rows"][0]["errors"]["out"]["error"]
+        read(tmp_path / "attn.json", FAMILIES)["cases"][0]["rows"][0]["errors"]["out"]["error"]
         == "nan"
     )
 
@@ -61,27 +72,27 @@ def put(path: str, value):
 def test_a_wrong_record_is_refused(record, tmp_path, change, message):
     change(record)
     with pytest.raises(ValueError, match=message):
-        records.write(record, tmp_path / "attn.json")
+        FAMILY.write(record, tmp_path / "attn.json")
     assert not list(tmp_path.iterdir())
     (tmp_path / "there.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=f"there.json: .*{message}"):
-        records.read(tmp_path / "there.json")
+        read(tmp_path / "there.json", FAMILIES)
 
 
 def test_a_file_that_is_no_json_is_named(tmp_path):
     (tmp_path / "half.json").write_text("{")
     with pytest.raises(ValueError, match="expected JSON in .*half.json"):
-        records.read(tmp_path / "half.json")
+        read(tmp_path / "half.json", FAMILIES)
 
 
 def test_ratios_are_against_our_default_backend(record):
     case = record["cases"][0]
-    drop_in = records.best_pieces(case, drop_in=True)
-    assert drop_in["name"] == "fa2-varlen" and records.times_faster(case, drop_in) == 1.25
-    apart = records.best_pieces(case, drop_in=False)
-    assert apart["name"] == "cudnn-two-call-parts" and records.times_faster(case, apart) == 1.1
-    assert records.named(case, "sdpa-dense") is None
-    assert records.times_faster(case, None) is None
+    drop_in = best_pieces(case, drop_in=True)
+    assert drop_in["name"] == "fa2-varlen" and times_faster(case, drop_in) == 1.25
+    apart = best_pieces(case, drop_in=False)
+    assert apart["name"] == "cudnn-two-call-parts" and times_faster(case, apart) == 1.1
+    assert named(case, "sdpa-dense") is None
+    assert times_faster(case, None) is None
 
 
 def test_no_ratio_if_our_default_backend_has_no_time(record):
@@ -90,22 +101,22 @@ def test_no_ratio_if_our_default_backend_has_no_time(record):
     second = {**ours, "name": "voco sdpa"}
     red = {key: value for key, value in ours.items() if key not in ("timing", "tflops")}
     case["rows"][:1] = [{**red, "status": "red", "reason": "wrong"}, second]
-    records.check(record)
-    assert records.our_row(case) is None
-    assert records.times_faster(case, records.named(case, "flex")) is None
+    FAMILY.check(record)
+    assert our_row(case) is None
+    assert times_faster(case, named(case, "flex")) is None
 
 
 def test_our_row_is_the_backend_that_a_user_gets(record):
     case = record["cases"][0]
     default = {**case["rows"][0], "name": "voco cuda_sm90"}
     case["rows"].insert(0, default)
-    assert records.our_row(case) is default and records.our_next(case)["name"] == "voco triton"
+    assert our_row(case) is default and our_next(case)["name"] == "voco triton"
     for key in ("timing", "tflops"):
         del default[key]
     default |= {"status": "unsupported", "reason": "head_dim"}
-    assert records.our_row(case)["name"] == "voco triton" and records.our_next(case) is None
+    assert our_row(case)["name"] == "voco triton" and our_next(case) is None
     default["status"] = "red"  # it would have been taken: no other stands in for it
-    assert records.our_row(case) is None
+    assert our_row(case) is None
 
 
 def test_the_roof_is_the_lower_of_both_ceilings(record):
@@ -113,10 +124,10 @@ def test_the_roof_is_the_lower_of_both_ceilings(record):
     tensors = 2 * 32 + 2 * 8  # q, k, v and out, in heads
     bytes_moved = tensors * 16 * 691 * 128 * 2
     forward["flops"] = both["flops"] = 200 * bytes_moved
-    assert records.intensity(forward) == 200
-    assert records.intensity(both) == 100  # the gradients move as much again
-    assert records.roof(record, forward) == 3.0 * 200
+    assert intensity(forward) == 200
+    assert intensity(both) == 100  # the gradients move as much again
+    assert roof(record, forward) == 3.0 * 200
     forward["flops"] *= 2
-    assert records.roof(record, forward) == 700.0
+    assert roof(record, forward) == 700.0
     record["ceilings"] = {}
-    assert records.roof(record, forward) is None
+    assert roof(record, forward) is None

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import report
-from bench.harness import records
+from bench.attention.report import FAMILY
 from voco_model.miniature import report as miniature_report
 
 README = """# Title
@@ -64,7 +64,7 @@ def test_without_results_every_figure_is_not_measured(checkout):
 
 def test_results_become_tables_and_a_plot(checkout, record):
     path = checkout / "bench" / "results" / "attn-test.json"
-    records.write(record, path)
+    FAMILY.write(record, path)
     result = run(checkout)
     assert "wrote: bench/results/attn-test.png" in result.stdout
     text = (checkout / "README.md").read_text()
@@ -86,7 +86,7 @@ def test_results_become_tables_and_a_plot(checkout, record):
     assert run(checkout, "--check").exit_code == 0
 
     record["cases"][0]["rows"][0]["tflops"] = 77.0
-    records.write(record, path)
+    FAMILY.write(record, path)
     stale = run(checkout, "--check")
     assert stale.exit_code == 1
     assert "out of date: README.md" in stale.stdout and "attn-test.png" in stale.stdout
@@ -95,13 +95,13 @@ def test_results_become_tables_and_a_plot(checkout, record):
 
 def test_the_newer_record_of_a_device_is_shown(checkout, record):
     folder = checkout / "bench" / "results"
-    records.write(record, folder / "b-older.json")
+    FAMILY.write(record, folder / "b-older.json")
     record["environment"]["date"] = "2030-02-01 00:00 UTC"
     for row in record["cases"][0]["rows"]:
         if "tflops" in row:
             row["tflops"] *= 2
     del record["cases"][1]
-    records.write(record, folder / "a-newer.json")
+    FAMILY.write(record, folder / "a-newer.json")
     run(checkout)
     text = (checkout / "README.md").read_text()
     assert "| **A** | 32/8 | 1 | 200 |" in text and "| **A** | 32/8 | 1 | 100 |" in text
@@ -112,7 +112,7 @@ def test_a_red_backend_has_no_figures(checkout, record):
     row |= {"status": "red", "reason": "wrong"}
     del row["timing"], row["tflops"]
     record["cases"] = record["cases"][:1]
-    records.write(record, checkout / "bench" / "results" / "attn.json")
+    FAMILY.write(record, checkout / "bench" / "results" / "attn.json")
     run(checkout)
     assert "fa2-varlen" not in (checkout / "README.md").read_text()
 
@@ -125,7 +125,7 @@ def test_two_backends_of_ours_stand_side_by_side(checkout, record):
     lacks = {**rows[0], "status": "unsupported", "reason": "head_dim"}
     del lacks["timing"], lacks["tflops"]
     record["cases"][1]["rows"] = [lacks, *rows[1:]]
-    records.write(record, checkout / "bench" / "results" / "attn.json")
+    FAMILY.write(record, checkout / "bench" / "results" / "attn.json")
     run(checkout)
     text = (checkout / "README.md").read_text()
     assert "| useful TFLOP/s | × our next backend | × two-call, drop-in |" in text
@@ -136,7 +136,7 @@ def test_two_backends_of_ours_stand_side_by_side(checkout, record):
     # in one table: each row says whose it is
     other = {**record["cases"][1], "direction": "forward", "shape": "B"}
     record["cases"] = [record["cases"][0], other]
-    records.write(record, checkout / "bench" / "results" / "attn.json")
+    FAMILY.write(record, checkout / "bench" / "results" / "attn.json")
     run(checkout)
     text = (checkout / "README.md").read_text()
     assert "| shape | heads | backend | ms | useful TFLOP/s | × our next backend |" in text
@@ -147,7 +147,7 @@ def test_two_backends_of_ours_stand_side_by_side(checkout, record):
 
 def test_without_ceilings_there_is_no_roofline(checkout, record):
     record["ceilings"] = {}
-    records.write(record, checkout / "bench" / "results" / "attn.json")
+    FAMILY.write(record, checkout / "bench" / "results" / "attn.json")
     run(checkout)
     docs = (checkout / "docs" / "speed.md").read_text()
     assert "NVIDIA Test (`bench/results/attn.json`): ceilings not measured." in docs
@@ -157,7 +157,7 @@ def test_without_ceilings_there_is_no_roofline(checkout, record):
 
 def test_quick_runs_are_refused(checkout, record):
     record["settings"]["quick"] = True
-    records.write(record, checkout / "bench" / "results" / "look.json")
+    FAMILY.write(record, checkout / "bench" / "results" / "look.json")
     result = run(checkout)
     assert result.exit_code == 2 and "got look.json of a --quick one" in result.stderr
 
@@ -183,7 +183,7 @@ def test_broken_markers_are_refused(checkout, text, message):
 
 def test_show_prints_one_record(checkout, record):
     path = checkout / "attn.json"
-    records.write(record, path)
+    FAMILY.write(record, path)
     result = run(checkout, "--show", str(path))
     assert "1.25 (fa2-varlen)" in result.stdout and "not measured yet" not in result.stdout.lower()
     assert "**B**" not in result.stdout

@@ -13,13 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from bench import flops, report, train
-from bench.harness import records
+from bench.harness.family import read
 from bench.training import data as train_data
 from bench.training import methods as train_methods
 from bench.training import report as train_report
-from bench.training import steps as train_runs
+from bench.training import steps as train_steps
 from bench.training.data import IGNORED, Distribution, Sample
 from bench.training.methods import SMALL, QFormerLlava
+from bench.training.report import FAMILY
+from bench.training.run import Q_FORMER
 
 CPU = torch.device("cpu")
 RUN = ["--small", "--device", "cpu", "--steps", "2"]
@@ -30,7 +32,7 @@ def build(checkpointing: bool = False):
 
 
 def small_batches(config, samples, num_voco: int = 2):
-    return train_runs.batches(config, samples, num_voco, CPU, torch.float32)
+    return train_steps.batches(config, samples, num_voco, CPU, torch.float32)
 
 
 SAMPLES = [
@@ -93,7 +95,7 @@ def test_padded_and_packed_rows_hold_the_same_tokens_and_labels():
 
 
 def test_losses_and_gradients_of_all_methods_agree():
-    found = train_runs.small_check(["dense", "padded", "packed"], CPU, 2)
+    found = train_steps.small_check(["dense", "padded", "packed"], CPU, 2)
     assert set(found) == {"dense", "padded", "packed"}
     for name, entry in found.items():
         assert entry["reason"] == "", name
@@ -132,7 +134,7 @@ def test_a_step_trains_all_but_the_vision_tower():
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     method = train_methods.masked_methods(1)["packed"]
     with method.attached(model):
-        milliseconds, _ = train_runs.Trainer(model, CPU).step(lambda: method.forward(model, batch))
+        milliseconds, _ = train_steps.Trainer(model, CPU).step(lambda: method.forward(model, batch))
     assert milliseconds > 0
     for name, parameter in model.named_parameters():
         frozen = "vision_tower" in name
@@ -234,7 +236,7 @@ def record(tmp_path_factory) -> dict:
     answer = CliRunner().invoke(train.app, [*RUN, "--out", str(out)])
     assert answer.exit_code == 0, answer.output
     assert "`masked_attention`, packed" in answer.output and "14,479 s" in answer.output
-    return records.read(out)
+    return read(out, [FAMILY])
 
 
 def test_every_method_of_a_cpu_runs(record):
@@ -281,7 +283,7 @@ def test_a_failed_check_has_no_time_and_no_ratio(tmp_path, monkeypatch):
     names = ["--methods", "dense", "--methods", "packed"]
     answer = CliRunner().invoke(train.app, [*RUN, *names, "--out", str(out)])
     assert answer.exit_code == 1
-    dense, packed = records.read(out)["cases"][0]["rows"]
+    dense, packed = read(out, [FAMILY])["cases"][0]["rows"]
     assert dense["status"] == "ok" and packed["status"] == "red" and "timing" not in packed
     assert "on a small model: loss error" in packed["reason"]
     line = next(x for x in answer.output.splitlines() if x.startswith("| `masked_attention`, pa"))
@@ -300,18 +302,18 @@ def test_without_the_dense_mask_nothing_is_compared(record):
 
 def test_a_loss_far_from_the_first_is_over_the_limit():
     first = {"loss": 2.0, "gradient_norm": 1.0, "largest_logit": 6.0}
-    close = train_runs.compare({**first, "loss": 2.00001}, first, torch.float32)
-    far = train_runs.compare({**first, "loss": 2.001}, first, torch.float32)
-    nothing = train_runs.compare({**first, "loss": math.nan}, first, torch.float32)
+    close = train_steps.compare({**first, "loss": 2.00001}, first, torch.float32)
+    far = train_steps.compare({**first, "loss": 2.001}, first, torch.float32)
+    nothing = train_steps.compare({**first, "loss": math.nan}, first, torch.float32)
     assert not close["reason"] and far["reason"] and nothing["reason"]
-    assert not train_runs.compare({**first, "loss": 2.001}, first, torch.bfloat16)["reason"]
+    assert not train_steps.compare({**first, "loss": 2.001}, first, torch.bfloat16)["reason"]
 
 
 def test_a_spent_budget_skips_what_is_left(tmp_path):
     out = tmp_path / "train.json"
     answer = CliRunner().invoke(train.app, [*RUN, "--budget", "0", "--out", str(out)])
     assert answer.exit_code == 0, answer.output
-    record = records.read(out)
+    record = read(out, [FAMILY])
     reasons = {row["name"]: row["reason"] for row in record["cases"][0]["rows"]}
     assert "the budget of 0 s was spent" in reasons["dense"] and record["finished"]
     assert "the budget of 0 s was spent" in reasons["q-former"]
@@ -341,18 +343,18 @@ def test_a_record_that_is_not_one_is_refused(record):
         {"cases": [{**record["cases"][0], "rows": [{"name": "dense"}]}]},
     ):
         with pytest.raises(ValueError, match="expected"):
-            records.check({**record, **change})
+            FAMILY.check({**record, **change})
 
 
 def test_lines_of_failures(record):
     broken = copy.deepcopy(record)
     broken["cases"][0]["rows"][1] |= {"status": "failed", "reason": "why"}
-    assert records.train_failures(record) == []
-    assert records.train_failures(broken) == ["a small LLaVA flex: failed: why"]
+    assert FAMILY.failures(record) == []
+    assert FAMILY.failures(broken) == ["a small LLaVA flex: failed: why"]
 
 
 def test_peak_memory_is_of_the_time_since_start():
-    memory = train_runs.PeakMemory(CPU)
+    memory = train_steps.PeakMemory(CPU)
     memory.start()
     before = memory.read()
     if before is None:
@@ -365,6 +367,6 @@ def test_peak_memory_is_of_the_time_since_start():
 
 
 def test_method_names_are_the_report_s():
-    names = [*train_methods.masked_methods(1), train.Q_FORMER]
+    names = [*train_methods.masked_methods(1), Q_FORMER]
     assert names == list(train_report.METHODS)
     assert isinstance(train_methods.Flex.missing, types.FunctionType)

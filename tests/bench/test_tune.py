@@ -16,13 +16,16 @@ from typer.testing import CliRunner
 pytest.importorskip("triton", reason="Triton is not installed: requirements/triton.txt has it")
 
 from bench import tune  # noqa: E402
-from bench.attention import measure  # noqa: E402
 from bench.attention.shapes import SIZES  # noqa: E402
-from bench.harness import records  # noqa: E402
+from bench.harness import guard, records, run  # noqa: E402
+from bench.harness.family import read  # noqa: E402
 from bench.tuning import (
     candidates,  # noqa: E402
     trial,  # noqa: E402
 )
+from bench.tuning import run as tuning_run  # noqa: E402
+from bench.tuning.report import FAMILY  # noqa: E402
+from bench.tuning.run import Tuner  # noqa: E402
 from voco_kernels.attention.backends.triton import forward_kernel as triton_forward  # noqa: E402
 from voco_kernels.attention.backends.triton.config import Config, config  # noqa: E402
 from voco_kernels.attention.backends.triton.table import TABLE  # noqa: E402
@@ -54,7 +57,7 @@ def tuned():
             for blocks in (SHIPPED, OTHER, THIRD)
         ]
         return {
-            "schema": tune.SCHEMA,
+            "schema": records.SCHEMA,
             "bench": "tune",
             "finished": True,
             "environment": {"device": {"name": "NVIDIA Test"}, "date": "2030-01-02 03:04 UTC"},
@@ -142,7 +145,7 @@ def test_a_record_becomes_a_table(tuned, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--dry-run", "--write"], "expected another --table to --write in a --dry-run"),
+        (["--dry-run", "--write"], "expected another --table to --write a --dry-run's choices"),
         (["--dry-run", "--head-dim", "80"], "expected --head-dim of 64, 128 or 256, got [80]"),
         (["--dry-run", "--shape", "Z"], "expected shapes among A, B"),
     ],
@@ -160,10 +163,10 @@ def test_without_a_gpu_only_a_dry_run_is_possible():
 
 
 def test_another_record_is_refused(record, tmp_path):
-    records.write(record, tmp_path / "attn.json")
+    records.save(record, tmp_path / "attn.json")
     result = CliRunner().invoke(tune.app, ["--from", str(tmp_path / "attn.json")])
     assert result.exit_code == 2
-    assert "expected a record of bench/tune.py" in " ".join(result.output.split())
+    assert "expected a record of tune, got one of 'attn'" in " ".join(result.output.split())
 
 
 def test_a_dry_runs_choices_stay_out_of_the_package(tuned, tmp_path):
@@ -188,8 +191,8 @@ JOBS = [("forward", 64, SHIPPED), ("forward", 64, OTHER), ("dq", 64, THIRD)]
 @pytest.fixture
 def tuner(tmp_path, monkeypatch):
     """``tuner(budget=...)`` with kernels that are not run: every candidate is right, and timed."""
-    monkeypatch.setattr(tune.direct, "forward", lambda *_: (None, None))
-    monkeypatch.setattr(tune.Tuner, "_check_and_time", lambda *_: {"status": "ok", "timing": TIMED})
+    monkeypatch.setattr(tuning_run.direct, "forward", lambda *_: (None, None))
+    monkeypatch.setattr(Tuner, "_check_and_time", lambda *_: {"status": "ok", "timing": TIMED})
     ok = {"status": "ok"}
     monkeypatch.setattr(
         trial,
@@ -197,8 +200,11 @@ def tuner(tmp_path, monkeypatch):
         lambda job, *_: {"kernel": job[0], "width": job[1], "blocks": list(job[2]), **ok},
     )
 
-    def make(**changes) -> tune.Tuner:
+    def make(**changes) -> Tuner:
         record = {
+            "schema": records.SCHEMA,
+            "bench": "tune",
+            "finished": False,
             "environment": {},
             "settings": {"chip": 90},
             "candidates": [],
@@ -216,7 +222,7 @@ def tuner(tmp_path, monkeypatch):
             jobs=JOBS,
             budget=None,
         )
-        return tune.Tuner(**{**options, **changes})
+        return Tuner(**{**options, **changes})
 
     return make
 
@@ -251,7 +257,7 @@ def test_what_a_budget_does_not_reach_is_recorded_as_such(tuner):
 def test_a_budget_that_ends_between_shapes(tuner, monkeypatch):
     made = tuner(budget=100.0)
     reasons = iter([""] * 4 + ["the budget was spent"] * 9)  # a look before the shape, one a row
-    monkeypatch.setattr(made, "_spent_reason", lambda: next(reasons))
+    monkeypatch.setattr(made, "spent", lambda: next(reasons))
     made.run()
     assert statuses(made.record["timings"]) == ["ok"] * 3 + ["skipped"] * 3
     assert made.record["choices"][0]["shapes"] == ["A"]
@@ -262,7 +268,7 @@ def test_a_shape_without_a_truth_is_no_candidates_fault(tuner, monkeypatch):
         if case.shape.name == "A":
             raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(tune.measure, "truth_of", truth_of)
+    monkeypatch.setattr(tuning_run.measure, "truth_of", truth_of)
     made = tuner()
     made.run()
     assert statuses(made.record["timings"]) == ["skipped"] * 3 + ["ok"] * 3
@@ -271,17 +277,22 @@ def test_a_shape_without_a_truth_is_no_candidates_fault(tuner, monkeypatch):
 
 
 def test_a_lost_device_keeps_what_is_there_and_another_run_goes_on(tuner, monkeypatch):
-    def lost(self, job, *_):
+    def broken(self, job, *_):
         if job == JOBS[1]:
-            raise measure.DeviceLostError({"name": "it", "status": "failed", "reason": "illegal"})
+            raise RuntimeError("illegal memory access")
         return {"status": "ok", "timing": TIMED}
 
-    monkeypatch.setattr(tune.Tuner, "_check_and_time", lost)
+    def lost(device, what, row):
+        if row["status"] == "failed":
+            raise guard.DeviceLostError(what)
+
+    monkeypatch.setattr(Tuner, "_check_and_time", broken)
+    monkeypatch.setattr(guard, "check_device", lost)
     made = tuner()
-    with pytest.raises(measure.DeviceLostError):
+    with pytest.raises(guard.DeviceLostError):
         made.run()
     assert statuses(records.load(made.out)["timings"]) == ["ok", "failed"]
-    monkeypatch.setattr(tune.Tuner, "_check_and_time", lambda *_: {"status": "ok", "timing": TIMED})
+    monkeypatch.setattr(Tuner, "_check_and_time", lambda *_: {"status": "ok", "timing": TIMED})
     again = tuner(record=made.record)
     again.run()
     assert len(again.record["candidates"]) == 3  # not tried out again
@@ -293,12 +304,12 @@ def test_resuming_another_run_is_refused(tuned, tmp_path):
     before, path = tuned([timing(OTHER, "A", status="skipped")]), tmp_path / "tune.json"
     before["environment"]["sources_sha256"] = "f"
     fresh = {**before, "candidates": [], "timings": []}
-    assert tune.resumed(path, fresh) is fresh
+    assert run.resumed(path, fresh, FAMILY) is fresh
     records.save(before, path)
-    again = tune.resumed(path, fresh)
+    again = run.resumed(path, fresh, FAMILY)
     assert len(again["candidates"]) == 3 and again["timings"] == [] and not again["finished"]
-    with pytest.raises(ValueError, match="same settings and sources"):
-        tune.resumed(path, {**fresh, "settings": {"chip": 80}})
+    with pytest.raises(ValueError, match="with the same settings to resume"):
+        run.resumed(path, {**fresh, "settings": {"chip": 80}}, FAMILY)
 
 
 def done(result) -> Future:
@@ -375,7 +386,7 @@ def test_a_whole_dry_run(tmp_path):
     arguments = ["--dry-run", "--most", "1", "--out", str(out), "--write", "--table", str(table)]
     result = CliRunner().invoke(tune.app, arguments)
     assert result.exit_code == 0, result.output
-    record = tune.read(out)
+    record = read(out, [FAMILY])
     assert record["finished"] and statuses(record["timings"]) == ["ok"] * 3
     assert all(row["errors"] for row in record["timings"])
     assert [choice["kernel"] for choice in record["choices"]] == ["forward", "dkdv", "dq"]

@@ -17,13 +17,14 @@ from transformers import (
 from typer.testing import CliRunner
 
 from bench import flops, report, two_pass
-from bench.answering import models as two_pass_models
-from bench.answering import plots as two_pass_plots
-from bench.answering import report as two_pass_report
-from bench.answering import subject as two_pass_runs
+from bench.answering import models, plots, questions, rows
+from bench.answering import report as answering_report
 from bench.answering.models import DEFAULT, SPECS
-from bench.answering.subject import QUICK, Reference, References, Subject, WrongError
-from bench.harness import records
+from bench.answering.report import FAMILY
+from bench.answering.run import Step, plan
+from bench.answering.subject import QUICK, Reference, References, Subject
+from bench.harness.family import read
+from bench.harness.guard import WrongError
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--quick", "--text-tokens", "9", "--new-tokens", "3"]
@@ -35,13 +36,13 @@ TINY = ["--device", "cpu", "--quick", "--text-tokens", "9", "--new-tokens", "3"]
 @pytest.mark.parametrize("name", ["tiny", "tiny-next"])
 def test_a_model_filled_in_place_is_the_one_that_its_config_makes(name):
     spec = SPECS[name]
-    processor = two_pass_models.build_processor(spec)
-    config = two_pass_models.build_config(spec, processor.tokenizer)
-    made = two_pass_models.build_model(config, CPU, torch.float32, std=spec.std)
+    processor = models.build_processor(spec)
+    config = models.build_config(spec, processor.tokenizer)
+    made = models.build_model(config, CPU, torch.float32, std=spec.std)
     usual = type(made)(copy.deepcopy(config)).eval()
     usual.load_state_dict(made.state_dict())
     inputs = processor(
-        images=[two_pass_models.picture(spec, 0)], text=["<image> What?"], return_tensors="pt"
+        images=[models.picture(spec, 0)], text=["<image> What?"], return_tensors="pt"
     )
     with torch.no_grad():
         ours, theirs = made(**inputs).logits, usual(**inputs).logits
@@ -53,22 +54,22 @@ def test_a_model_filled_in_place_is_the_one_that_its_config_makes(name):
 
 def test_weights_are_of_the_dtype_and_frequencies_of_float32():
     spec = SPECS["tiny"]
-    config = two_pass_models.build_config(spec, two_pass_models.build_processor(spec).tokenizer)
-    made = two_pass_models.build_model(config, CPU, torch.bfloat16)
+    config = models.build_config(spec, models.build_processor(spec).tokenizer)
+    made = models.build_model(config, CPU, torch.bfloat16)
     assert {parameter.dtype for parameter in made.parameters()} == {torch.bfloat16}
     assert made.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
-    again = two_pass_models.build_model(config, CPU, torch.bfloat16)
+    again = models.build_model(config, CPU, torch.bfloat16)
     for ours, theirs in zip(made.parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_a_buffer_that_nobody_fills_is_an_error():
     spec = SPECS["tiny"]
-    config = two_pass_models.build_config(spec, two_pass_models.build_processor(spec).tokenizer)
-    made = two_pass_models.build_model(config, CPU, torch.float32)
+    config = models.build_config(spec, models.build_processor(spec).tokenizer)
+    made = models.build_model(config, CPU, torch.float32)
     made.register_buffer("surprise", torch.zeros(1))
     with pytest.raises(ValueError, match="expected buffers named .*, got surprise, too"):
-        two_pass_models.fill_buffers(made, CPU)
+        models.fill_buffers(made, CPU)
 
 
 @pytest.mark.parametrize(
@@ -82,24 +83,22 @@ def test_a_buffer_that_nobody_fills_is_an_error():
 )
 def test_shapes_are_the_true_ones(name, parameters, vision_tokens):
     spec = SPECS[name]
-    processor = two_pass_models.build_processor(spec)
-    config = two_pass_models.build_config(spec, processor.tokenizer)
+    processor = models.build_processor(spec)
+    config = models.build_config(spec, processor.tokenizer)
     kind = LlavaNextForConditionalGeneration if spec.tiled else LlavaForConditionalGeneration
     with torch.device("meta"):
         model = kind._from_config(config, dtype=torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.005)
-    made = processor(
-        images=[two_pass_models.picture(spec, 0)], text=["<image>"], return_tensors="pt"
-    )
+    made = processor(images=[models.picture(spec, 0)], text=["<image>"], return_tensors="pt")
     assert int((made["input_ids"] == config.image_token_id).sum()) == vision_tokens
     tiles = made["pixel_values"].shape[-4] if spec.tiled else 1
-    assert tiles == two_pass_models.tiles_of(spec)
+    assert tiles == models.tiles_of(spec)
 
 
 def test_what_is_expected_of_a_record_is_what_is_measured_by_default():
     for device, names in DEFAULT.items():
         titles = tuple(SPECS[name].title for name in names)
-        assert titles == two_pass_report.EXPECTED[device]
+        assert titles == answering_report.EXPECTED[device]
 
 
 # ---- FLOPs
@@ -109,8 +108,8 @@ def test_what_is_expected_of_a_record_is_what_is_measured_by_default():
 def counted(request):
     """A model and ``count(function)`` -> the FLOPs that torch counts in it."""
     spec = SPECS[request.param]
-    config = two_pass_models.build_config(spec, two_pass_models.build_processor(spec).tokenizer)
-    model = two_pass_models.build_model(config, CPU, torch.float32)
+    config = models.build_config(spec, models.build_processor(spec).tokenizer)
+    model = models.build_model(config, CPU, torch.float32)
     # torch counts nothing in the CPU's fused attention; eager attention is products.
     model.set_attn_implementation("eager")
 
@@ -158,9 +157,7 @@ def test_flops_of_both_passes_and_of_a_decoding_step(counted):
 
 
 def test_useful_flops_leave_out_what_is_masked():
-    config = two_pass_models.build_config(
-        SPECS["tiny"], two_pass_models.build_processor(SPECS["tiny"]).tokenizer
-    )
+    config = models.build_config(SPECS["tiny"], models.build_processor(SPECS["tiny"]).tokenizer)
     new, past = 5, 3
     both = flops.language(config, new, past)
     text = config.text_config
@@ -183,7 +180,7 @@ def run(tmp_path_factory):
         out = tmp_path_factory.mktemp("two-pass") / "two-pass.json"
         models = [] if "--model" in arguments else ["--model", "tiny"]
         result = CliRunner().invoke(two_pass.app, [*TINY, *models, *arguments, "--out", str(out)])
-        return result, records.read(out) if out.exists() else None, out
+        return result, read(out, [FAMILY]) if out.exists() else None, out
 
     return invoke
 
@@ -201,13 +198,11 @@ def test_a_run_leaves_a_whole_record(whole_run):
     (case,) = record["cases"]
     assert case["fits"] and case["vision_tokens"] == 16 and case["text_tokens"] == 9
     assert {row["status"] for row in case["rows"]} == {"ok"}
-    steps = two_pass.plan(
-        num_voco=[1, 2], batches=[1, 2], shares=list(two_pass.SHARES), compiled=[False]
-    )
+    steps = plan(num_voco=[1, 2], batches=[1, 2], shares=list(two_pass.SHARES), compiled=[False])
     assert len(case["rows"]) == len(steps)
-    for picture in two_pass_plots.paths(out).values():
-        assert picture.stat().st_size > 5_000
-    assert "| a tiny LLaVA | 2 | 1 VoCo cached |" in result.output
+    for picture in FAMILY.pictures:
+        assert picture.path(out).stat().st_size > 5_000
+    assert "| a tiny LLaVA | 2 | 1 VoCo cached |" in " ".join(result.output.split())
 
 
 def test_each_mode_has_its_stages_its_bytes_and_its_flops(whole_run):
@@ -227,7 +222,7 @@ def test_each_mode_has_its_stages_its_bytes_and_its_flops(whole_run):
     }
     for (name, images), (stages, nbytes, counted, prompt) in expected.items():
         for batch in (1, 2):
-            row = two_pass_report.answer_row(case, name, batch, int(name == "voco"), images=images)
+            row = questions.answer_row(case, name, batch, int(name == "voco"), images=images)
             if row is None:  # new images are timed one at a time
                 assert images == "new" and batch == 2
                 continue
@@ -241,30 +236,30 @@ def test_each_mode_has_its_stages_its_bytes_and_its_flops(whole_run):
             agreed = row["agreement"]
             assert agreed["identical"] == agreed["tokens"] == 3 * answers
             assert agreed["first_identical"] == agreed["answers"] == answers
-    two = two_pass_report.answer_row(case, "voco", 1, 2, images="stored")
+    two = questions.answer_row(case, "voco", 1, 2, images="stored")
     assert two["cache_bytes"] == 2 * one
-    assert {"wall", "tokens_per_s"} <= set(two_pass_report.answer_row(case, "voco generate", 1, 1))
+    assert {"wall", "tokens_per_s"} <= set(questions.answer_row(case, "voco generate", 1, 1))
 
 
 def test_streams_read_each_new_image_once_and_a_plain_llava_all(whole_run):
     _, record, _ = whole_run
     (case,) = record["cases"]
     for share in two_pass.SHARES:
-        numbers = two_pass_runs.stream(QUICK["cpu"].requests, share)
+        numbers = rows.stream(QUICK["cpu"].requests, share)
         for name, read in (("voco", len(set(numbers))), ("uncached", len(numbers))):
-            row = two_pass_report.stream_row(case, name, share)
+            row = questions.stream_row(case, name, share)
             assert row["images_read"] == read and row["answers_per_s"] > 0
-    assert two_pass_report.stream_row(case, "stock generate", 0.5)["requests"] == len(numbers)
+    assert questions.stream_row(case, "stock generate", 0.5)["requests"] == len(numbers)
 
 
 @pytest.mark.parametrize(
     "count, share, new", [(20, 0.0, 20), (20, 0.5, 10), (20, 0.9, 2), (4, 0.9, 1)]
 )
 def test_the_share_of_a_stream_that_came_before(count, share, new):
-    numbers = two_pass_runs.stream(count, share)
+    numbers = rows.stream(count, share)
     assert len(numbers) == count and len(set(numbers)) == new
     assert [n for i, n in enumerate(numbers) if n not in numbers[:i]] == list(range(new))
-    assert numbers == two_pass_runs.stream(count, share)
+    assert numbers == rows.stream(count, share)
 
 
 def test_a_tiled_model_too(run):
@@ -288,14 +283,14 @@ def test_when_the_budget_is_spent_the_rest_is_skipped_and_said(run):
 
 
 def test_a_model_that_does_not_fit_says_so_and_the_next_one_runs(run, monkeypatch):
-    build = two_pass_models.build_model
+    build = models.build_model
 
     def too_large(config, *arguments, **options):
         if hasattr(config, "image_grid_pinpoints"):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return build(config, *arguments, **options)
 
-    monkeypatch.setattr(two_pass_models, "build_model", too_large)
+    monkeypatch.setattr(models, "build_model", too_large)
     result, record, _ = run(
         "--model", "tiny-next", "--model", "tiny", "--num-voco", "1", "--batch", "1", "--no-streams"
     )
@@ -322,15 +317,15 @@ def test_a_wrong_answer_is_red_and_not_timed(run, monkeypatch):
 
 
 def test_what_raises_fails_its_row_and_the_others_go_on(run, monkeypatch):
-    def broken(self, batch):
+    def broken(subject, batch):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(Subject, "generate_row", broken)
+    monkeypatch.setattr(rows, "generate_row", broken)
     result, record, _ = run("--num-voco", "1", "--batch", "1", "--no-streams")
     assert result.exit_code == 1
-    rows = {(row["name"], row["images"]): row for row in record["cases"][0]["rows"]}
-    assert rows["stock generate", "read"]["reason"] == "RuntimeError: no such kernel"
-    assert {row["status"] for key, row in rows.items() if key[0] != "stock generate"} == {"ok"}
+    found = {(row["name"], row["images"]): row for row in record["cases"][0]["rows"]}
+    assert found["stock generate", "read"]["reason"] == "RuntimeError: no such kernel"
+    assert {row["status"] for key, row in found.items() if key[0] != "stock generate"} == {"ok"}
 
 
 @pytest.fixture(scope="module")
@@ -379,9 +374,9 @@ def test_on_a_gpu_the_host_enqueues_while_the_device_is_busy(subject, monkeypatc
             self.calls += 1
 
     busy = Busy()
-    monkeypatch.setattr(subject, "_flush", busy)
+    monkeypatch.setattr(subject, "flush", busy)
     engine = subject.engine("full_cache", 0, False)
-    row = subject.answer_row(engine, batch=2, num_voco=0, new_images=False, variant="covered")
+    row = rows.answer_row(subject, engine, batch=2, num_voco=0, new_images=False, variant="covered")
     assert busy.calls == 3 * QUICK["cpu"].repeats
     assert row["wall"]["repeats"] == row["device"]["repeats"] == QUICK["cpu"].repeats
     assert row["peak_bytes"] is None and row["setup_s"] > 0
@@ -391,7 +386,9 @@ def test_images_that_should_come_from_the_store_do(subject, monkeypatch):
     engine = subject.engine("voco", 1, False)
     monkeypatch.setattr(subject, "keep", lambda engine, variant: 1)
     with pytest.raises(RuntimeError, match="expected 1 images from the store, got 0"):
-        subject.answer_row(engine, batch=1, num_voco=1, new_images=False, variant="never kept")
+        rows.answer_row(
+            subject, engine, batch=1, num_voco=1, new_images=False, variant="never kept"
+        )
 
 
 def test_pictures_and_questions_change_the_answers(subject):
@@ -418,7 +415,7 @@ def test_wrong_use_says_what_was_expected(run, arguments, message):
 
 
 def test_on_cuda_compiled_layers_come_first_and_shapes_of_work_are_few():
-    steps = two_pass.plan(num_voco=[1, 8], batches=[1, 8], shares=[0.0], compiled=[True, False])
+    steps = plan(num_voco=[1, 8], batches=[1, 8], shares=[0.0], compiled=[True, False])
     kinds = [(step.name, step.compiled, step.kind) for step in steps if step.num_voco < 8]
     assert kinds.index(("voco", True, "answer")) < kinds.index(("voco", False, "answer"))
     engines = [step.engine for step in steps if step.engine is not None]
@@ -439,14 +436,11 @@ def made_up(device_type: str) -> dict:
     """A record in which everything of a VoCo answer takes a fifth of what a plain one takes."""
     compiled = [True, False] if device_type == "cuda" else [False]
     cases = []
-    for title in two_pass_report.EXPECTED[device_type]:
+    for title in answering_report.EXPECTED[device_type]:
         rows = []
-        for step in two_pass.plan(
-            num_voco=[1, 8], batches=[1, 8], shares=[0.0, 0.9], compiled=compiled
-        ):
+        for step in plan(num_voco=[1, 8], batches=[1, 8], shares=[0.0, 0.9], compiled=compiled):
             factor = {"voco": 1.0, "full cache": 2.0}.get(step.name, 5.0)
-            row = step.row("ok", "")
-            del row["reason"]
+            row = step.head() | {"status": "ok"}
             row |= {"wall": summary(3 * factor), "peak_bytes": 15 * 10**9}
             if step.kind == "stream":
                 row |= {"answers_per_s": 40 / factor, "requests": 32, "images_read": 8}
@@ -544,7 +538,7 @@ def test_without_results_every_figure_is_not_measured(checkout):
 def test_results_become_tables_and_plots(checkout):
     folder = checkout / "bench" / "results"
     for device_type in ("cpu", "cuda"):
-        records.write(made_up(device_type), folder / f"two-pass-{device_type}.json")
+        FAMILY.write(made_up(device_type), folder / f"two-pass-{device_type}.json")
     result, text = report_on(checkout)
     assert "wrote: bench/results/two-pass-cpu-streams.png" in result.stdout
     for name in ("two-pass-cpu", "two-pass-cuda-streams"):
@@ -568,7 +562,7 @@ def test_results_become_tables_and_plots(checkout):
 
     record = made_up("cpu")
     record["cases"][0]["rows"][1]["wall"]["p50"] *= 2
-    records.write(record, folder / "two-pass-cpu.json")
+    FAMILY.write(record, folder / "two-pass-cpu.json")
     result, _ = report_on(checkout, "--check")
     assert result.exit_code == 1 and "two-pass-cpu.png" in result.stdout
 
@@ -581,7 +575,7 @@ def test_a_share_saved_is_of_two_rows_of_one_kind():
             row["status"], row["reason"] = "skipped", "no time"
         if row["compiled"] and row["name"] == "voco" and row["kind"] == "answer":
             row["device"]["p50"] = 0.001
-    assert two_pass_report.saved(case, 1, 1) == pytest.approx(0.8)
+    assert questions.saved(case, 1, 1) == pytest.approx(0.8)
 
 
 def test_what_was_not_timed_is_not_measured(checkout):
@@ -596,11 +590,12 @@ def test_what_was_not_timed_is_not_measured(checkout):
             "title": "a large one",
             "fits": False,
             "rows": [
-                two_pass.Step("voco", "answer", "stored", 1, 1).row("unsupported", "does not fit")
+                Step("voco", "answer", "stored", 1, 1).head()
+                | {"status": "unsupported", "reason": "does not fit"}
             ],
         }
     )
-    records.write(record, checkout / "bench" / "results" / "two-pass.json")
+    FAMILY.write(record, checkout / "bench" / "results" / "two-pass.json")
     _, text = report_on(checkout)
     assert "time lower by | ≥ 75% | not measured | not measured |" in text
     assert "| 1 | nothing cached |" + " not measured |" * 7 in text
@@ -635,13 +630,13 @@ def test_broken_records_are_refused(tmp_path, spoil, message):
     record = made_up("cpu")
     spoil(record)
     with pytest.raises(ValueError, match=message):
-        records.write(record, tmp_path / "two-pass.json")
+        FAMILY.write(record, tmp_path / "two-pass.json")
     assert not list(tmp_path.iterdir())
 
 
 def test_plots_need_figures(tmp_path):
     empty = {**made_up("cpu"), "cases": []}
-    assert two_pass_plots.draw(empty, tmp_path / "two-pass.json") == []
-    for plot in (two_pass_plots.plot_stages, two_pass_plots.plot_streams):
+    assert FAMILY.draw(empty, tmp_path / "two-pass.json") == []
+    for plot in (plots.plot_stages, plots.plot_streams):
         with pytest.raises(ValueError, match="expected a record with timed"):
             plot(empty, tmp_path / "two-pass.png")
