@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from bench import kv, report
-from bench.harness import machine
+from bench.harness import machine, options
 from bench.harness.family import read
 from bench.harness.guard import NotMeasuredError
 from bench.harness.turns import QUICK, Clock, Job

@@ -246,9 +246,9 @@ def test_streams_read_each_new_image_once_and_a_plain_llava_all(whole_run):
     (case,) = record["cases"]
     for share in two_pass.SHARES:
         numbers = rows.stream(QUICK["cpu"].requests, share)
-        for name, read in (("voco", len(set(numbers))), ("uncached", len(numbers))):
+        for name, count in (("voco", len(set(numbers))), ("uncached", len(numbers))):
             row = questions.stream_row(case, name, share)
-            assert row["images_read"] == read and row["answers_per_s"] > 0
+            assert row["images_read"] == count and row["answers_per_s"] > 0
     assert questions.stream_row(case, "stock generate", 0.5)["requests"] == len(numbers)
 
 
