@@ -11,8 +11,8 @@ under its roof), ``layout`` (making a layout against making a BlockMask), ``shap
 are), ``tiles`` (the visible share of what kernels multiply), ``kv`` and ``kv-cpu`` (goals and tables
 of bench/kv.py on a GPU and on a CPU), ``kv-plot`` (its plots), ``two-pass``, ``two-pass-cpu`` and
 ``two-pass-plot`` (likewise of bench/two_pass.py), ``train`` and ``train-cpu`` (tables of
-bench/train.py), ``miniature-...`` (what ``python -m voco_model miniature`` has found). A figure that no
-record holds is "not measured".
+bench/train.py), ``headline`` and ``summary`` (the README's figures), ``miniature-...`` (what
+``python -m voco_model miniature`` has found). A figure that no record holds is "not measured".
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if __name__ == "__main__":
 
 import typer
 
+from bench import summary
 from bench.answering.report import FAMILY as ANSWERING
 from bench.attention.report import FAMILY as ATTENTION
 from bench.harness import options
@@ -98,6 +99,8 @@ def tables_for(results: Records, text_folder: Path, results_folder: Path) -> Tab
     for family in FAMILIES:
         own = {name: record for name, record in results.items() if record["bench"] == family.name}
         tables |= {name: partial(make, own, link) for name, make in family.tables.items()}
+    tables["headline"] = partial(summary.headline, results)
+    tables["summary"] = partial(summary.summary, results)
     return tables | miniature_tables(results_folder)
 
 
