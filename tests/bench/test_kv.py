@@ -185,10 +185,10 @@ def test_the_loads_of_a_gpu_can_be_prepared(scene):
 
 
 def test_staging_is_as_it_was_behind_a_load(scene):
-    shipped = kv_loads.kv_transfer.STAGED_ABOVE
+    shipped = kv_loads.staging.STAGED_ABOVE
     for staged in (True, False):
         kv_loads._launch(scene, staged=staged)
-        assert kv_loads.kv_transfer.STAGED_ABOVE == shipped
+        assert kv_loads.staging.STAGED_ABOVE == shipped
 
 
 # ---- records, tables and plots

@@ -316,7 +316,7 @@ ENTRY = make_entry(2)
         (lambda c: load_into(c, ENTRY, slots=-1), "got -1 to 0"),
         (
             lambda c: load_into(c, [[ENTRY, ENTRY]], slots=[[0, 1]]),
-            "expected every slot to be taken once",
+            "expected every slot to be used once, got slot 1 of row 0 twice",
         ),
         (lambda c: load_into(c, [ENTRY] * 2, rows=[1, 1], slots=0), "2 different rows"),
         (lambda c: load_into(c, [ENTRY], slots=[1, 2]), "slots for each of 1 rows, got 2"),
@@ -343,7 +343,7 @@ ENTRY = make_entry(2)
             "a slot for each position, at least one, got 2 and 1",
         ),
         (lambda c: extract(c, [[0]], [[0]], rows=[2]), "expected rows 0 to 1, got 2"),
-        (lambda c: extract(c, [[1, 1]], [[0, 1]]), "expected every slot to be taken once"),
+        (lambda c: extract(c, [[1, 1]], [[0, 1]]), "got slot 1 of row 0 twice"),
         (lambda c: extract(c, [[0]], [[0], [1]]), "for the same rows, at least one, got 1, 2"),
     ],
 )
@@ -406,7 +406,7 @@ def test_memory_that_is_not_one_slot_each_is_refused():
         load_into(cache, ENTRY)
     paged = paged_cache(rows=2)
     paged.block_table[1] = paged.block_table[0]
-    with pytest.raises(ValueError, match="blocks that the block table names twice"):
+    with pytest.raises(ValueError, match="rows of the block table that name one block twice"):
         load_into(paged, [ENTRY, ENTRY])
     eight_bits = PagedKV(
         [(torch.zeros(3, 4, 2, 16, dtype=torch.int8),) * 2] * LAYERS, paged.block_table
@@ -458,7 +458,7 @@ def test_refuses_caches_that_it_can_not_serve():
         load_into(static_cache(), [[torch.zeros(1)]])
     with pytest.raises(ValueError, match="call cache.early_initialization"):
         load_into(StaticCache(CONFIG, max_cache_len=4), ENTRY)
-    with pytest.raises(ValueError, match="got one that holds 12 tokens, and no slots"):
+    with pytest.raises(ValueError, match="got none with one that holds 12 tokens"):
         load_into(dynamic_cache(), ENTRY)
     with pytest.raises(ValueError, match="neither slots nor rows with an empty DynamicCache"):
         load_into(DynamicCache(), ENTRY, slots=0)

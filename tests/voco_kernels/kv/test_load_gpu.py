@@ -8,8 +8,7 @@ from transformers import StaticCache
 
 from tests.voco_kernels.kv.test_entry import llama_rope, make_entry
 from tests.voco_kernels.kv.test_load import CONFIG, HEAD_DIM, HEADS, poison
-from voco_kernels.kv import cache_view
-from voco_kernels.kv import transfer as kv_transfer
+from voco_kernels.kv import cache_view, staging
 from voco_kernels.kv.entry import CompactKV
 from voco_kernels.kv.load import extract, load_into, prepare_load
 from voco_kernels.kv.loaders import cuda, triton
@@ -50,7 +49,7 @@ def in_memory(entry: CompactKV, kind: str) -> CompactKV:
 @pytest.mark.parametrize("kind", ["device", "pinned", "pageable"])
 @pytest.mark.parametrize("quantized", [None, torch.int8, torch.float8_e4m3fn], ids=str)
 def test_entries_come_from_any_memory(loader, kind, quantized, staged_above, monkeypatch):
-    monkeypatch.setattr(kv_transfer, "STAGED_ABOVE", staged_above)
+    monkeypatch.setattr(staging, "STAGED_ABOVE", staged_above)
     entries = [make_entry(tokens, dtype=torch.bfloat16, seed=tokens) for tokens in (1, 3, 8)]
     expected = entries
     if quantized is not None:
