@@ -184,7 +184,8 @@ def allocate(
             indices = [index for index in range(num_layers) if devices[index] == device]
             memory = torch.zeros(len(indices), 2, *shape, dtype=dtype, device=device)
             no_tokens = memory[0, 0, :, :, :0]
-            for index, (keys, values) in zip(indices, memory, strict=True):
+            tensors = memory.flatten(0, 1).unbind()
+            for index, keys, values in zip(indices, tensors[::2], tensors[1::2], strict=True):
                 # Initializes the layer without copying.
                 cache.update(no_tokens, no_tokens, index)
                 layer = cache.layers[index]

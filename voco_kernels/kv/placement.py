@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,8 +76,8 @@ def resolve(
                 f"expected slots 0 to {first.num_slots - 1}, got {min(slots)} to {max(slots)} in row "
                 f"{row}; make the cache larger, or choose other slots"
             )
-    row_of_token = np.repeat([row for row, _ in placed], [len(slots) for _, slots in placed])
-    slot_of_token = np.fromiter(chain.from_iterable(slots for _, slots in placed), np.int64)
+    row_of_token = np.array([row for row, slots in placed for _ in slots], dtype=np.int64)
+    slot_of_token = np.array([slot for _, slots in placed for slot in slots], dtype=np.int64)
     offsets = [view.offsets(row_of_token, slot_of_token) for view in views]
     if any(len(set(each.tolist())) < len(each) for each in offsets):
         raise _used_twice(row_of_token, slot_of_token)

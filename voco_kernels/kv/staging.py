@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from voco_kernels.kv.entry import CompactKV
+from voco_kernels.kv.move import ALIGNMENT
 
 # Bytes of pinned entries that kernels read over the bus themselves. More than this is first copied to
 # the device by the copy engine, which starts later and runs faster. The value is an estimate that has
 # not been measured; bench/kv.py times both ways.
 STAGED_ABOVE = 1 << 20
-_ALIGNMENT = 16  # of entries, in bytes, for the kernels
 
 
 class EntryMemory(NamedTuple):
@@ -80,7 +80,7 @@ def _reachable(tensor: Tensor, device: torch.device, staged: bool) -> bool:
     """Whether a launch on ``device`` can use a contiguous tensor where it is."""
     if device.type == "cpu":
         return tensor.device == device
-    if tensor.data_ptr() % _ALIGNMENT:
+    if tensor.data_ptr() % ALIGNMENT:
         return False  # a view that starts anywhere; its copy is aligned
     return tensor.device == device or (
         not staged and tensor.device.type == "cpu" and tensor.is_pinned()

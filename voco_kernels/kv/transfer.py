@@ -15,7 +15,7 @@ from voco_kernels.kv.cache_view import CacheView
 from voco_kernels.kv.entry import CompactKV
 from voco_kernels.kv.loaders import dispatch
 from voco_kernels.kv.loaders.cpu import CacheRows, set_lengths
-from voco_kernels.kv.move import Move
+from voco_kernels.kv.move import KV_ADDRESS, SCALES_ADDRESS, Move
 from voco_kernels.kv.placement import Rotation
 from voco_kernels.kv.staging import EntryMemory
 
@@ -300,7 +300,7 @@ class _Launch:
             scales = None if entry.scales is None else entry.scales[layers]
             memory = EntryMemory.of(entry.kv[layers], scales, self._view.device, staged)
             self._memories.append(memory)
-            row[:2] = memory.addresses()
+            row[KV_ADDRESS], row[SCALES_ADDRESS] = memory.addresses()
 
     def run(self) -> None:
         if self._move.to_cache:
