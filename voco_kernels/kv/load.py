@@ -1,4 +1,4 @@
-"""``load_into`` and ``extract``: compact entries into a key/value cache and out, in one launch."""
+"""``load_into`` and ``extract``: move compact entries into a key/value cache and out of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_into(
     device: torch.device | str | None = None,
     loader: str | None = None,
 ) -> None:
-    """Put compact entries into a key/value cache: all layers, keys and values, in one launch.
+    """Load compact entries into a key/value cache: keys and values of all layers in one launch.
 
     ::
 
@@ -39,29 +39,30 @@ def load_into(
 
     Args:
         cache: a ``DynamicCache`` or ``StaticCache`` of Transformers, with ``[B, Hkv, S, D]`` in each
-            layer, or a ``PagedKV``. An empty ``DynamicCache`` is given its tensors. Layers may lie on
-            several devices: then it is one launch a device.
+            layer, or a ``PagedKV``. An empty ``DynamicCache`` is given its tensors. If layers are on
+            several devices, there is one launch per device.
         entries: for each row an entry, or a sequence of them, one after another. Quantized entries are
-            dequantized: float32 arithmetic, rounded once. Different dtypes take a launch each. Entries
-            may lie on the cache's device or on the CPU, best in pinned memory: up to about 1 MB is then
-            read by the kernel directly.
-        positions: where keys shall stand, to rotate them on by the difference in float32. For each row
-            the first token's position (int) or all of them (int64 ``[n]``); a sequence of such, one an
-            entry, where the row has several. By default keys stay as they were rotated, which is what
-            makes two passes equal one.
-        slots: for each row the first slot (int), or a sequence of them, one an entry; one int serves
-            all rows. By default from slot 0 on, rows with fewer tokens padded on the left (not in a
-            paged cache), and the cache's length becomes the number of slots taken. With ``slots`` no
-            length is changed.
-        rows: of the cache, one for each row of ``entries``; by default 0, 1, 2, ...
-        dtype, device: of an empty ``DynamicCache``; by default the first entry's, bfloat16 if that is
-            quantized.
-        loader: "cpu", "cuda" or "triton"; by default the first that can.
+            dequantized in float32 and rounded once. There is one launch per dtype. Entries may be on the
+            cache's device or on the CPU, preferably in pinned memory: up to about 1 MB of that is read
+            by the kernel directly.
+        positions: rotate keys to these positions, in float32. For each row the first token's position
+            (int) or all of them (int64 ``[n]``); if the row has several entries, a sequence of such
+            values, one per entry. By default keys stay rotated as they are, and the result of two passes
+            equals that of one.
+        slots: for each row the first slot (int), or a sequence of first slots, one per entry; one int
+            is used for all rows. By default rows start at slot 0, shorter rows are padded on the left
+            (except in a paged cache), and the cache's length becomes the number of slots used. With
+            ``slots`` the cache's length is not changed.
+        rows: the cache's rows, one for each row of ``entries``; by default 0, 1, 2, ...
+        dtype, device: for an empty ``DynamicCache``; by default the first entry's, or bfloat16 if that
+            is quantized.
+        loader: "cpu", "cuda" or "triton"; by default the first that can make the move.
 
     Raises:
-        TypeError, ValueError: what doesn't fit: layers, heads, head_dim, rows, slots taken twice or
-            outside the cache, positions without ``rope``. Raised before the cache is changed.
-        NotImplementedError: no loader, or not the one asked for, can make this move; with the reasons.
+        TypeError, ValueError: entries that don't fit the cache or each other (layers, heads, head_dim),
+            rows or slots that it doesn't have or that are used twice, positions for entries without
+            ``rope``. Raised before the cache is changed.
+        NotImplementedError: no loader, or not the requested one, can make this move; with the reasons.
     """
     prepare_load(
         cache,
@@ -86,20 +87,20 @@ def extract(
     fingerprint: str = "",
     loader: str | None = None,
 ) -> list[CompactKV]:
-    """Take entries out of a key/value cache, the way back of ``load_into``, in one launch.
+    """Copy entries out of a key/value cache, in one launch; the inverse of ``load_into``.
 
     Args:
         cache: as in ``load_into``.
         slots: for each row, the slots of its VoCo tokens.
         positions: for each row, the position ids of these tokens, rising.
-        next_positions: for each row, the position id at which text goes on; by default one more than
-            its last position.
-        rows: of the cache, one for each row of ``slots``; by default 0, 1, 2, ...
-        rope, fingerprint: of the model, noted in the entries.
+        next_positions: for each row, the position id of the text that follows; by default one more than
+            the last position.
+        rows: the cache's rows, one for each row of ``slots``; by default 0, 1, 2, ...
+        rope, fingerprint: the model's, kept in the entries.
         loader: as in ``load_into``.
 
     Returns:
-        One entry a row, on the cache's (first) device and in its dtype: copies.
+        one entry per row, in new memory, on the cache's (first) device and in its dtype.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as in ``load_into``.
@@ -235,7 +236,7 @@ def _check_empty_options(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> None:
-    """Raise ``ValueError`` for options that an empty ``DynamicCache`` doesn't take, or alone takes."""
+    """Raise ``ValueError`` for options that only an empty, or only a filled, cache takes."""
     if not empty and (dtype is not None or device is not None):
         raise ValueError(
             "expected dtype and device only with an empty DynamicCache, got "

@@ -37,7 +37,7 @@ class Move:
         num_layers, num_kv_heads, head_dim: of the entries and the cache.
         entries: ``[E, 4]``: the address of the entry's keys and values; the address of its scales (one
             float32 per row, in the same order), or 0; ``first``; ``n``.
-        tokens: ``[N, 2]``: the offset in the cache, in elements; how many positions to rotate the key by.
+        tokens: ``[N, 2]``: the offset in the cache, in elements; the key's rotation, in positions.
         bases: ``[num_layers, 2]``: addresses of the layers' keys and values.
         head_stride: of the cache, in elements.
         most_tokens: the largest ``n``.

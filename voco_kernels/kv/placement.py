@@ -42,11 +42,12 @@ def place(
         slots: as in ``load_into``; None starts every row at slot 0.
         pad_left: with ``slots=None``, let shorter rows end where the longest one ends.
     """
-    width = longest_row(rows_of_entries)
-    first_slots = [width - _num_tokens(entries) if pad_left else 0 for entries in rows_of_entries]
-    if slots is not None:
-        first_slots = _for_rows(slots, len(rows), "slots")
+    if slots is None:
+        width = longest_row(rows_of_entries)
+        padding = [width - _num_tokens(entries) for entries in rows_of_entries]
+        slots = padding if pad_left else 0
     placed = []
+    first_slots = _for_rows(slots, len(rows), "slots")
     for row, entries, first in zip(rows, rows_of_entries, first_slots, strict=True):
         starts = _starts(entries, first, row)
         placed += [
@@ -97,7 +98,8 @@ def rotation(
     """
     if positions is None:
         return None
-    shifts, rope = [], None
+    shifts: list[np.ndarray] = []
+    rope = None
     for row, entries, target in zip(
         rows, rows_of_entries, _for_rows(positions, len(rows), "positions"), strict=True
     ):
