@@ -117,13 +117,9 @@ def _address_reasons(move: Move, size: int) -> list[str]:
 
     Such a number shows in the bitwise or of its column, which is checked first.
     """
+    entry_alignment = min(ALIGNMENT, 8 * move.entry_dtype.itemsize)
     expected = (
-        (
-            move.entries,
-            KV_ADDRESS,
-            min(ALIGNMENT, 8 * move.entry_dtype.itemsize),
-            "entries at addresses",
-        ),
+        (move.entries, KV_ADDRESS, entry_alignment, "entries at addresses"),
         (move.entries, SCALES_ADDRESS, 4, "scales at addresses"),
         (move.tokens, OFFSET, ALIGNMENT // size, "tokens at offsets in the cache, in elements,"),
         (move.bases, 0, ALIGNMENT, "keys at addresses"),
