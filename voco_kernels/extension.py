@@ -7,6 +7,8 @@ from types import ModuleType
 
 import torch
 
+from voco_kernels.compiler import assume_constant_result
+
 
 def load() -> tuple[ModuleType | None, str]:
     """The extension, or None and why it can't be imported."""
@@ -21,7 +23,7 @@ def load() -> tuple[ModuleType | None, str]:
         return None, f"the CUDA extension can't be imported: {error}"
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def is_hopper(device: torch.device | int) -> bool:
     """Whether the extension's kernels run on this CUDA device."""
     return torch.cuda.get_device_capability(device) == (9, 0)
