@@ -7,6 +7,6 @@ from typing import Any
 
 
 def assume_constant_result(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As ``torch.compiler.assume_constant_result``, which imports ``torch._dynamo`` (2 s) to set this."""
+    """``torch.compiler.assume_constant_result``, which imports ``torch._dynamo`` (2 s) to set this."""
     function._dynamo_marked_constant = True
     return function
