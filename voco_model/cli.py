@@ -87,7 +87,7 @@ def demo(
         typer.Option(metavar="TEXT", help="A question about the photograph; may be repeated."),
     ] = None,
     num_voco: Annotated[
-        int, typer.Option(min=1, help="VoCo tokens that stand for the photograph.")
+        int, typer.Option(min=1, help="VoCo tokens that the photograph is compressed into.")
     ] = 1,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 16,
     out: Annotated[Path, typer.Option(help="Folder for the drawings.")] = Path("demo-output"),
@@ -240,9 +240,9 @@ app.add_typer(cli_store.app, name="store")
 app.add_typer(convert_app, name="convert")
 
 
-def run(arguments: list[str] | None = None) -> None:
-    """The command, as from a shell; by default with the arguments of this process."""
+def run() -> None:
+    """The command, with the arguments of this process."""
     try:
-        app(arguments)
+        app()
     except BrokenPipeError:  # as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -178,7 +178,7 @@ def verify(url: Url) -> None:
 def rm(
     url: Url,
     keys: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY]...", help="Keys of the entries to remove.")
+        list[str] | None, typer.Argument(metavar="KEY", help="Keys of the entries to remove.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Remove all entries.")] = False,
 ) -> None:

@@ -427,6 +427,6 @@ def demo(
 
 
 if __name__ == "__main__":
-    from voco_model.cli import run as run_command
+    from voco_model.cli import app
 
-    run_command(["demo", *sys.argv[1:]])
+    app(["demo", *sys.argv[1:]], prog_name="voco")
