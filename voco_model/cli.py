@@ -139,6 +139,7 @@ def train(
 
         given = {"output": output, "model": model}
         read = load_config(config, **{k: str(v) for k, v in given.items() if v is not None})
+        check_checkpoint(read.model)
         run_training(read, dry_run=dry_run)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 import voco_model
 from tests.voco_kernels.kv.test_entry import make_entry
+from tests.voco_model import instruction
 from voco_model.cli import PromptStyle, app
 from voco_model.cli_common import EXTRAS, check_checkpoint, check_device, reported_errors
 from voco_model.kv_store import KVStore
@@ -164,6 +166,7 @@ def test_prompt_styles_and_extras_are_those_of_the_package():
         ("convert from-authors run.yaml to", "got run.yaml, which is a file"),
         # the folder of a model
         ("train run.yaml --model no/such/model", "no/such/model; there is no such folder"),
+        ("train missing-model.yaml", "got no/such/model; there is no such folder"),
         ("explain photo.jpg --model no/such/model", "no/such/model; there is no such folder"),
         ("explain photo.jpg --model run.yaml", "got the file run.yaml"),
         ("explain photo.jpg --model .", "which has no config.json; did you mean voco?"),
@@ -185,6 +188,9 @@ def test_prompt_styles_and_extras_are_those_of_the_package():
 def test_what_is_wrong_is_named(line, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text("model: x")
+    Path("missing-model.yaml").write_text(
+        json.dumps(instruction.config("no/such/model", Path("d/x.json"), "o"))
+    )
     Path("photo.jpg").write_bytes(b"\xff\xd8\xff\xe0" + bytes(32))
     Path("voco").mkdir()
     Path("voco/config.json").write_text("{}")
