@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from voco_kernels.compiler import assume_constant_result
+
 
 def load() -> tuple[Any, str]:
     """The extension module and "", or None and the reason why it can't be imported."""
@@ -21,7 +23,7 @@ def load() -> tuple[Any, str]:
         return None, f"the CUDA extension can't be imported: {error}"
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def is_hopper(device: torch.device | int) -> bool:
     """Whether the extension's kernels run on this CUDA device."""
     return torch.cuda.get_device_capability(device) == (9, 0)

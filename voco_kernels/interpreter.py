@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from voco_kernels.compiler import assume_constant_result
 from voco_kernels.kv.move import Move
 from voco_kernels.layout import MaskLayout
 
@@ -23,7 +24,7 @@ HINT = (
 )
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def attention_reasons(dtype: torch.dtype) -> list[str]:
     """The reasons why attention kernels can't be interpreted in this dtype; empty if they can."""
     return list(_reasons(_attention_error, dtype))
