@@ -27,10 +27,10 @@ endif
 CPP := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench docs clean
+.PHONY: help venv demo test lint format bench docs docs-site clean
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(READY)  ## digits before and after compression; a photograph, read once and asked three times
 	$(PY) -m voco_model.demo $(ARGS)
@@ -55,11 +55,21 @@ docs: $(READY)  ## draw docs/mask.png and the README's tables again, from code a
 	$(PY) docs/draw_mask.py
 	$(PY) bench/report.py
 
+docs-site: .venv-docs/.installed  ## the documentation as HTML in build/docs-site/html; dead links fail
+	$(PYTHON) release/docs_site.py build/docs-site/pages
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet
+	@echo "open build/docs-site/html/README.html"
+
+.venv-docs/.installed: requirements/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet -r requirements/docs.txt
+	touch $@
+
 venv: $(READY)  ## only the environment, in .venv
 
 clean:  ## remove the environment that make made, and caches
 	@if [ -e $(VENV)/.made-by-make ]; then rm -rf $(VENV); fi
-	rm -rf .pytest_cache .ruff_cache .hypothesis build demo-output *.egg-info voco_kernels/_C.*.so
+	rm -rf .venv-docs .pytest_cache .ruff_cache .hypothesis build demo-output *.egg-info voco_kernels/_C.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.made-by-make:

@@ -1,11 +1,12 @@
-// Keys and values of a few tokens between compact entries and a cache: one launch for all layers.
+// The compact cache's loader: moves the keys and values of a few tokens between compact entries and a
+// cache, all layers in one launch.
 //
-// An entry, [L, 2, Hkv, n, D], is cut into units of 8 elements. Neighbouring threads take neighbouring
-// units, so that a warp asks for whole lines of the entry, each once: it may lie in host memory, behind
-// PCIe, where that is what counts. So may the tables, and then a microsecond goes by between asking and
-// getting. Hence a thread asks for all that it needs before it looks at any of it, and does not find out
-// where in the cache a unit belongs before it has asked for the unit, which takes the entry's address
-// alone: a launch waits twice, for that address and for the rest.
+// An entry, [L, 2, Hkv, n, D], is divided into units of 8 elements. Neighbouring threads take
+// neighbouring units, so that a warp reads whole lines of the entry, each once. That matters most when
+// the entry is in host memory, across PCIe. The tables may be there too, and then the latency of a load
+// is about a microsecond. Therefore a thread issues all its loads before it uses any of them, and it
+// loads a unit, for which it only needs the entry's address, before it computes where in the cache the
+// unit goes. A launch waits for memory twice: for that address, and for everything else.
 #include <algorithm>
 
 #include "kv_move.h"
@@ -14,19 +15,25 @@
 namespace {
 
 constexpr int THREADS = 128;
-// Of a multiprocessor, so that threads may have 80 registers. All their loads in flight are about what
-// HBM's latency asks for, and far more than PCIe's.
+// Blocks per multiprocessor, which leaves 80 registers per thread. All their loads in flight are about
+// enough to hide the latency of HBM, and far more than PCIe needs.
 constexpr int BLOCKS = 6;
-constexpr int LOADS = 4;
-constexpr int UNIT = 8;
+constexpr int LOADS = 4;        // in flight per thread, in a copy
+constexpr int UNIT = 8;         // elements
+constexpr int COPY_BYTES = 16;  // which a thread of a copy loads at once
+
+// Columns of the tables (voco_kernels/kv/move.py), which are read two at a time.
+constexpr int ENTRY_COLUMNS = 4;
+constexpr int FIRST_TOKEN = 2;
+constexpr int TOKEN_COLUMNS = 2;
 
 __host__ __device__ constexpr int bytes_of(Element type) {
   return type == Element::fp32 ? 4 : type == Element::bf16 || type == Element::fp16 ? 2 : 1;
 }
 
-// ---- Where things are. Units of an entry are counted in 32 bits, elements and bytes in 64.
+// ---- Addresses. Units of an entry are counted in 32 bits, elements and bytes in 64.
 
-// Two neighbours in a table.
+// Two adjacent numbers of a table.
 struct Pair {
   int64_t first, second;
 };
@@ -44,18 +51,19 @@ struct Entry {
 };
 
 VOCO_DEVICE Entry entry_of_block(const KvMoveParams& params) {
-  const int64_t* row = params.entries + 4 * int64_t{blockIdx.x / params.blocks_per_entry};
-  const Pair addresses = load_pair(row), tokens = load_pair(row + 2);
+  const int64_t* row = params.entries + ENTRY_COLUMNS * int64_t{blockIdx.x / params.blocks_per_entry};
+  const Pair addresses = load_pair(row), tokens = load_pair(row + FIRST_TOKEN);
   Entry entry;
   entry.data = reinterpret_cast<unsigned char*>(addresses.first);
   entry.scales = reinterpret_cast<const float*>(addresses.second);
-  entry.tokens = params.tokens + 2 * tokens.first;
+  entry.tokens = params.tokens + TOKEN_COLUMNS * tokens.first;
   entry.num_tokens = tokens.second;
   entry.rows = 2u * params.num_layers * params.num_kv_heads * entry.num_tokens;
   return entry;
 }
 
-// Where a row of the entry lies in the cache, and what its key is rotated by.
+// The address in the cache of a row of the entry, and the number of positions to rotate it by if it is a
+// key.
 struct Row {
   unsigned char* address;
   int64_t shift;
@@ -68,18 +76,19 @@ VOCO_DEVICE Row row_of(const KvMoveParams& params, const Entry& entry, unsigned 
   const unsigned plane = heads / params.num_kv_heads;  // layer * 2 + c
   const unsigned head = heads - plane * params.num_kv_heads;
   const int64_t base = params.bases[plane];
-  const Pair offset_and_shift = load_pair(entry.tokens + 2 * int64_t{token});
+  const Pair offset_and_shift = load_pair(entry.tokens + TOKEN_COLUMNS * int64_t{token});
   const int64_t element = offset_and_shift.first + head * params.head_stride;
   return {reinterpret_cast<unsigned char*>(base) + element * bytes_of(params.cache_type),
           offset_and_shift.second, plane % 2 == 0};
 }
 
-// Of a block's threads among those of its entry.
+// The index of this thread among all threads of its entry.
 VOCO_DEVICE unsigned first_item(const KvMoveParams& params) {
   return blockIdx.x % params.blocks_per_entry * THREADS + threadIdx.x;
 }
 
-// The work of a block of its own, behind those of the entries: another would wait for a table once more.
+// The lengths are written by one more block, after those of the entries. In any other block they would
+// add a wait for a table.
 VOCO_DEVICE bool is_for_lengths(const KvMoveParams& params) {
   return blockIdx.x == unsigned(params.num_entries) * params.blocks_per_entry;
 }
@@ -90,15 +99,15 @@ VOCO_DEVICE void write_lengths(const KvMoveParams& params) {
   }
 }
 
-// ---- Bytes as they are, 16 at a time.
+// ---- Copies, 16 bytes at a time.
 
-// One kernel a direction: only on the way out do loads wait for what the tables say.
+// One kernel per direction, because only loads from the cache have to wait for the tables.
 template <bool TO_CACHE>
 __global__ void __launch_bounds__(THREADS, BLOCKS)
     kv_copy_kernel(const __grid_constant__ KvMoveParams params) {
   if (is_for_lengths(params)) return write_lengths(params);
   const Entry entry = entry_of_block(params);
-  const unsigned row_units = params.head_dim * bytes_of(params.cache_type) / 16;
+  const unsigned row_units = params.head_dim * bytes_of(params.cache_type) / COPY_BYTES;
   const unsigned units = entry.rows * row_units;
   const unsigned step = params.blocks_per_entry * THREADS;
   for (unsigned first = first_item(params); first < units; first += LOADS * step) {
@@ -111,13 +120,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
       }
     };
 #pragma unroll
-    for (int i = 0; i < LOADS; ++i) in_entry[i] = entry.data + int64_t{first + i * step} * 16;
+    for (int i = 0; i < LOADS; ++i) in_entry[i] = entry.data + int64_t{first + i * step} * COPY_BYTES;
     if (TO_CACHE) load(in_entry);
 #pragma unroll
     for (int i = 0; i < LOADS; ++i) {
-      const unsigned unit = min(first + i * step, units - 1);  // no branch, all tables at once
+      const unsigned unit =
+          min(first + i * step, units - 1);  // no branch: loads of all tables are in flight together
       const unsigned row = unit / row_units;
-      in_cache[i] = row_of(params, entry, row).address + (unit - row * row_units) * 16;
+      in_cache[i] = row_of(params, entry, row).address + (unit - row * row_units) * COPY_BYTES;
     }
     if (!TO_CACHE) load(in_cache);
 #pragma unroll
@@ -127,10 +137,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   }
 }
 
-// ---- From one type to another, through float. Types are looked at as the kernel runs: what the
-// branches cost is nothing beside the memory, and there is one kernel instead of fifteen.
+// ---- Conversions, through float. Types are runtime values: the branches cost nothing compared with the
+// memory, and there is one kernel instead of fifteen.
 
-// Its bits: 8, 16 or 32 bytes, the rest is not looked at.
+// The bits of a unit: 8, 16 or 32 bytes, depending on the type. The rest is unused.
 struct Unit {
   uint4 low, high;
 };
@@ -195,23 +205,24 @@ struct Turn {
   float cos, sin;
 };
 
-// By shift * inv_freq radians. Angles are double, since float would be off by a hundredth of a radian at
-// position 100,000. Less whole quarters of a turn they are float, at most pi / 4, where Taylor's series
-// as far as written here are off by less than a float is: both results by less than 1.5 * 2^-24. (The
-// library's sinf and cosf would keep a table in local memory, for angles that don't come.)
+// The turn by shift * inv_freq radians. The angle is double, because the error of a float would be a
+// hundredth of a radian at position 100,000. After subtracting whole quarter turns it is a float of at
+// most pi / 4, for which Taylor's series as far as written here are more exact than a float: the error
+// of both results is below 1.5 * 2^-24. (The library's sinf and cosf would use local memory, for a table
+// that only larger angles need.)
 VOCO_DEVICE Turn turn_of(int64_t shift, double inv_freq) {
-  constexpr double QUARTER = 1.5707963267948966;
-  const double quarters = static_cast<double>(shift) * inv_freq * (1 / QUARTER);
+  constexpr double QUARTER_TURN = 1.5707963267948966;  // pi / 2
+  const double quarters = static_cast<double>(shift) * inv_freq * (1 / QUARTER_TURN);
   const double whole = rint(quarters);
-  const float x = static_cast<float>((quarters - whole) * QUARTER), z = x * x;
+  const float x = static_cast<float>((quarters - whole) * QUARTER_TURN), z = x * x;
   float sin = fmaf(z, fmaf(z, fmaf(z, 1.f / 362880, -1.f / 5040), 1.f / 120), -1.f / 6);
   sin = fmaf(x * z, sin, x);
   float cos = fmaf(z, fmaf(z, fmaf(z, -1.f / 3628800, 1.f / 40320), -1.f / 720), 1.f / 24);
   cos = fmaf(z, fmaf(z, cos, -0.5f), 1.f);
-  const int quarter = static_cast<int64_t>(whole) & 3;
-  const bool odd = quarter & 1;
+  const int quadrant = static_cast<int64_t>(whole) & 3;
+  const bool odd = quadrant & 1;
   const float c = odd ? sin : cos, s = odd ? cos : sin;
-  return {quarter == 1 || quarter == 2 ? -c : c, quarter >= 2 ? -s : s};
+  return {quadrant == 1 || quadrant == 2 ? -c : c, quadrant >= 2 ? -s : s};
 }
 
 VOCO_DEVICE void rotate(float& a, float& b, const Turn& turn) {
@@ -220,8 +231,9 @@ VOCO_DEVICE void rotate(float& a, float& b, const Turn& turn) {
   b = b * turn.cos + before * turn.sin;
 }
 
-// Of the pairs of dimensions that two units of a key have, from these columns on. The first unit's 8
-// dimensions each turn with one of the second, or the pairs are neighbours: 4 in either.
+// The turns for the pairs of dimensions in two units of a key, which start at these columns. Each of the
+// first unit's 8 dimensions is paired with one of the second unit's; interleaved, pairs are neighbours,
+// and each unit has 4.
 VOCO_DEVICE void turns_of(const KvMoveParams& params, int64_t shift, const int (&columns)[2],
                           Turn (&turns)[UNIT]) {
 #pragma unroll
@@ -243,7 +255,7 @@ VOCO_DEVICE void rotate(const KvMoveParams& params, const int (&columns)[2], con
   }
 }
 
-// A thread has two units of a row: those whose dimensions turn together, or neighbours.
+// A thread converts two units of a row: units whose dimensions are rotated together, or neighbours.
 __global__ void __launch_bounds__(THREADS, BLOCKS)
     kv_convert_kernel(const __grid_constant__ KvMoveParams params) {
   if (is_for_lengths(params)) return write_lengths(params);
@@ -290,11 +302,11 @@ void kv_move(const KvMoveParams& given, void* stream) {
   const runtime::DeviceGuard guard(given.device);
   KvMoveParams params = given;
   const bool is_copy = params.entry_type == params.cache_type && !params.inv_freq;
-  const int64_t row_items =
-      is_copy ? params.head_dim * bytes_of(params.cache_type) / 16 : (params.head_dim / UNIT + 1) / 2;
+  const int64_t row_items = is_copy ? params.head_dim * bytes_of(params.cache_type) / COPY_BYTES
+                                    : (params.head_dim / UNIT + 1) / 2;
   const int64_t items =
       int64_t{2} * params.num_layers * params.num_kv_heads * params.most_tokens * row_items;
-  // A thread for each item while the device has room for all of them at once.
+  // One thread per item, as long as the device can hold all of them at once.
   const int64_t wanted = (items + THREADS - 1) / THREADS;
   const int64_t room = runtime::multiprocessors() * BLOCKS / params.num_entries;
   params.blocks_per_entry = std::max<int64_t>(1, std::min(wanted, room));

@@ -1,7 +1,7 @@
-"""Whether Triton's interpreter (``TRITON_INTERPRET=1``) computes here what a GPU does.
+"""Checks that Triton's interpreter (``TRITON_INTERPRET=1``) computes correctly with a dtype.
 
-It depends on Triton's and NumPy's versions, and some return wrong numbers without an error. So the first
-use of a dtype solves a small problem whose answer is known, instead of looking at version numbers.
+With some versions of Triton and NumPy it returns wrong numbers without an error. Instead of comparing
+version numbers, the first use of a dtype solves a small problem whose answer is known.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from voco_kernels.compiler import assume_constant_result
 from voco_kernels.kv.move import Move
 from voco_kernels.layout import MaskLayout
 
@@ -23,14 +24,14 @@ HINT = (
 )
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def attention_reasons(dtype: torch.dtype) -> list[str]:
-    """Why the attention kernels can't be interpreted in this dtype; empty if they can."""
+    """The reasons why attention kernels can't be interpreted in this dtype; empty if they can."""
     return list(_reasons(_attention_error, dtype))
 
 
 def loader_reasons(move: Move) -> list[str]:
-    """Why the loader's kernel can't be interpreted for a move; empty if it can."""
+    """The reasons why the loader's kernel can't be interpreted for a move; empty if it can."""
     # Keys are rotated in float32, whatever the entry's dtype.
     rotated = move.entry_dtype == move.cache_dtype and move.inv_freq is not None
     entry_dtype = torch.float32 if rotated else move.entry_dtype
@@ -44,7 +45,7 @@ def _reasons(error_of: Callable[..., float], *dtypes: torch.dtype) -> tuple[str,
 
     names = " to ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     try:
-        # Whatever the caller is in: autocast, fake tensors, another default device.
+        # The caller may have autocast, fake tensors or another default device active.
         with (
             _disable_current_modes(),
             torch.no_grad(),
@@ -52,9 +53,9 @@ def _reasons(error_of: Callable[..., float], *dtypes: torch.dtype) -> tuple[str,
             torch.device("cpu"),
             warnings.catch_warnings(),
         ):
-            warnings.simplefilter("ignore")  # overflows, where it multiplies bits
+            warnings.simplefilter("ignore")  # about overflows in integer arithmetic on bits
             error = error_of(*dtypes)
-    except Exception as raised:  # any of the interpreter's own: that it raises is the answer
+    except Exception as raised:  # the interpreter may fail in any way, which is the reason returned
         cause = raised.__cause__ or raised
         return (
             f"Triton {triton.__version__}'s interpreter fails with NumPy {numpy.__version__} in {names} "
@@ -69,7 +70,7 @@ def _reasons(error_of: Callable[..., float], *dtypes: torch.dtype) -> tuple[str,
 
 
 def _attention_error(dtype: torch.dtype) -> float:
-    """The largest error of a small problem, forward and backward, in units of what is allowed."""
+    """The largest error of a small problem, forward and backward, as a multiple of the tolerance."""
     from voco_kernels.attention.backends import triton
 
     layout = MaskLayout.from_spans(
@@ -91,11 +92,11 @@ def _attention_error(dtype: torch.dtype) -> float:
         (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)
         for ours, theirs in zip(found, truth, strict=True)
     ]
-    return float(torch.stack(errors).max() / unit)  # NaN stays NaN, which no bound lets through
+    return float(torch.stack(errors).max() / unit)  # NaN stays NaN, and fails the check
 
 
 def _loader_error(entry_dtype: torch.dtype, cache_dtype: torch.dtype) -> float:
-    """How many elements of a small entry arrive otherwise than torch converts them."""
+    """Twice the number of elements of a small entry that torch converts to other values."""
     from voco_kernels.kv.loaders import triton
 
     head_dim = 16
@@ -124,6 +125,6 @@ def _loader_error(entry_dtype: torch.dtype, cache_dtype: torch.dtype) -> float:
 
 
 def _wave(seed: int, *shape: int) -> Tensor:
-    """float64 numbers in [-1, 1] without a random generator, which vmap wouldn't allow."""
+    """float64 numbers in [-1, 1], without a random generator, which vmap would not allow."""
     count = torch.Size(shape).numel()
     return (torch.arange(count, dtype=torch.float64) * (0.7 + 0.1 * seed)).sin().view(shape)

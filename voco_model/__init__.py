@@ -1,15 +1,39 @@
-"""VoCo attention in Hugging Face LLaVA models: training under the mask, inference in two passes."""
+"""VoCo attention in Hugging Face LLaVA models: training under the mask, inference in two passes.
 
-from voco_kernels import CompactKV, extract, load_into
-from voco_model.engine import Answer, Request, RequestError, Sampling, TwoPassEngine
-from voco_model.kv_store import KVStore
-from voco_model.pictures import PictureError, PictureLimits
-from voco_model.vlm.attach import Enabled, enable
-from voco_model.vlm.fingerprint import fingerprint
-from voco_model.vlm.generate import compress, generate
-from voco_model.vlm.image_key import image_key
-from voco_model.vlm.load import load
-from voco_model.vlm.prompt import chat_template, prompt
+Importing the package imports neither PyTorch nor Transformers; each name below does on first use.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from voco_kernels import CompactKV, extract, load_into
+    from voco_model.engine import Answer, Request, RequestError, Sampling, TwoPassEngine
+    from voco_model.kv_store import KVStore
+    from voco_model.pictures import PictureError, PictureLimits
+    from voco_model.vlm.attach import Enabled, enable
+    from voco_model.vlm.fingerprint import fingerprint
+    from voco_model.vlm.generate import compress, generate
+    from voco_model.vlm.image_key import image_key
+    from voco_model.vlm.load import load
+    from voco_model.vlm.prompt import chat_template, prompt
+else:  # the same names, for the interpreter
+    from voco_model.lazy import lazy_exports
+
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "voco_kernels": ("CompactKV", "extract", "load_into"),
+            "voco_model.engine": ("Answer", "Request", "RequestError", "Sampling", "TwoPassEngine"),
+            "voco_model.kv_store": ("KVStore",),
+            "voco_model.pictures": ("PictureError", "PictureLimits"),
+            "voco_model.vlm.attach": ("Enabled", "enable"),
+            "voco_model.vlm.fingerprint": ("fingerprint",),
+            "voco_model.vlm.generate": ("compress", "generate"),
+            "voco_model.vlm.image_key": ("image_key",),
+            "voco_model.vlm.load": ("load",),
+            "voco_model.vlm.prompt": ("chat_template", "prompt"),
+        },
+    )
 
 __all__ = [
     "Answer",
@@ -33,3 +57,4 @@ __all__ = [
     "load_into",
     "prompt",
 ]
+__version__ = "0.1.0"

@@ -230,13 +230,6 @@ def to_authors(
     source, target = _checked_source(source), _checked_target(target)
     _read_config(source, _CONVERTIBLE)
     config = LlavaConfig.from_pretrained(source)
-    record = getattr(config, "converted_from", None)
-    tower = vision_tower or (record and record["config"].get("mm_vision_tower"))
-    if not tower:
-        raise ValueError(
-            "expected the name of the vision tower, got a model that wasn't converted by from_authors; "
-            "pass vision_tower='openai/clip-vit-large-patch14-336', or what it was made from"
-        )
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(
             f"expected one vision_feature_layer, got {config.vision_feature_layer}; the authors' "
@@ -246,6 +239,13 @@ def to_authors(
         raise ValueError(
             f"expected one embedding row for all VoCo tokens, got voco_distinct=True with "
             f"{config.num_voco} of them; the authors' layout has one"
+        )
+    record = getattr(config, "converted_from", None)
+    tower = vision_tower or (record and record["config"].get("mm_vision_tower"))
+    if not tower:
+        raise ValueError(
+            "expected the name of the vision tower, got a model that wasn't converted by from_authors; "
+            "pass vision_tower='openai/clip-vit-large-patch14-336', or what it was made from"
         )
     tensors = _to_authors_names(_read_tensors(source), config, source)
     processor = LlavaProcessor.from_pretrained(source)
@@ -295,7 +295,7 @@ def _voco_facts(tokenizer, source: Path, num_voco: int | None, prompt: str | Non
     if num_voco is None:
         raise ValueError(
             f"expected num_voco for a tokenizer with {AUTHORS_VOCO_TOKEN}, got none; pass the number "
-            "that the model was trained with (num_voco=..., --num-voco), 2 in the authors' code"
+            "that the model was trained with, 2 in the authors' code"
         )
     return {
         "voco_token_id": voco_token_id,

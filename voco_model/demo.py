@@ -1,4 +1,4 @@
-"""``make demo``: digits before and after compression, and a photograph that is read once, on the CPU.
+"""``voco demo``: digits before and after compression, and a photograph that is read once, on the CPU.
 
 First the trained miniature answers questions about handwritten digits, from all vision tokens and
 through four VoCo tokens. Then a LLaVA of random weights, but of CLIP's real geometry, is asked three
@@ -10,8 +10,8 @@ question. Needs the extra ``miniature`` (matplotlib, scikit-learn).
 
 from __future__ import annotations
 
-import argparse
 import gc
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ import voco_model
 from voco_kernels import MaskLayout
 from voco_model.miniature.scenes import digits
 from voco_model.miniature.show import show
-from voco_model.pictures import PictureError, decode
+from voco_model.pictures import decode
 
 try:
     from matplotlib import cbook
@@ -45,8 +45,7 @@ try:
     from rich.text import Text
 except ImportError as error:
     raise ImportError(
-        f"expected the extra 'miniature' for the demo, got no {error.name}; "
-        "pip install -e '.[miniature]'"
+        f"the demo needs {error.name}, which is not installed; pip install 'voco-kernels[miniature]'"
     ) from error
 
 IMAGE_SIZE, PATCH_SIZE = 336, 14
@@ -378,65 +377,56 @@ def readable(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count < 1e6 else f"{count / 1e6:.0f} MB"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m voco_model.demo", description=__doc__.splitlines()[0].split(": ", 1)[1]
-    )
-    parser.add_argument(
-        "--ask",
-        action="append",
-        default=[],
-        help="a question about the digits; may be given several times",
-    )
-    parser.add_argument(
-        "--pictures", type=int, default=2, help="of digits; 0 for none (default: 2)"
-    )
-    parser.add_argument(
-        "--image", help="a photograph of yours; by default a portrait of Grace Hopper"
-    )
-    parser.add_argument(
-        "--question", action="append", help="about the photograph; may be given several times"
-    )
-    parser.add_argument(
-        "--num-voco", type=int, default=1, help="VoCo tokens of the photograph (default: 1)"
-    )
-    parser.add_argument(
-        "--new-tokens", type=int, default=16, help="an answer's length (default: 16)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo-output"), help="folder of the drawings"
-    )
-    given = parser.parse_args(arguments)
-    if given.num_voco < 1 or given.new_tokens < 1 or given.pictures < 0:
-        parser.error(
-            "expected --num-voco and --new-tokens >= 1 and --pictures >= 0, got "
-            f"{given.num_voco}, {given.new_tokens} and {given.pictures}"
+def demo(
+    *,
+    ask: Sequence[str] = (),
+    pictures: int = 2,
+    image: str | Path | None = None,
+    questions: Sequence[str] | None = None,
+    num_voco: int = 1,
+    new_tokens: int = 16,
+    out: str | Path = "demo-output",
+) -> bool:
+    """What ``voco demo`` runs; prints tables, and draws into a folder.
+
+    Args:
+        ask: questions about the digits.
+        pictures: of digits; 0 for none.
+        image: a photograph; by default a portrait of Grace Hopper.
+        questions: about the photograph; by default ``QUESTIONS``.
+        num_voco: VoCo tokens of the photograph.
+        new_tokens: length of each answer.
+        out: folder of the drawings.
+
+    Returns:
+        whether each answer about the photograph is that of one masked pass.
+
+    Raises:
+        ValueError: arguments out of range, a photograph that can't be read, or a question with an image
+            token in it.
+        OSError: a folder that can't be made.
+        ModuleNotFoundError: without the extra ``miniature``.
+    """
+    if num_voco < 1 or new_tokens < 1 or pictures < 0:
+        raise ValueError(
+            "expected num_voco and new_tokens >= 1 and pictures >= 0, got "
+            f"{num_voco}, {new_tokens} and {pictures}"
         )
-    try:
-        picture = load_photograph(given.image)
-    except PictureError as error:
-        parser.error(f"--image: {error}")
-    questions = given.question or QUESTIONS
-    try:
-        for question in [*questions, *given.ask]:
-            voco_model.prompt(question, given.num_voco)
-    except ValueError as error:  # a question with <image> in it
-        parser.error(str(error))
-    try:
-        given.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"expected --out to be a folder, got {given.out}: {error}")
-    try:
-        digits("test")
-    except ModuleNotFoundError as error:
-        parser.error(str(error))
+    picture = load_photograph(image)
+    questions = questions or QUESTIONS
+    for question in [*questions, *ask]:
+        voco_model.prompt(question, num_voco)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    digits("test")
     console = Console()
-    if given.pictures:
-        show(console, given.out, given.pictures, given.ask)
+    if pictures:
+        show(console, out, pictures, ask)
         console.rule("A photograph, read once")
-    agreed = run(console, picture, questions, given.num_voco, given.new_tokens, given.out)
-    return 0 if agreed else 1
+    return run(console, picture, questions, num_voco, new_tokens, out)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from voco_model.cli import app
+
+    app(["demo", *sys.argv[1:]], prog_name="voco")

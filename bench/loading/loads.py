@@ -21,8 +21,7 @@ from bench.harness.guard import NotMeasuredError, first_line
 from bench.harness.turns import Job
 from bench.loading.places import check_dropped, drop, read_file
 from bench.loading.scene import Scene, same_bits
-from voco_kernels.kv import cache_view
-from voco_kernels.kv import transfer as kv_transfer
+from voco_kernels.kv import cache_view, staging
 from voco_kernels.kv.entry import CompactKV
 from voco_kernels.kv.load import extract, load_into, prepare_extract, prepare_load
 
@@ -187,13 +186,13 @@ def _replace_and_launch(scene: Scene, *, on_device: bool = False) -> Job:
 @contextmanager
 def _staging(staged: bool | None) -> Iterator[None]:
     """Transfers that are prepared inside copy pinned entries to the device first, or never do."""
-    shipped = kv_transfer.STAGED_ABOVE
+    shipped = staging.STAGED_ABOVE
     if staged is not None:
-        kv_transfer.STAGED_ABOVE = -1 if staged else 1 << 62
+        staging.STAGED_ABOVE = -1 if staged else 1 << 62
     try:
         yield
     finally:
-        kv_transfer.STAGED_ABOVE = shipped
+        staging.STAGED_ABOVE = shipped
 
 
 def _quantized(scene: Scene, dtype: torch.dtype) -> Job:

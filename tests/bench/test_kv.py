@@ -192,10 +192,10 @@ def test_the_loads_of_a_gpu_can_be_prepared(scene):
 
 
 def test_staging_is_as_it_was_behind_a_load(scene):
-    shipped = loads.kv_transfer.STAGED_ABOVE
+    shipped = loads.staging.STAGED_ABOVE
     for staged in (True, False):
         loads._launch(scene, staged=staged)
-        assert loads.kv_transfer.STAGED_ABOVE == shipped
+        assert loads.staging.STAGED_ABOVE == shipped
 
 
 # ---- records, tables and plots

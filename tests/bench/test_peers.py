@@ -102,10 +102,9 @@ def test_flex_mask_equals_the_layout(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["A", "G"])
-def test_compiled_flex_equals_the_oracle(name, tiny_case):
-    """Forward alone: FlexAttention has no backward on the CPU."""
-    case = tiny_case(name, False)
+def test_compiled_flex_equals_the_oracle(tiny_case):
+    """Forward alone: FlexAttention has no backward on the CPU. Packed documents use all of mask_mod."""
+    case = tiny_case("G", False)
     job = peers.Flex().prepare(case)
     assert job.setup_ms["block_mask_first"] > 0
     assert_right(case, job)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -23,7 +24,6 @@ FLAGS = (
     "-std=c++17",
     "-O2",
     "-fPIC",
-    "-shared",
     "-fvisibility=hidden",  # or two libraries in one process would share the state of one emulation
     "-Wall",
     "-Wno-unknown-pragmas",
@@ -60,23 +60,35 @@ def compile_for_cpu(
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
     command = ["g++", *FLAGS, *(f"-I{folder}" for folder in includes)]
     command += [f"-D{define}" for define in defines]
-    command += map(str, sources)
 
-    library = CACHE / fingerprint(command, sources) / f"{output_name}{suffix}"
+    library = (
+        CACHE / fingerprint([*command, *map(str, sources)], sources) / f"{output_name}{suffix}"
+    )
     library.parent.mkdir(parents=True, exist_ok=True)
     with open(library.parent / "lock", "w") as lock:
         # The first of several test processes compiles, the others wait.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             with tempfile.TemporaryDirectory(dir=library.parent) as unfinished:
-                compiled = Path(unfinished) / library.name
-                result = subprocess.run(
-                    [*command, "-o", compiled], capture_output=True, text=True, check=False
-                )
-                if result.returncode != 0:
-                    raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
-                os.replace(compiled, library)
+                objects = [Path(unfinished) / f"{source.name}.o" for source in sources]
+                # As many at a time as there are cores: the processes that wait leave theirs idle.
+                with ThreadPoolExecutor(os.cpu_count()) as pool:
+                    compilations = [
+                        pool.submit(_run, [*command, "-c", source, "-o", target])
+                        for source, target in zip(sources, objects, strict=True)
+                    ]
+                for compilation in compilations:
+                    compilation.result()
+                linked = Path(unfinished) / library.name
+                _run(["g++", "-shared", *objects, "-o", linked])
+                os.replace(linked, library)
     return library
+
+
+def _run(command: list[str | Path]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stderr}")
 
 
 def fingerprint(command: list[str], sources: list[Path]) -> str:

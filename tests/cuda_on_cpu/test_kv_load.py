@@ -1,4 +1,4 @@
-"""The shipped kernels of the compact cache's loader on the emulation."""
+"""The CUDA loader's kernels (csrc/kv_load.cu), run on the CPU by the emulation of the chip."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_extract(order, name):
 def test_threads_with_several_units_and_with_none(
     monkeypatch, emulation, multiprocessors, rotary_dim
 ):
-    """1 has fewer blocks than there are units for: threads go round, the last time not all of them."""
+    """With one multiprocessor, threads take several turns, the last of which not all take part in."""
     emulate(monkeypatch, emulation, 0, multiprocessors)
     scene = Scene(
         counts=(11, 1, 5), num_layers=3, num_kv_heads=8, head_dim=128, rotary_dim=rotary_dim
@@ -61,8 +61,8 @@ def test_threads_with_several_units_and_with_none(
         check_extract(scene.build(), run)
 
 
-def test_tables_written_anew_between_two_runs(emulated):
-    """What a captured launch sees: the same parameters, other tables."""
+def test_tables_are_rewritten_between_two_runs(emulated):
+    """As in replays of a captured launch: the same parameters, but other tables."""
     scene = Scene(rotary_dim=64).build()
     check_load(scene, run)
     other = Scene(rotary_dim=64, shifts=(-3, 40)).build()
@@ -83,7 +83,7 @@ def test_the_emulation_finds_a_misaligned_row(emulated):
     "kinds", [{"entry_dtype": torch.float16, "rotary_dim": 64}, {}], ids=["rotated", "copy"]
 )
 def test_a_planted_fault_is_found(emulated, kinds):
-    """A token at its neighbour's place, or a shift that is off by one: the checks can fail."""
+    """The checks detect a token in its neighbour's slot, and a shift that is off by one."""
     scene = Scene(**kinds).build()
 
     def faulty(move) -> None:
@@ -99,7 +99,7 @@ def test_a_planted_fault_is_found(emulated, kinds):
         check_load(scene, faulty)
 
 
-def test_needs_the_device_where_not_emulated(monkeypatch, emulation):
+def test_without_the_emulation_a_device_is_needed(monkeypatch, emulation):
     emulate(monkeypatch, emulation)
     monkeypatch.setattr(cuda, "_emulated", False)
     assert cuda.unsupported(Scene().build().move) == ["expected a cache on CUDA, got cpu"]

@@ -3,6 +3,9 @@
 * It keeps bfloat16 as the bits of a uint16, and ``tl.dot`` multiplies those as integers.
 * It cuts float32 off to bfloat16; a GPU rounds to nearest, ties to even.
 * NumPy 2.4 turns only arrays of no dimension into an int; the interpreter's scalars have one.
+
+One thing only takes time: the interpreter patches ``triton.language`` again for every call from one
+``@triton.jit`` function to another, a third of a test's time, though the launch has patched it already.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ def repair() -> None:
     builder.cast_impl = _rounding(builder.cast_impl)
     builder.create_fp_to_fp = _rounding(builder.create_fp_to_fp)
     interpreter._patch_lang_tensor = _with_index(interpreter._patch_lang_tensor)
+    interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
 
 
 def _create_dot(self, a, b, accumulator, input_precision, max_num_imprecise_acc):
@@ -59,5 +63,17 @@ def _with_index(patch_tensor):
     def patched(tensor, scope):
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda scalar: int(scalar.handle.data.item()))
+
+    return patched
+
+
+def _once_a_launch(patch_lang):
+    def patched(function):
+        # triton.language's own functions see its module core, ours see the package
+        seen = [
+            module for module in function.__globals__.values() if module is tl or module is tl.core
+        ]
+        already = not any(tl.core.is_builtin(module.load) for module in seen)
+        return interpreter._LangPatchScope() if already else patch_lang(function)
 
     return patched

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 pytest.importorskip("matplotlib", reason="the demo needs the extra 'miniature'")
 pytest.importorskip("sklearn", reason="the demo needs the extra 'miniature'")
@@ -13,6 +14,7 @@ pytest.importorskip("sklearn", reason="the demo needs the extra 'miniature'")
 from PIL import Image  # noqa: E402
 
 from voco_model import demo  # noqa: E402
+from voco_model.cli import app  # noqa: E402
 
 
 def test_cache_sizes_of_llava_7b_are_those_of_the_paper():
@@ -29,12 +31,12 @@ def row_of(printed: str, name: str) -> list[str]:
     return [cell.strip() for cell in line.split("\u2502")[2:-1]]
 
 
-def test_the_second_question_is_answered_from_the_store_as_in_one_pass(tmp_path, capsys):
+def test_the_second_question_is_answered_from_the_store_as_in_one_pass(tmp_path):
     questions = ["--question", "Who [/b]?", "--question", "Where?"]  # no markup for the console
     options = ["--new-tokens", "3", "--pictures", "1", "--ask", "How many digits?"]
-    status = demo.main([*options, *questions, "--out", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert status == 0
+    found = CliRunner().invoke(app, ["demo", *options, *questions, "--out", str(tmp_path)])
+    printed = found.stdout
+    assert found.exit_code == 0, found.output
     assert "identical, token by token: yes (2 x 3 tokens)" in printed
     assert "the picture does come through" in printed
     assert row_of(printed, "photograph from the store") == ["no", "yes"]
@@ -49,33 +51,39 @@ def test_the_second_question_is_answered_from_the_store_as_in_one_pass(tmp_path,
         assert drawing.format == "PNG" and min(drawing.size) > 200
 
 
-def test_an_answer_that_differs_is_shown_and_fails(tmp_path, capsys, monkeypatch):
+def test_an_answer_that_differs_is_shown_and_fails(tmp_path, monkeypatch):
     def another(*arguments):
         one = answer_in_one_pass(*arguments)
         return replace(one, tokens=(*one.tokens[:-1], one.tokens[-1] + 1))
 
     answer_in_one_pass = demo.answer_in_one_pass
     monkeypatch.setattr(demo, "answer_in_one_pass", another)
-    status = demo.main(
-        ["--new-tokens", "2", "--question", "Who?", "--pictures", "0", "--out", str(tmp_path)]
-    )
-    assert status == 1
-    assert "token by token: NO (1 x 2 tokens)" in capsys.readouterr().out
+    options = ["--new-tokens", "2", "--question", "Who?", "--pictures", "0"]
+    found = CliRunner().invoke(app, ["demo", *options, "--out", str(tmp_path)])
+    assert found.exit_code == 1
+    assert "token by token: NO (1 x 2 tokens)" in found.stdout
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--image", "no-such-file.jpg"], "no-such-file.jpg"),
-        (["--num-voco", "0"], "got 0, 16 and 2"),
-        (["--pictures", "-1"], "got 1, 16 and -1"),
-        (["--out", __file__], "expected --out to be a folder"),
+        (["--num-voco", "0"], "'--num-voco'"),
+        (["--pictures", "-1"], "'--pictures'"),
+        (["--new-tokens", "0"], "'--new-tokens'"),
+        (["--out", __file__], __file__),
+        (["--image", __file__], "expected an image that can be read"),
         (["--ask", "What is <image>?"], "expected text without <image>"),
         (["--question", "What is <image>?"], "expected text without <image>"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        demo.main(arguments)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+def test_bad_arguments_are_named(arguments, message):
+    found = CliRunner().invoke(app, ["demo", *arguments])
+    assert found.exit_code == 2 and message in found.stderr
+
+
+def test_the_function_checks_its_arguments():
+    with pytest.raises(ValueError, match="got 0, 16 and 2"):
+        demo.demo(num_voco=0)
+    with pytest.raises(ValueError, match="got 1, 16 and -1"):
+        demo.demo(pictures=-1)

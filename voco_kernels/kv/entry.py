@@ -1,27 +1,32 @@
-"""``CompactKV``: what is left of an image once its VoCo tokens have read it."""
+"""``CompactKV``: an image's compressed keys and values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# What one scale a row spreads over: the largest finite value of the type.
+# The dtypes of quantized entries, and the largest finite value of each, to which a row is scaled.
 QUANTIZED_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-# Of a value that may be quantized: it comes back finite in bfloat16, the default of ``dequantize``.
+# The largest value that may be quantized. Larger ones would be infinite in bfloat16, the default of
+# ``dequantize``.
 _LARGEST = torch.finfo(torch.bfloat16).max
 
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """How keys were rotated for their positions (RoFormer, Eq. 34), as far as rotating on needs it.
+    """How a model rotates keys by position (RoFormer, Eq. 34), so that they can be rotated further.
 
     Attributes:
-        inv_freq: float32 ``[rotary_dim / 2]`` on the CPU, radians a position: the model's own, with any
-            scaling applied. Dimensions of a head from rotary_dim on are not rotated.
-        interleaved: whether dimensions ``(2i, 2i + 1)`` turn together (GPT-J), or ``(i, i +
+        inv_freq: float32 ``[rotary_dim / 2]`` on the CPU, radians per position: the model's own, with
+            any scaling applied. Dimensions of a head from rotary_dim on are not rotated.
+        interleaved: whether dimensions ``(2i, 2i + 1)`` are rotated as a pair (GPT-J), or ``(i, i +
             rotary_dim / 2)`` (Llama).
+
+    Raises:
+        TypeError, ValueError: ``inv_freq`` of another dtype, device or shape.
     """
 
     inv_freq: Tensor
@@ -43,25 +48,32 @@ class Rope:
         return 2 * self.inv_freq.numel()
 
     def same(self, other: Rope | None) -> bool:
-        """Whether both rotate alike."""
+        """Whether both rotate keys in the same way."""
         return self is other or (
             other is not None
             and self.interleaved == other.interleaved
             and torch.equal(self.inv_freq, other.inv_freq)
         )
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Rope, (_own_memory(self.inv_freq), self.interleaved)
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.__post_init__()
 
     def rotate(self, keys: Tensor, shift: Tensor) -> Tensor:
-        """``keys`` ``[..., n, D]``, turned on by ``shift`` positions, int64 ``[n]``.
+        """Rotate keys by a number of positions.
 
-        The angles are float64, which costs little; the rotation is float32 (float64 of float64 keys)
-        and its result is rounded to the keys' dtype once.
+        Angles are computed in float64, which costs little; the rotation in float32 (float64 for float64
+        keys), rounded once to the keys' dtype.
+
+        Args:
+            keys: ``[..., n, D]``.
+            shift: int64 ``[n]``, positions.
+
+        Returns:
+            ``[..., n, D]``, new memory. Keys with a shift of 0 are equal bit for bit.
         """
         working = torch.promote_types(keys.dtype, torch.float32)
         angle = shift.to(torch.float64)[:, None] * self.inv_freq.to(keys.device, torch.float64)
@@ -71,37 +83,36 @@ class Rope:
             a, b = rotated[..., 0::2], rotated[..., 1::2]
         else:
             a, b = rotated.chunk(2, dim=-1)
-        turned = (a * cos - b * sin, b * cos + a * sin)
+        a, b = a * cos - b * sin, b * cos + a * sin
         if self.interleaved:
-            turned = torch.stack(turned, dim=-1).flatten(-2)
+            rotated = torch.stack((a, b), dim=-1).flatten(-2)
         else:
-            turned = torch.cat(turned, dim=-1)
-        turned = torch.cat([turned.to(keys.dtype), keys[..., self.rotary_dim :]], dim=-1)
-        return torch.where((shift == 0)[:, None], keys, turned)  # to the bit, zeros' signs too
+            rotated = torch.cat((a, b), dim=-1)
+        rotated = torch.cat([rotated.to(keys.dtype), keys[..., self.rotary_dim :]], dim=-1)
+        return torch.where((shift == 0)[:, None], keys, rotated)  # keeps the signs of zeros, too
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CompactKV:
     """The keys and values of one image's VoCo tokens, in all layers (supplement, 2.3.1).
 
-    For one token of LLaVA-1.5-7B in bf16 that is 2 * 32 layers * 4096 * 2 B = 0.52 MB, where all
-    576 vision tokens take 302 MB. A batch is a list of these; the number of tokens may differ among
-    them.
+    One token of LLaVA-1.5-7B in bf16 takes 2 * 32 layers * 4096 * 2 B = 0.52 MB, whereas all 576 vision
+    tokens take 302 MB. A batch is a list of entries, which may have different numbers of tokens.
 
     Attributes:
-        kv: ``[L, 2, Hkv, n, D]``, layer by layer the keys (0) and the values (1) of the n VoCo tokens.
-            Keys are rotated already, for ``positions``. Floating, or int8 or float8_e4m3fn with scales.
+        kv: ``[L, 2, Hkv, n, D]``, for each layer the keys (0) and the values (1) of the n VoCo tokens.
+            Keys are already rotated for ``positions``. Floating, or int8 or float8_e4m3fn with scales.
         positions: int64 ``[n]`` on the CPU, rising: the position ids of the first pass.
-        next_position: the position id at which text goes on, larger than all ``positions``. With it
-            the second pass sees every token where one pass over the whole sequence would have it.
-        scales: float32 ``[L, 2, Hkv, n]`` where ``kv`` is quantized: a row of D values stands for
+        next_position: the position id of the text that follows, larger than all ``positions``. It gives
+            tokens the same positions in two passes as in one pass over the whole sequence.
+        scales: float32 ``[L, 2, Hkv, n]`` if ``kv`` is quantized: the values of a row of D are
             ``scale * kv``.
-        rope: how the keys were rotated; None where nobody says, and then they can't be rotated on.
-        fingerprint: of the model that made them (``voco_model.fingerprint``), or "".
-        key: under which a store keeps the entry (``voco_model.image_key``), or "".
+        rope: how the keys were rotated; None if unknown, and then they can't be rotated further.
+        fingerprint: of the model that computed the entry (``voco_model.fingerprint``), or "".
+        key: of the entry in a store (``voco_model.image_key``), or "".
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or positions that don't fit together.
+        TypeError, ValueError: shapes, dtypes or positions that are wrong or don't agree.
     """
 
     kv: Tensor
@@ -122,7 +133,7 @@ class CompactKV:
         if self.positions.dtype != torch.int64:
             raise TypeError(f"expected int64 positions, got {self.positions.dtype}")
         if self.positions.device.type != "cpu":
-            # They are read on the host, by whoever places text behind them.
+            # Positions are read on the host, to place the text that follows.
             object.__setattr__(self, "positions", self.positions.cpu())
         if self.positions.shape != (self.num_tokens,):
             raise ValueError(
@@ -144,11 +155,17 @@ class CompactKV:
 
     def _check_scales(self) -> None:
         if self.kv.dtype in QUANTIZED_MAX:
-            got = None if self.scales is None else (self.scales.dtype, self.scales.shape)
-            if got != (torch.float32, self.kv.shape[:4]):
+            expected = list(self.kv.shape[:4])
+            if (
+                self.scales is None
+                or self.scales.dtype != torch.float32
+                or (list(self.scales.shape) != expected)
+            ):
+                scales = self.scales
+                got = None if scales is None else f"{scales.dtype} {list(scales.shape)}"
                 raise ValueError(
-                    f"expected float32 scales {list(self.kv.shape[:4])} with kv in {self.kv.dtype}, "
-                    f"got {got and (got[0], list(got[1]))}; CompactKV.quantize makes both"
+                    f"expected float32 scales {expected} with kv in {self.kv.dtype}, got {got}; "
+                    "CompactKV.quantize makes both"
                 )
             if self.scales.device != self.kv.device:
                 raise ValueError(
@@ -163,9 +180,9 @@ class CompactKV:
         elif self.scales is not None:
             raise ValueError(f"expected no scales with kv in {self.kv.dtype}, got some")
 
-    def __reduce__(self):
-        # Not the dataclass's own way: plain pickle can't restore a float8 storage, and torch.load with
-        # weights_only admits a registered function of plain arguments, whose checks then run.
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Because plain pickle can't restore a float8 storage, and because torch.load with weights_only
+        # admits a registered function of plain arguments, which runs the checks.
         kv = _own_memory(self.kv)
         if kv.dtype in QUANTIZED_MAX:
             kv = kv.view(torch.uint8)
@@ -175,8 +192,8 @@ class CompactKV:
         rest = (self.next_position, scales, self.rope, self.fingerprint, self.key)
         return _restore, (kv, name, positions, *rest)
 
-    def __setstate__(self, state: dict) -> None:
-        """Restores an entry pickled before it had ``__reduce__``."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore an entry pickled before it had ``__reduce__``."""
         self.__dict__.update(state)
         self.__post_init__()
 
@@ -198,7 +215,7 @@ class CompactKV:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of ``kv``."""
+        """The dtype of ``kv``."""
         return self.kv.dtype
 
     @property
@@ -207,23 +224,23 @@ class CompactKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values, and of their scales."""
+        """The bytes of keys, values and scales together."""
         return self.kv.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def quantize(self, dtype: torch.dtype = torch.int8) -> CompactKV:
-        """The same entry in 8 bits, with one scale a layer, head and token.
+        """The same entry in 8 bits, with one scale for each layer, head and token.
 
-        The scale brings the largest value of the row of D to the end of the type's range: 127 in int8,
-        448 in float8_e4m3fn. So a value is off by at most half a step, ``max|row| / 254``, in int8, and
-        by at most ``|value| / 16`` or ``max|row| / 458752`` (2**-10 steps), whichever is larger, in
-        float8_e4m3fn; each within float32's rounding.
+        The scale maps the largest value of a row of D to the end of the dtype's range: 127 for int8, 448
+        for float8_e4m3fn. The error of a value is at most half a step, ``max|row| / 254``, in int8, and
+        at most the larger of ``|value| / 16`` and ``max|row| / 458752`` (2**-10 steps) in float8_e4m3fn;
+        rounding in float32 comes on top.
 
         Args:
             dtype: torch.int8 or torch.float8_e4m3fn.
 
         Raises:
-            ValueError: another dtype; an entry that is quantized already; NaN, infinity or a value
-                beyond bfloat16's largest in it, which ``dequantize`` couldn't give back.
+            ValueError: another dtype; an entry that is already quantized; NaN, infinity or values above
+                bfloat16's largest, which ``dequantize`` could not restore.
         """
         if dtype not in QUANTIZED_MAX:
             raise ValueError(f"expected torch.int8 or torch.float8_e4m3fn, got {dtype}")
@@ -235,12 +252,14 @@ class CompactKV:
         largest = values.abs().amax(-1)
         if not (largest <= _LARGEST).all():
             if not self.kv.isfinite().all():
-                raise ValueError("expected finite keys and values, got NaN or infinity in some")
+                raise ValueError(
+                    "expected finite keys and values, got some that are NaN or infinite"
+                )
             raise ValueError(
                 f"expected keys and values of up to {_LARGEST:.4g}, bfloat16's largest, got "
                 f"{self.kv.abs().max().item():.4g}; keep this entry in {self.dtype}"
             )
-        # A row of zeros, and one so small that its scale would vanish, are kept with the least scale.
+        # Rows of zeros, and rows so small that their scale would underflow, get the least normal scale.
         scales = (largest / QUANTIZED_MAX[dtype]).clamp(min=torch.finfo(torch.float32).tiny)
         values = values / scales[..., None]
         if dtype == torch.int8:
@@ -250,10 +269,10 @@ class CompactKV:
         return replace(self, kv=values.to(dtype), scales=scales)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> CompactKV:
-        """The same entry in a floating dtype: ``scale * kv`` in float32, rounded to ``dtype`` once.
+        """The same entry in a floating dtype: ``scale * kv`` in float32, rounded once to ``dtype``.
 
         Raises:
-            ValueError: an entry that isn't quantized; a dtype of 8 bits, or too small for its values.
+            ValueError: an entry that isn't quantized; a dtype of 8 bits, or with too small a range.
         """
         if self.scales is None:
             raise ValueError(
@@ -271,16 +290,16 @@ class CompactKV:
         return replace(self, kv=kv, scales=None)
 
     def rotated(self, positions: Tensor | int) -> CompactKV:
-        """The same entry with its keys rotated on to other positions, in float32.
+        """The same entry with its keys rotated to other positions, in float32.
 
-        Text goes on behind them at the same distance as before.
+        ``next_position`` keeps its distance from the last token.
 
         Args:
-            positions: int64 ``[n]``, rising; or the first token's, which the others follow at their
-                present distances.
+            positions: int64 ``[n]``, rising; or the first token's position (int), with the others at
+                their present distances from it.
 
         Raises:
-            ValueError: an entry without ``rope``, or one that is quantized; positions that don't rise.
+            ValueError: an entry without ``rope``, or a quantized one; positions that don't rise.
         """
         if self.rope is None:
             raise ValueError("expected an entry that knows its rope, got one without")
@@ -300,7 +319,7 @@ class CompactKV:
         )
 
     def moved(self, positions: Tensor | int) -> Tensor:
-        """The positions that ``positions`` means (see ``rotated``): int64 ``[n]``, on the CPU."""
+        """``positions``, as ``rotated`` takes them, as int64 ``[n]`` on the CPU."""
         if not isinstance(positions, Tensor):
             return self.positions + (int(positions) - int(self.positions[0]))
         if positions.shape != self.positions.shape or positions.dtype.is_floating_point:
@@ -313,9 +332,9 @@ class CompactKV:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> CompactKV:
-        """The same entry on another device or in another dtype; itself where nothing changes.
+        """The same entry on another device or in another dtype; ``self`` if nothing changes.
 
-        A floating dtype dequantizes; for 8 bits there is ``quantize``.
+        A floating dtype dequantizes; for 8 bits use ``quantize``.
         """
         if dtype is not None and dtype != self.dtype:
             if dtype in QUANTIZED_MAX:
@@ -334,12 +353,12 @@ class CompactKV:
         return (
             f"CompactKV({self.num_tokens} tokens, {self.num_layers} layers, {self.num_kv_heads} "
             f"heads of {self.head_dim}, {str(self.kv.dtype).removeprefix('torch.')} on "
-            f"{self.kv.device}, {self.nbytes} B, text goes on at position {self.next_position})"
+            f"{self.kv.device}, {self.nbytes} B, next position {self.next_position})"
         )
 
 
 def _own_memory(tensor: Tensor) -> Tensor:
-    """``tensor``, or a copy if it is a part of a larger storage, which pickle would write as a whole."""
+    """``tensor``, or a copy if it is part of a larger storage, which pickle would write as a whole."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -355,13 +374,13 @@ def _restore(
     fingerprint: str,
     key: str,
 ) -> CompactKV:
-    """An entry from what ``CompactKV.__reduce__`` gave; pickles name this function."""
+    """Undo ``CompactKV.__reduce__``. Pickles refer to this function by name."""
     if dtype in _QUANTIZED_NAMES:
         kv = kv.view(_QUANTIZED_NAMES[dtype])
     return CompactKV(kv, positions, next_position, scales, rope, fingerprint=fingerprint, key=key)
 
 
 _QUANTIZED_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in QUANTIZED_MAX}
-# So that torch.load reads entries without weights_only=False. The classes are for entries saved before
-# they had __reduce__.
+# Lets torch.load read entries without weights_only=False. The classes are for entries that were saved
+# before they had __reduce__.
 torch.serialization.add_safe_globals([_restore, CompactKV, Rope])

@@ -1,4 +1,4 @@
-"""``load_into`` and ``extract``: compact entries into a key/value cache and out, in one launch."""
+"""``load_into`` and ``extract``: move compact entries into a key/value cache and out of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from voco_kernels.integers import to_int
 from voco_kernels.kv import cache_view
 from voco_kernels.kv.cache_view import CacheView
 from voco_kernels.kv.entry import QUANTIZED_MAX, CompactKV, Rope
-from voco_kernels.kv.placement import Placement, place
+from voco_kernels.kv.placement import longest_row, place, resolve, rotation, row_numbers
 from voco_kernels.kv.transfer import Transfer
 
 
@@ -27,7 +27,7 @@ def load_into(
     device: torch.device | str | None = None,
     loader: str | None = None,
 ) -> None:
-    """Put compact entries into a key/value cache: all layers, keys and values, in one launch.
+    """Load compact entries into a key/value cache: keys and values of all layers in one launch.
 
     ::
 
@@ -39,29 +39,30 @@ def load_into(
 
     Args:
         cache: a ``DynamicCache`` or ``StaticCache`` of Transformers, with ``[B, Hkv, S, D]`` in each
-            layer, or a ``PagedKV``. An empty ``DynamicCache`` is given its tensors. Layers may lie on
-            several devices: then it is one launch a device.
+            layer, or a ``PagedKV``. An empty ``DynamicCache`` is given its tensors. If layers are on
+            several devices, there is one launch per device.
         entries: for each row an entry, or a sequence of them, one after another. Quantized entries are
-            dequantized: float32 arithmetic, rounded once. Different dtypes take a launch each. Entries
-            may lie on the cache's device or on the CPU, best in pinned memory: up to about 1 MB is then
-            read by the kernel directly.
-        positions: where keys shall stand, to rotate them on by the difference in float32. For each row
-            the first token's position (int) or all of them (int64 ``[n]``); a sequence of such, one an
-            entry, where the row has several. By default keys stay as they were rotated, which is what
-            makes two passes equal one.
-        slots: for each row the first slot (int), or a sequence of them, one an entry; one int serves
-            all rows. By default from slot 0 on, rows with fewer tokens padded on the left (not in a
-            paged cache), and the cache's length becomes the number of slots taken. With ``slots`` no
-            length is changed.
-        rows: of the cache, one for each row of ``entries``; by default 0, 1, 2, ...
-        dtype, device: of an empty ``DynamicCache``; by default the first entry's, bfloat16 if that is
-            quantized.
-        loader: "cpu", "cuda" or "triton"; by default the first that can.
+            dequantized in float32 and rounded once. There is one launch per dtype. Entries may be on the
+            cache's device or on the CPU, preferably in pinned memory: up to about 1 MB of that is read
+            by the kernel directly.
+        positions: rotate keys to these positions, in float32. For each row the first token's position
+            (int) or all of them (int64 ``[n]``); if the row has several entries, a sequence of such
+            values, one per entry. By default keys stay rotated as they are, and the result of two passes
+            equals that of one.
+        slots: for each row the first slot (int), or a sequence of first slots, one per entry; one int
+            is used for all rows. By default rows start at slot 0, shorter rows are padded on the left
+            (except in a paged cache), and the cache's length becomes the number of slots used. With
+            ``slots`` the cache's length is not changed.
+        rows: the cache's rows, one for each row of ``entries``; by default 0, 1, 2, ...
+        dtype, device: for an empty ``DynamicCache``; by default the first entry's, or bfloat16 if that
+            is quantized.
+        loader: "cpu", "cuda" or "triton"; by default the first that can make the move.
 
     Raises:
-        TypeError, ValueError: what doesn't fit: layers, heads, head_dim, rows, slots taken twice or
-            outside the cache, positions without ``rope``. Raised before the cache is changed.
-        NotImplementedError: no loader, or not the one asked for, can make this move; with the reasons.
+        TypeError, ValueError: entries that don't fit the cache or each other (layers, heads, head_dim),
+            rows or slots that it doesn't have or that are used twice, positions for entries without
+            ``rope``. Raised before the cache is changed.
+        NotImplementedError: no loader, or not the requested one, can make this move; with the reasons.
     """
     prepare_load(
         cache,
@@ -86,20 +87,20 @@ def extract(
     fingerprint: str = "",
     loader: str | None = None,
 ) -> list[CompactKV]:
-    """Take entries out of a key/value cache, the way back of ``load_into``, in one launch.
+    """Copy entries out of a key/value cache, in one launch; the inverse of ``load_into``.
 
     Args:
         cache: as in ``load_into``.
         slots: for each row, the slots of its VoCo tokens.
         positions: for each row, the position ids of these tokens, rising.
-        next_positions: for each row, the position id at which text goes on; by default one more than
-            its last position.
-        rows: of the cache, one for each row of ``slots``; by default 0, 1, 2, ...
-        rope, fingerprint: of the model, noted in the entries.
+        next_positions: for each row, the position id of the text that follows; by default one more than
+            the last position.
+        rows: the cache's rows, one for each row of ``slots``; by default 0, 1, 2, ...
+        rope, fingerprint: the model's, kept in the entries.
         loader: as in ``load_into``.
 
     Returns:
-        One entry a row, on the cache's (first) device and in its dtype: copies.
+        one entry per row, in new memory, on the cache's (first) device and in its dtype.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as in ``load_into``.
@@ -129,46 +130,42 @@ def prepare_load(
     device: torch.device | str | None = None,
     loader: str | None = None,
 ) -> Transfer:
-    """``load_into`` up to the launch, for those who launch often, or in a CUDA graph: see ``Transfer``.
+    """Check and prepare a ``load_into``, to launch it often or in a CUDA graph: see ``Transfer``.
 
-    An empty ``DynamicCache`` has its tensors, zeros, from here on. The entries' tensors may lie on the
-    meta device if their layers are to be fed as they arrive (``Transfer.feed``).
+    An empty ``DynamicCache`` is given its tensors, zeros, by this call. The entries' tensors may be on
+    the meta device if their layers are fed as they arrive (``Transfer.feed``).
     """
     rows_of_entries = _rows_of(entries)
     flat = [entry for row in rows_of_entries for entry in row]
     _check_alike(flat)
-    fresh = cache_view.is_empty(cache)
-    if not fresh and (dtype is not None or device is not None):
+    grows = cache_view.grows(cache)
+    empty = grows and cache_view.is_empty(cache)
+    _check_empty_options(empty, slots, rows, dtype, device)
+    if grows and not empty and slots is None:
         raise ValueError(
-            "expected dtype and device only with an empty DynamicCache, got "
-            f"{device if dtype is None else dtype} with a cache that has its tensors"
+            "expected slots with a DynamicCache that holds tokens, got none with one that holds "
+            f"{cache.get_seq_length()} tokens; give slots=, or pass an empty DynamicCache"
         )
-    if fresh and (slots is not None or rows is not None):
-        raise ValueError(
-            "expected neither slots nor rows with an empty DynamicCache, which has none to choose from, "
-            f"got {'slots' if rows is None else 'rows'}"
-        )
-    if not fresh and slots is None and cache_view.grows(cache):
-        raise ValueError(
-            "expected an empty DynamicCache, or slots of one that has some, got one that holds "
-            f"{cache.get_seq_length()} tokens, and no slots"
-        )
-    views = () if fresh else cache_view.views(cache)
+    views = [] if empty else cache_view.views(cache)
     if slots is None and rows is not None and views[0].lengths is not None:
         raise ValueError(
-            "expected slots with rows of a cache that counts its tokens for all rows together, got rows "
-            f"{list(rows)} alone, which would set the length of every row; say slots=0"
+            "expected slots with rows of a cache that has one token count for all rows, got rows "
+            f"{list(rows)} alone, which would set the length of every row; give slots=0"
         )
-    pad_left = fresh or views[0].block_table is None
-    placements, width = place(rows_of_entries, positions, slots, rows, pad_left)
+    numbers = row_numbers(rows, len(rows_of_entries))
+    turn = rotation(rows_of_entries, numbers, positions)
+    width = longest_row(rows_of_entries)
     length = width if slots is None else None
-    if not fresh:
+    if not empty:
         _check_fit(views, flat[0])
-        return Transfer(views, flat, placements, length=length, loader=loader)
+        pad_left = views[0].block_table is None
+        offsets = place(views, rows_of_entries, numbers, slots, pad_left)
+        return Transfer(views, flat, offsets, turn, length=length, loader=loader)
     undo = _give_tensors(cache, flat[0], len(rows_of_entries), width, dtype, device)
     try:
         views = cache_view.views(cache)
-        return Transfer(views, flat, placements, length=length, loader=loader, undo=undo)
+        offsets = place(views, rows_of_entries, numbers, slots, pad_left=True)
+        return Transfer(views, flat, offsets, turn, length=length, loader=loader, undo=undo)
     except BaseException:
         undo()
         raise
@@ -185,42 +182,71 @@ def prepare_extract(
     fingerprint: str = "",
     loader: str | None = None,
 ) -> Transfer:
-    """``extract`` up to the launch, with the entries to be filled in ``Transfer.entries``."""
+    """Check and prepare an ``extract``; each launch writes to the entries in ``Transfer.entries``."""
     views = cache_view.views(cache)
-    slots, positions = _lists(slots, "slots"), _lists(positions, "positions")
-    rows = list(range(len(slots))) if rows is None else [to_int(row, "a row") for row in rows]
-    following = [row[-1] + 1 if row else 0 for row in positions]
-    following = (
-        following
-        if next_positions is None
-        else [to_int(after, "a next position") for after in next_positions]
-    )
-    if not slots or not len(slots) == len(positions) == len(rows) == len(following):
+    first = views[0]
+    num_layers = sum(len(view.layers) for view in views)
+    slots_of_rows, positions_of_rows = _lists(slots, "slots"), _lists(positions, "positions")
+    if rows is None:
+        numbers = list(range(len(slots_of_rows)))
+    else:
+        numbers = [to_int(row, "a row") for row in rows]
+    if next_positions is None:
+        following = [row[-1] + 1 if row else 0 for row in positions_of_rows]
+    else:
+        following = [to_int(position, "a next position") for position in next_positions]
+    counts = [len(each) for each in (slots_of_rows, positions_of_rows, following, numbers)]
+    if not slots_of_rows or len(set(counts)) > 1:
         raise ValueError(
             "expected slots, positions, next_positions and rows for the same rows, at least one, got "
-            f"{len(slots)}, {len(positions)}, {len(following)} and {len(rows)}"
+            f"{counts[0]}, {counts[1]}, {counts[2]} and {counts[3]}"
         )
-    num_layers = sum(len(view.layers) for view in views)
-    first = views[0]
-    entries, placements = [], []
-    for row, its_slots, its_positions, after in zip(rows, slots, positions, following, strict=True):
+    for row, its_slots, its_positions in zip(
+        numbers, slots_of_rows, positions_of_rows, strict=True
+    ):
         if not its_slots or len(its_slots) != len(its_positions):
             raise ValueError(
                 "expected a slot for each position, at least one, got "
                 f"{len(its_slots)} and {len(its_positions)} in row {row}"
             )
-        shape = (num_layers, 2, first.num_kv_heads, len(its_slots), first.head_dim)
+    placed = [
+        (row, [to_int(slot, "a slot") for slot in its_slots])
+        for row, its_slots in zip(numbers, slots_of_rows, strict=True)
+    ]
+    offsets = resolve(views, placed)
+    entries = []
+    for its_positions, next_position in zip(positions_of_rows, following, strict=True):
+        shape = (num_layers, 2, first.num_kv_heads, len(its_positions), first.head_dim)
         entries.append(
             CompactKV(
                 torch.empty(shape, dtype=first.dtype, device=first.device),
                 torch.tensor(its_positions, dtype=torch.int64),
-                after,
+                next_position,
                 rope=rope,
                 fingerprint=fingerprint,
             )
         )
-        placements.append(Placement(row, [to_int(slot, "a slot") for slot in its_slots]))
-    return Transfer(views, entries, placements, to_cache=False, loader=loader)
+    return Transfer(views, entries, offsets, to_cache=False, loader=loader)
+
+
+def _check_empty_options(
+    empty: bool,
+    slots: Any,
+    rows: Sequence[int] | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> None:
+    """Raise ``ValueError`` for options that only an empty, or only a filled, cache takes."""
+    if not empty and (dtype is not None or device is not None):
+        raise ValueError(
+            "expected dtype and device only with an empty DynamicCache, got "
+            f"{device if dtype is None else dtype} with a cache that has its tensors"
+        )
+    if empty and (slots is not None or rows is not None):
+        raise ValueError(
+            "expected neither slots nor rows with an empty DynamicCache, which has none to choose from, "
+            f"got {'slots' if rows is None else 'rows'}"
+        )
 
 
 def _give_tensors(
@@ -233,11 +259,11 @@ def _give_tensors(
 ) -> Callable[[], None]:
     if dtype is None:
         dtype = torch.bfloat16 if entry.dtype in QUANTIZED_MAX else entry.dtype
-    if device is None:  # of an entry that is still to come, nobody has said where
+    if device is None:  # the meta device has no memory; entries there are fed from the CPU
         device = "cpu" if entry.device.type == "meta" else entry.device
-    device = torch.device(device)
+    memory_device = torch.device(device)
     shape = (rows, entry.num_kv_heads, width, entry.head_dim)
-    return cache_view.allocate(cache, entry.num_layers, shape, dtype, lambda _: device)
+    return cache_view.allocate(cache, entry.num_layers, shape, dtype, lambda _: memory_device)
 
 
 def _rows_of(entries: Any) -> list[list[CompactKV]]:
@@ -267,7 +293,7 @@ def _lists(values: Any, name: str) -> list[list[int]]:
 def _check_alike(entries: Sequence[CompactKV]) -> None:
     first = entries[0]
     expected = (first.num_layers, first.num_kv_heads, first.head_dim)
-    models = {}
+    models: dict[str, int] = {}
     for index, entry in enumerate(entries):
         got = (entry.num_layers, entry.num_kv_heads, entry.head_dim)
         if got != expected:
@@ -278,10 +304,10 @@ def _check_alike(entries: Sequence[CompactKV]) -> None:
         if entry.fingerprint:
             models.setdefault(entry.fingerprint, index)
     if len(models) > 1:
-        told = ", ".join(f"{name!r} in entry {index}" for name, index in models.items())
+        found = ", ".join(f"{name!r} in entry {index}" for name, index in models.items())
         raise ValueError(
-            f"expected entries of one model, got the fingerprints {told}; compress the images with one "
-            "model"
+            f"expected entries of one model, got the fingerprints {found}; compress the images with "
+            "one model"
         )
 
 

@@ -1,57 +1,85 @@
-"""``python -m voco_model eval``."""
+"""``voco eval``."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from voco_model.cli_common import Device, check_checkpoint, check_device, reported_errors
+
 
 def evaluate(
     model: Annotated[
-        str, typer.Option(help="folder or hub name of a checkpoint in the Hugging Face layout")
+        str, typer.Option(help="Folder or Hub name of a checkpoint in the Hugging Face layout.")
     ],
-    tasks: Annotated[str, typer.Option(help="names of lmms-eval, with commas between them")],
-    output: Annotated[Path, typer.Option(help="a folder for results and table")],
+    tasks: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Tasks of lmms-eval, separated by commas.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the results and the table.")],
     method: Annotated[
         list[str],
         typer.Option(
-            help="a name of voco_model.baselines.METHODS, or NAME:TOKENS; may be repeated"
+            metavar="NAME[:TOKENS]",
+            help="A method to measure, a name of voco_model.baselines.METHODS; may be repeated.",
         ),
     ] = ["full", "untrained", "voco"],  # noqa: B006
     num_tokens: Annotated[
-        int | None, typer.Option(help="an image, of methods that come without; not of full")
+        int | None,
+        typer.Option(
+            help="Tokens per image, for methods that are named without a number; full takes none. By "
+            "default what the checkpoint says."
+        ),
     ] = None,
     upper: Annotated[
         str | None,
-        typer.Option(help="in place of --model for the methods that aren't tuned to compress"),
+        typer.Option(
+            help="The checkpoint for methods that are not tuned to compress, instead of --model."
+        ),
     ] = None,
     checkpoint: Annotated[
         list[str] | None,
-        typer.Option(help="METHOD=PATH, in place of --model for it; may be repeated"),
+        typer.Option(
+            metavar="METHOD=PATH",
+            help="The checkpoint for one method, instead of --model; may be repeated.",
+        ),
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(help="METHOD.NAME=VALUE of a method's own, such as fastv.layer=3"),
+        typer.Option(
+            metavar="METHOD.NAME=VALUE",
+            help="An option of one method, such as fastv.layer=3; may be repeated.",
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="questions a task; by default all")] = None,
-    batch_size: Annotated[int, typer.Option(help="questions at a time")] = 8,
+    limit: Annotated[int | None, typer.Option(help="Questions per task; by default all.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 8,
     several_images: Annotated[
-        str, typer.Option(help="of one question: refuse, or take the middle one")
+        str,
+        typer.Option(
+            metavar="refuse|middle", help="What to do with a question about several images."
+        ),
     ] = "refuse",
-    dtype: Annotated[str, typer.Option(help="of the weights, by default as they are")] = "auto",
-    device: Annotated[str | None, typer.Option(help="by default a GPU, if there is one")] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            help="Dtype of the weights, such as bfloat16; auto leaves them as they are.",
+        ),
+    ] = "auto",
+    device: Device = None,
 ) -> None:
     """Measure methods on the paper's benchmarks through lmms-eval; see docs/evaluation.md."""
     # lmms-eval's logger reads it when it is imported, and would say much before a line that matters.
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")
-    try:
+    with reported_errors(RuntimeError, options=("num_tokens", "batch_size", "several_images")):
         checkpoints = dict(_pair(text, "METHOD=PATH") for text in checkpoint or ())
         options = _options(option or ())
+        for path in (model, *filter(None, [upper]), *checkpoints.values()):
+            check_checkpoint(path)
+        check_device(device)
         from voco_model.evaluate.run import evaluate as run
 
         table = run(
@@ -69,11 +97,6 @@ def evaluate(
             dtype=dtype,
             device=device,
         )
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError) as error:
-        if os.environ.get("VOCO_TRACEBACK"):
-            raise
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
     if table is not None:
         print(table)
 

@@ -14,12 +14,11 @@ import numpy as np
 from torch import Tensor
 
 from voco_model.explain.compute import Explanation
+from voco_model.explain.output import check_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
-
-SUFFIXES = (".png", ".html")
 
 _MOST_LAYERS = 8  # columns of maps in the overview, beside the mean
 _MOST_VOCO = 8  # rows of maps in the overview; maps side by side in a layer's section
@@ -57,24 +56,6 @@ def draw(explanation: Explanation, path: str | PathLike) -> None:
         return
     layers = [_png(_of_layer(explanation, layer)) for layer in range(explanation.num_layers)]
     Path(path).write_text(_page(explanation, overview, layers), encoding="utf-8")
-
-
-def check_path(path: str | PathLike) -> str:
-    """The suffix of a file that ``draw`` can write; raises what ``draw`` raises."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"expected a file {' or '.join(SUFFIXES)}, got {str(path)!r}")
-    if not Path(path).parent.is_dir():
-        raise ValueError(
-            f"expected a file in a folder that is there, got {str(path)!r}; make it first"
-        )
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "expected matplotlib to draw an explanation, found none: pip install 'voco-kernels[bench]'"
-        ) from error
-    return suffix
 
 
 def _page(explanation: Explanation, overview: bytes, layers: list[bytes]) -> str:

@@ -1,44 +1,46 @@
-"""``python -m voco_model miniature``."""
+"""``voco miniature``."""
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from voco_model.cli_common import Device, check_device, reported_errors
+
 
 def miniature(
-    output: Annotated[Path, typer.Option(help="folder of checkpoints, tables and the plot")] = Path(
-        "miniature"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="Folder for the checkpoints, the tables and the plot.")
+    ] = Path("miniature"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="one seed, one token, shorter trainings")
+        bool, typer.Option("--quick", help="One seed, one VoCo token and shorter trainings.")
     ] = False,
-    seeds: Annotated[int | None, typer.Option(help="in place of the recipe's", min=1)] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Trainings of each method, instead of the recipe's.", min=1)
+    ] = None,
     distinct: Annotated[
         list[int] | None,
         typer.Option(
-            help="in place of the recipe's: counts of VoCo tokens with a row each; may be given several "
-            "times",
+            help="Also train with this many VoCo tokens that have an embedding row each, instead of the "
+            "recipe's; may be repeated.",
             min=2,
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="processes; by default one a CPU, or one on a GPU", min=1)
+        int | None,
+        typer.Option(help="Processes; by default one per CPU, or one on a GPU.", min=1),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one")
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Train small LLaVAs on pictures of digits, compress them in every way, and compare."""
-    from rich.console import Console
-    from rich.markdown import Markdown
+    with reported_errors(RuntimeError):
+        check_device(device)
+        from rich.console import Console
+        from rich.markdown import Markdown
 
-    try:
         from voco_model.miniature.recipe import FULL, QUICK
         from voco_model.miniature.report import tables
         from voco_model.miniature.run import run
@@ -50,11 +52,6 @@ def miniature(
             recipe = replace(recipe, distinct=tuple(sorted(set(distinct))))
         console = Console()
         results = run(recipe, output, workers=workers, device=device, console=console)
-    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
-        if os.environ.get("VOCO_TRACEBACK"):
-            raise
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
     for text in tables(results).values():
         console.print(Markdown(text))
     print(f"written: {output}/results.json, tables.md, retention.png")

@@ -64,7 +64,8 @@ def parity(backend: str, case: Case, dtype: torch.dtype, device: str = "cpu", **
     ids=name_of,
 )
 def test_parity(backend, dtype, name):
-    heads = {"heads": 2, "kv_heads": 1} if backend == "triton" else {}
+    # groups of heads are test_groups_of_heads'; an interpreted head takes seconds
+    heads = {"heads": 1, "kv_heads": 1} if backend == "triton" else {}
     parity(backend, CASES[name], dtype, **heads)
 
 
@@ -75,7 +76,7 @@ def test_head_dims(backend, head_dim):
     parity(backend, SMALL, dtype, heads=2, kv_heads=1, head_dim=head_dim)
 
 
-@pytest.mark.parametrize("heads", [(4, 1), (6, 2), (3, 3)], ids=str)
+@pytest.mark.parametrize("heads", [(3, 1), (4, 2), (2, 2)], ids=str)
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_groups_of_heads(backend, heads):
     parity(backend, SMALL, torch.float32, heads=heads[0], kv_heads=heads[1], head_dim=16)
@@ -96,7 +97,7 @@ STRIDES = {
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_strides(backend, stride):
     layout = SMALL.layout()
-    inputs = random_inputs(layout, torch.float32, heads=4, kv_heads=2, head_dim=16)
+    inputs = random_inputs(layout, torch.float32, heads=2, kv_heads=2, head_dim=16)
     skip_unless_it_serves(backend, inputs)
     strided = Inputs(*map(STRIDES[stride], inputs[:4]), inputs.dlse)
     assert not any(tensor.is_contiguous() for tensor in strided[:4])
@@ -166,7 +167,7 @@ def test_drawn_layouts_with_sdpa(case):
     parity("sdpa", case, torch.float32, heads=2, kv_heads=1, head_dim=8)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(cases(longest=9))
 def test_drawn_layouts_with_triton(case):
     parity("triton", case, torch.float32, heads=1, kv_heads=1, head_dim=16)

@@ -36,8 +36,9 @@ COMPILED = [  # the slowest first
     (89, "bf16", WIDTHS),
     (100, "bf16", WIDTHS),
     (120, "bf16", WIDTHS),
-    (80, "fp16", WIDTHS),
-    (90, "fp16", WIDTHS),
+    # as bf16 but for the instructions' types
+    (80, "fp16", (128,)),
+    (90, "fp16", (128,)),
 ]
 
 

@@ -1,15 +1,16 @@
-"""Random moves between compact entries and caches, and what they must leave behind.
+"""Random moves between compact entries and caches, and checks of their results for any loader.
 
-``Scene`` is entries, a cache and a ``Move`` between them. ``check_load`` and ``check_extract`` run a
-loader and compare every element of the cache's memory, or of the entries, with the float64 truth.
+A ``Scene`` has entries, a cache and a ``Move`` between them. ``check_load`` and ``check_extract`` run a
+loader and compare every element of the cache's memory, or of the entries, with the result in float64.
 
-The bound of a rotated key. It is made of ``a`` and ``b``, which are exact in float32, or off by 2**-24
-of themselves where a scale was multiplied in. cos and sin are off by less than 1.5 * 2**-24 (turn_of in
-csrc/kv_load.cu), each product and the sum by 2**-24 of itself. |a cos - b sin| is at most |a| + |b|:
-together that is less than (1 + 1.5 + 1 + 1) * 2**-24 * (|a| + |b|), and less than 5 * 2**-24 * (|a| +
-|b|) with the products of errors. Rounding to the cache's dtype is monotonic: the result lies between the
-roundings of truth - bound and truth + bound. What isn't rotated is determined: one product in float32
-where there is a scale, one rounding.
+The error bound of a rotated key: it is computed from ``a`` and ``b``, which are exact in float32, or
+have a relative error of 2**-24 if they were multiplied by a scale. The errors of cos and sin are below
+1.5 * 2**-24 (turn_of in csrc/kv_load.cu); the products and the sum have relative errors of 2**-24.
+Since |a cos - b sin| is at most |a| + |b|, the sum of these errors is below (1 + 1.5 + 1 + 1) * 2**-24 *
+(|a| + |b|), and below 5 * 2**-24 * (|a| + |b|) with the products of errors included. Rounding to the
+cache's dtype is monotonic, so the result lies between the rounded values of truth - bound and truth +
+bound. Elements that aren't rotated are determined: one product in float32 if there is a scale, and one
+rounding.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ def bits(tensor: Tensor) -> Tensor:
 
 @dataclass
 class Scene:
-    """Sizes and kinds of a move; ``build`` makes its tensors.
+    """The sizes and dtypes of a move; ``build`` makes its tensors.
 
     Attributes:
-        counts: tokens of each entry; entry ``e`` goes to row ``e`` of the cache.
-        paged: layers are ``[blocks, block_size, Hkv, D]``, or else ``[B, Hkv, S, D]``.
+        counts: tokens in each entry; entry ``e`` goes to row ``e`` of the cache.
+        paged: layers are ``[blocks, block_size, Hkv, D]`` instead of ``[B, Hkv, S, D]``.
         rotary_dim: 0 for no rotation.
-        shifts: of all tokens; by default from 0 up, some of them large.
+        shifts: used in turn for all tokens; by default 0 and others, some of them large.
         host: entries and tables in pinned memory, with a cache on CUDA.
-        lengths: whether each layer has a count of tokens.
+        lengths: whether each layer has a token count.
     """
 
     counts: tuple[int, ...] = (1, 3, 8)
@@ -80,7 +81,7 @@ class Scene:
         inv_freq = None
         if self.rotary_dim:
             exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.float64) / self.rotary_dim
-            # a model's own are float32
+            # rounded to float32, like a model's
             inv_freq = self.table((10_000**-exponents).float().double())
         bases = [[tensor.data_ptr() for tensor in layer] for layer in self.layers]
         lengths = [counter.data_ptr() for counter in self.counters]
@@ -125,14 +126,14 @@ class Scene:
                 values = (values * largest / 3).clamp(-largest, largest)
                 values = values.round() if self.entry_dtype == torch.int8 else values
                 scales = self.table(torch.rand(shape[:4], generator=generator) + 0.01)
-            # zeros of either sign, too
+            # zeros of both signs
             values.view(-1)[::17] = 0.0
             values.view(-1)[5::17] = -0.0
             self.entries.append(self.table(values.to(self.entry_dtype)))
             self.scales.append(scales)
 
     def _make_cache(self, generator: torch.Generator) -> None:
-        """All NaN, each tensor an allocation of its own, and tokens at scattered slots."""
+        """A cache of NaN, with one allocation per tensor, and scattered slots for the tokens."""
         H, D = self.num_kv_heads, self.head_dim
         rows = len(self.counts)
         blocks = rows * self.SLOTS // self.BLOCK_SIZE + 2
@@ -156,19 +157,21 @@ class Scene:
                 self.offsets.append((row * H * self.SLOTS + slots) * D)
 
     def rows_of(self, cache: Tensor, entry: int) -> Tensor:
-        """``[Hkv, n]``: the first element of each row that the entry has in a tensor of the cache."""
+        """``[Hkv, n]``: the index of each row's first element in a tensor of the cache."""
         heads = torch.arange(self.num_kv_heads)[:, None] * self.move.head_stride
         return (heads + self.offsets[entry]).to(cache.device)
 
     def gather(self, layer: int, c: int, entry: int) -> Tensor:
-        """``[Hkv, n, D]``, from the cache."""
+        """``[Hkv, n, D]``: what the cache holds of an entry."""
         cache = self.layers[layer][c]
         columns = torch.arange(self.head_dim, device=cache.device)
         return cache.view(-1)[self.rows_of(cache, entry)[..., None] + columns]
 
     def truth(self, entry: int) -> tuple[Tensor, Tensor]:
-        """What the entry is in a cache, and by how much it may be off before it is rounded, both float64
-        ``[L, 2, Hkv, n, D]``, on the CPU."""
+        """The entry as a cache should hold it, and the error allowed before it is rounded.
+
+        Both are float64 ``[L, 2, Hkv, n, D]`` on the CPU.
+        """
         exact = self.entries[entry].cpu().float()
         if self.scales[entry] is not None:
             exact = exact * self.scales[entry].cpu()[..., None]
@@ -186,7 +189,7 @@ class Scene:
         else:
             a, b = keys[..., rotary].chunk(2, dim=-1)
         turned = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
-        bound = (ERROR * (a.abs() + b.abs())).clamp(min=1e-300)  # 0: of what isn't rotated
+        bound = (ERROR * (a.abs() + b.abs())).clamp(min=1e-300)  # 0 means: not rotated
         if self.interleaved:
             turned, bound = torch.stack(turned, -1).flatten(-2), bound.repeat_interleave(2, -1)
         else:
@@ -198,7 +201,7 @@ class Scene:
 
 
 def check_load(scene: Scene, run: Callable[[Move], None]) -> None:
-    """Run the scene's move to the cache and look at every bit of the cache."""
+    """Run the scene's move into the cache, and check every element of the cache."""
     run(scene.move)
     _synchronize(scene)
     for entry in range(len(scene.counts)):
@@ -215,14 +218,14 @@ def check_load(scene: Scene, run: Callable[[Move], None]) -> None:
 def _assert_rounded(got: Tensor, exact: Tensor, error: Tensor, is_copy: bool) -> None:
     low, high = ((exact + sign * error).float().to(got.dtype) for sign in (-1, 1))
     fixed = error == 0
-    assert torch.equal(bits(got)[fixed], bits(low)[fixed]), "a value that isn't rotated"
+    assert torch.equal(bits(got)[fixed], bits(low)[fixed]), "an element that isn't rotated differs"
     assert not is_copy or fixed.all()
     inside = (got >= low) & (got <= high)
     assert inside.all(), f"off by {((got.double() - exact).abs() - error).max()} more than allowed"
 
 
 def assert_untouched(scene: Scene) -> None:
-    """Nothing but the addressed slots was written: the rest is the NaN that it was."""
+    """Check that only the addressed slots were written: all others still hold NaN."""
     nan = bits(torch.full((1,), float("nan"), dtype=scene.cache_dtype))
     for layer in scene.layers:
         for cache in layer:
@@ -234,7 +237,7 @@ def assert_untouched(scene: Scene) -> None:
 
 
 def check_extract(scene: Scene, run: Callable[[Move], None]) -> None:
-    """Take entries out of a cache of random bits, between guards, and compare them bit for bit."""
+    """Copy entries out of a cache of random bits, and compare them and the memory around them."""
     for layer in scene.layers:
         for cache in layer:
             bits(cache).random_()
@@ -272,7 +275,7 @@ DTYPES = [
 ]
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
-# What every loader must get right; each makes a scene afresh.
+# The scenes that every loader is tested with; each value makes a new one.
 SCENES: dict[str, Callable[..., Scene]] = {}
 
 

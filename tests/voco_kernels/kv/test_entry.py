@@ -1,3 +1,5 @@
+"""``CompactKV`` and ``Rope``: checks, quantization, rotation, pickling."""
+
 from __future__ import annotations
 
 import copy
@@ -64,7 +66,7 @@ def test_a_value_with_its_sizes():
         (torch.zeros(3, 2, 4, 5, 16), torch.arange(5).flip(0), 9, ValueError, "that rise"),
     ],
 )
-def test_refuses_parts_that_do_not_fit(kv, positions, next_position, error, message):
+def test_tensors_that_do_not_fit_are_refused(kv, positions, next_position, error, message):
     with pytest.raises(error, match=message):
         CompactKV(kv, positions, next_position)
 
@@ -83,7 +85,7 @@ def test_scales_belong_to_8_bits():
 @pytest.mark.parametrize("quantized", list(QUANTIZED_MAX), ids=str)
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**16), log_size=st.floats(-30, 4))
-def test_quantization_is_off_by_no_more_than_it_says(dtype, quantized, seed, log_size):
+def test_quantization_errors_are_within_the_documented_bounds(dtype, quantized, seed, log_size):
     entry = make_entry(seed=seed)
     # rows of very different sizes: each has its own scale
     sizes = 2.0 ** (log_size * torch.rand(4, 2, 2, 3, 1, generator=torch.manual_seed(seed)))
@@ -97,8 +99,8 @@ def test_quantization_is_off_by_no_more_than_it_says(dtype, quantized, seed, log
         bound = largest / 254
     else:
         bound = torch.maximum(values.abs() / 16, largest / 448 / 1024)
-    # float32: the scale, the quotient and the product are rounded; a row's scale may be the least normal
-    # number, of which a row of tiny numbers is a small multiple
+    # In float32, the scale, the quotient and the product are rounded, and the scale of a row of tiny
+    # numbers is the least normal number.
     slack = 4 * EPS * largest + torch.finfo(torch.float32).tiny
     assert ((back - values).abs() <= bound + slack).all()
 
@@ -128,7 +130,7 @@ def test_quantization_keeps_zeros_and_the_largest_value(quantized):
         (lambda entry: make_entry(rope=llama_rope(32)), "expected a rotary_dim up to head_dim 16"),
     ],
 )
-def test_says_what_it_can_not_do(what, message):
+def test_operations_that_an_entry_does_not_support_are_refused(what, message):
     with pytest.raises(ValueError, match=message):
         what(make_entry())
 
@@ -141,7 +143,7 @@ def test_infinity_is_not_quantized():
 
 
 def rotate_fp64(keys, shift, inv_freq, interleaved):
-    """By complex numbers, a pair at a time."""
+    """Rotation by complex numbers, one pair of dimensions at a time."""
     keys, half = keys.double(), len(inv_freq)
     out = keys.clone()
     for i, frequency in enumerate(inv_freq.double()):
@@ -156,13 +158,13 @@ def rotate_fp64(keys, shift, inv_freq, interleaved):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rotary_dim", [16, 8])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_keys_rotate_on_as_in_fp64(dtype, rotary_dim, interleaved):
+def test_keys_are_rotated_as_in_fp64(dtype, rotary_dim, interleaved):
     entry = make_entry(dtype=dtype, rope=llama_rope(rotary_dim, interleaved))
     positions = torch.tensor([7, 1500, 100_003])
     moved = entry.rotated(positions)
     shift = positions - entry.positions
     truth = rotate_fp64(entry.kv[:, 0], shift, entry.rope.inv_freq, interleaved)
-    # one rounding to the dtype; in float32 also of cosine, sine, two products and their sum
+    # one rounding to the dtype, and those of cosine, sine, two products and their sum in float32
     unit = torch.finfo(dtype).eps / 2
     working = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     bound = unit * truth.abs() + 4 * working * entry.kv[:, 0].double().abs().amax(-1, keepdim=True)
@@ -174,7 +176,7 @@ def test_keys_rotate_on_as_in_fp64(dtype, rotary_dim, interleaved):
     assert entry.rotated(7).kv.equal(entry.kv)
 
 
-def test_rotating_there_and_back_is_nothing():
+def test_rotating_there_and_back_changes_nothing():
     entry = make_entry(dtype=torch.float64, rope=llama_rope())
     there_and_back = entry.rotated(4000).rotated(7)
     torch.testing.assert_close(there_and_back.kv, entry.kv, rtol=0, atol=1e-14)
@@ -188,7 +190,7 @@ def test_ropes_are_the_same_by_value():
     assert not llama_rope().same(None)
 
 
-def test_values_that_would_come_back_infinite_are_not_quantized():
+def test_values_that_would_become_infinite_are_not_quantized():
     largest = torch.finfo(torch.bfloat16).max
     kv = torch.full((1, 2, 1, 1, 4), largest)
     for quantized in QUANTIZED_MAX:
@@ -256,7 +258,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_entry_travels(way, dtype):
+def test_an_entry_is_copied_pickled_and_saved(way, dtype):
     entry = entry_in(dtype)
     assert_same(way(entry), entry)
 
@@ -269,8 +271,8 @@ def test_a_deep_copy_has_memory_of_its_own_and_a_copy_does_not():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_views_travel_without_the_rest_of_their_memory(dtype):
-    """An entry of a batch, and one that isn't contiguous."""
+def test_views_are_pickled_without_the_rest_of_their_memory(dtype):
+    """Views: some layers of a larger tensor, and a tensor that isn't contiguous."""
     whole = entry_in(dtype, layers=40)
     scales = None if whole.scales is None else whole.scales[3:5]
     for kv in (whole.kv[3:5], whole.kv[3:5].transpose(2, 3).contiguous().transpose(2, 3)):
@@ -282,7 +284,7 @@ def test_views_travel_without_the_rest_of_their_memory(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
-def test_memory_that_cannot_be_written_travels(tmp_path, dtype):
+def test_read_only_memory_is_pickled(tmp_path, dtype):
     entry = entry_in(dtype)
     data = entry.kv.view(torch.uint8).numpy().tobytes()
     read_only = torch.frombuffer(data, dtype=dtype).view(entry.kv.shape)
@@ -316,7 +318,7 @@ def test_a_file_is_mapped(tmp_path, dtype):
 def _echo(connection) -> None:
     entry = connection.recv()
     connection.send(entry)
-    connection.recv()  # the tensors are shared; their owner stays until they were taken over
+    connection.recv()  # keeps the shared tensors alive until they were received
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
@@ -354,7 +356,7 @@ def copy_of_class(kind):
     return kind.__new__(kind)
 
 
-def test_what_is_unpickled_is_checked():
+def test_unpickled_entries_are_checked():
     entry = entry_in(torch.bfloat16)
     assert_same(pickle.loads(pickle.dumps(_Before(entry))), entry)
     bad = copy.copy(entry)

@@ -1,4 +1,4 @@
-"""``load_into`` and ``extract`` on Transformers' caches and on paged ones, by the CPU's loader."""
+"""``load_into`` and ``extract`` on Transformers' caches and on paged ones, with the CPU loader."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def dynamic_cache(rows=1, slots=12, dtype=torch.float32):
 
 
 def paged_cache(rows=1, slots=12, dtype=torch.float32, block_size=4):
-    """Rows own blocks in an order that is not theirs, and slots of a block are not near each other."""
+    """A cache whose rows own blocks in random order, so that their slots are scattered."""
     blocks = -(-slots // block_size)
     table = torch.randperm(rows * blocks, generator=torch.manual_seed(3)).view(rows, blocks) + 1
     shape = (rows * blocks + 2, block_size, HEADS, HEAD_DIM)
@@ -67,7 +67,7 @@ def poison(cache):
 
 
 def contents(cache):
-    """Everything in it, ``[L, 2, rows, Hkv, slots, D]``, however it is kept."""
+    """Everything in a cache of any kind, as ``[L, 2, rows, Hkv, slots, D]``."""
     pairs = torch.stack([torch.stack(pair) for pair in pairs_of(cache)])
     if isinstance(cache, PagedKV):
         rows, _ = cache.block_table.shape
@@ -80,7 +80,7 @@ def contents(cache):
 
 
 def assert_only(cache, expected: dict[tuple[int, int], CompactKV]):
-    """Entry by (row, first slot); every other slot still has the poison."""
+    """Check the entry at each (row, first slot), and that every other slot still has the poison."""
     found = contents(cache)
     untouched = torch.ones(found.shape[2], found.shape[4], dtype=torch.bool)
     for (row, slot), entry in expected.items():
@@ -120,7 +120,7 @@ def test_several_images_in_one_prompt(make_cache):
     assert_only(cache, {(0, 3): a, (0, 4): b, (0, 6): c})
 
 
-def test_by_default_rows_end_together_and_the_length_is_theirs():
+def test_by_default_rows_end_together_and_the_length_is_set():
     a, b, c = (make_entry(tokens, seed=tokens) for tokens in (1, 2, 4))
     cache = static_cache(rows=2)
     load_into(cache, [[a, b], [c]])
@@ -145,7 +145,7 @@ def test_with_slots_the_length_stays():
     assert int(cache.get_seq_length()) == 0
 
 
-def test_a_cache_that_was_loaded_is_one_that_generate_grows():
+def test_a_loaded_cache_can_be_extended():
     cache, entry = DynamicCache(), make_entry(2)
     load_into(cache, entry)
     new = torch.randn(1, HEADS, 1, HEAD_DIM)
@@ -161,7 +161,7 @@ def test_a_cache_that_was_loaded_is_one_that_generate_grows():
 
 
 def test_tensors_at_irregular_distances():
-    """As a long-lived process has them, and layers that share one allocation, backwards."""
+    """Tensors scattered as in a long-running process, or in one allocation in reverse order."""
     entry = make_entry(3, rope=llama_rope())
     memory = torch.full((LAYERS * 7, 1, 12, HEADS, HEAD_DIM), torch.nan)
     for at in ([0, 3, 4, 9, 10, 11, 20, 27], list(range(7, -1, -1)), [0, 1, 4, 5, 8, 9, 12, 13]):
@@ -207,10 +207,10 @@ def test_positions_rotate_keys_on(make_cache, entry_dtype):
     load_into(cache, [a, b], slots=[2, 4], positions=[5000, where])
     expected = {(0, 2): plain[0].rotated(5000), (1, 4): plain[1].rotated(where)}
     assert_only(cache, expected)
-    # where it stands already, it is copied to the bit
+    # at its present positions, an entry is copied bit for bit
     load_into(poison(cache), [a, b], slots=[2, 4], positions=[7, 7])
     assert_only(cache, {(0, 2): plain[0], (1, 4): plain[1]})
-    # two images in one row, one of which stays
+    # two images in one row, one of which keeps its positions
     load_into(poison(cache), [[a, b]], rows=[1], slots=[[0, 6]], positions=[[7, 50]])
     assert_only(cache, {(1, 0): plain[0], (1, 6): plain[1].rotated(50)})
 
@@ -224,7 +224,7 @@ def test_entries_of_different_dtypes_in_one_row(make_cache):
     assert_only(cache, {(0, 2): expected[0], (0, 3): expected[1], (0, 5): expected[2]})
 
 
-def test_extract_is_the_way_back(make_cache):
+def test_extract_is_the_inverse_of_load_into(make_cache):
     entries = [make_entry(tokens, seed=tokens) for tokens in (1, 3)]
     cache = make_cache(rows=3)
     load_into(cache, entries, rows=[2, 0], slots=[3, 5])
@@ -247,7 +247,7 @@ def test_extract_is_the_way_back(make_cache):
     assert one.next_position == 11
 
 
-def test_what_is_prepared_is_launched_again_and_with_other_entries(make_cache):
+def test_a_transfer_is_launched_again_and_with_other_entries(make_cache):
     first, second = make_entry(2, seed=1), make_entry(2, seed=2)
     cache = make_cache()
     transfer = prepare_load(cache_view.views(cache), first, slots=3)
@@ -316,7 +316,7 @@ ENTRY = make_entry(2)
         (lambda c: load_into(c, ENTRY, slots=-1), "got -1 to 0"),
         (
             lambda c: load_into(c, [[ENTRY, ENTRY]], slots=[[0, 1]]),
-            "expected every slot to be taken once",
+            "expected every slot to be used once, got slot 1 of row 0 twice",
         ),
         (lambda c: load_into(c, [ENTRY] * 2, rows=[1, 1], slots=0), "2 different rows"),
         (lambda c: load_into(c, [ENTRY], slots=[1, 2]), "slots for each of 1 rows, got 2"),
@@ -343,7 +343,7 @@ ENTRY = make_entry(2)
             "a slot for each position, at least one, got 2 and 1",
         ),
         (lambda c: extract(c, [[0]], [[0]], rows=[2]), "expected rows 0 to 1, got 2"),
-        (lambda c: extract(c, [[1, 1]], [[0, 1]]), "expected every slot to be taken once"),
+        (lambda c: extract(c, [[1, 1]], [[0, 1]]), "got slot 1 of row 0 twice"),
         (lambda c: extract(c, [[0]], [[0], [1]]), "for the same rows, at least one, got 1, 2"),
     ],
 )
@@ -380,6 +380,16 @@ def test_tensors_that_were_replaced_are_found():
     assert int(cache.get_seq_length()) == 2
 
 
+def test_bytes_are_only_written_for_entries_that_are_copied_unchanged():
+    half = make_entry(2, dtype=torch.float16)
+    transfer = prepare_load(static_cache(), [[ENTRY, half]])
+    assert [transfer.takes_bytes(index) for index in range(2)] == [True, False]
+    with pytest.raises(ValueError, match="bytes go into the cache unchanged, got entry 1"):
+        transfer.write(1, 0, memoryview(bytes(half.nbytes)))
+    with pytest.raises(ValueError, match="bytes go into the cache unchanged, got entry 1"):
+        transfer.destinations(1)
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
@@ -392,22 +402,29 @@ def test_tensors_that_were_replaced_are_found():
         (lambda t: t.write(0, ENTRY.nbytes, memoryview(bytes(128))), "within 2048"),
     ],
 )
-def test_what_is_fed_must_fit(what, message):
+def test_layers_that_do_not_fit_are_not_fed(what, message):
     cache = static_cache()
     with pytest.raises(ValueError, match=message):
         what(prepare_load(cache, ENTRY))
     assert contents(cache).isnan().all()
 
 
-def test_memory_that_is_not_one_slot_each_is_refused():
+def test_slots_that_share_memory_and_wrong_arguments_are_refused():
     cache = static_cache()
     cache.layers[0].cumulative_length = torch.zeros(2, dtype=torch.int32)[0]
     with pytest.raises(ValueError, match="expected cumulative_length as one int64 .* torch.int32"):
         load_into(cache, ENTRY)
     paged = paged_cache(rows=2)
     paged.block_table[1] = paged.block_table[0]
-    with pytest.raises(ValueError, match="blocks that the block table names twice"):
+    with pytest.raises(ValueError, match="rows of the block table that name one block twice"):
         load_into(paged, [ENTRY, ENTRY])
+    overlapping = dynamic_cache(rows=2)
+    for layer in overlapping.layers:
+        memory = torch.zeros(HEADS, 16, HEAD_DIM)
+        strides = (2 * HEAD_DIM, 16 * HEAD_DIM, HEAD_DIM, 1)  # row 1 starts at slot 2 of row 0
+        layer.keys = layer.values = memory.as_strided((2, HEADS, 12, HEAD_DIM), strides)
+    with pytest.raises(ValueError, match="slots that share memory: .* or tensors that overlap"):
+        load_into(overlapping, [ENTRY, ENTRY], slots=[2, 0])
     eight_bits = PagedKV(
         [(torch.zeros(3, 4, 2, 16, dtype=torch.int8),) * 2] * LAYERS, paged.block_table
     )
@@ -443,7 +460,7 @@ def test_positions_must_rise():
 
 def test_entries_of_different_models_do_not_mix():
     a, b = (replace(make_entry(), fingerprint=name) for name in ("one", "another"))
-    load_into(static_cache(rows=2), [a, make_entry()])  # of which nobody said what made it
+    load_into(static_cache(rows=2), [a, make_entry()])  # one without a fingerprint
     with pytest.raises(ValueError, match="expected entries of one model, got the fingerprints"):
         load_into(static_cache(rows=2), [a, b])
     ropes = [make_entry(rope=llama_rope(interleaved=each)) for each in (False, True)]
@@ -451,14 +468,14 @@ def test_entries_of_different_models_do_not_mix():
         load_into(static_cache(rows=2), ropes, positions=[9, 9])
 
 
-def test_refuses_caches_that_it_can_not_serve():
+def test_refuses_caches_that_it_cannot_use():
     with pytest.raises(TypeError, match="expected a cache with layers .* got dict"):
         load_into({}, ENTRY)
     with pytest.raises(TypeError, match="expected CompactKV entries, got Tensor in row 0"):
         load_into(static_cache(), [[torch.zeros(1)]])
     with pytest.raises(ValueError, match="call cache.early_initialization"):
         load_into(StaticCache(CONFIG, max_cache_len=4), ENTRY)
-    with pytest.raises(ValueError, match="got one that holds 12 tokens, and no slots"):
+    with pytest.raises(ValueError, match="got none with one that holds 12 tokens"):
         load_into(dynamic_cache(), ENTRY)
     with pytest.raises(ValueError, match="neither slots nor rows with an empty DynamicCache"):
         load_into(DynamicCache(), ENTRY, slots=0)
@@ -466,7 +483,7 @@ def test_refuses_caches_that_it_can_not_serve():
         PagedKV([], torch.zeros(2))
     paged = paged_cache()
     paged.block_table[0, 1] = -1
-    load_into(paged, ENTRY, slots=0)  # the block that isn't there is not asked for
+    load_into(paged, ENTRY, slots=0)  # the missing block is not used
     with pytest.raises(
         ValueError, match="expected blocks 0 to 4 .* got block -1 for slot 4 of row 0"
     ):
@@ -509,7 +526,7 @@ def test_numpy_integers_and_single_tensors_are_integers(integer):
     ("name", "nested"),
     [("rows", 1), ("slots", 0), ("slots", 1), ("slots", 2), ("positions", 0), ("positions", 2)],
 )
-def test_what_is_no_integer_is_refused_and_nothing_changed(name, nested, wrong):
+def test_other_types_than_integers_are_refused_and_nothing_is_changed(name, nested, wrong):
     for _ in range(nested):
         wrong = [wrong]
     cache = dynamic_cache()

@@ -1,4 +1,4 @@
-"""``load_into`` and ``extract`` on a GPU: every loader, entries in every kind of memory, in graphs."""
+"""``load_into`` and ``extract`` on a GPU: each loader, entries in each kind of memory, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from transformers import StaticCache
 
 from tests.voco_kernels.kv.test_entry import llama_rope, make_entry
 from tests.voco_kernels.kv.test_load import CONFIG, HEAD_DIM, HEADS, poison
-from voco_kernels.kv import cache_view
-from voco_kernels.kv import transfer as kv_transfer
+from voco_kernels.kv import cache_view, staging
 from voco_kernels.kv.entry import CompactKV
 from voco_kernels.kv.load import extract, load_into, prepare_load
 from voco_kernels.kv.loaders import cuda, triton
@@ -50,7 +49,7 @@ def in_memory(entry: CompactKV, kind: str) -> CompactKV:
 @pytest.mark.parametrize("kind", ["device", "pinned", "pageable"])
 @pytest.mark.parametrize("quantized", [None, torch.int8, torch.float8_e4m3fn], ids=str)
 def test_entries_come_from_any_memory(loader, kind, quantized, staged_above, monkeypatch):
-    monkeypatch.setattr(kv_transfer, "STAGED_ABOVE", staged_above)
+    monkeypatch.setattr(staging, "STAGED_ABOVE", staged_above)
     entries = [make_entry(tokens, dtype=torch.bfloat16, seed=tokens) for tokens in (1, 3, 8)]
     expected = entries
     if quantized is not None:
@@ -66,7 +65,7 @@ def test_entries_come_from_any_memory(loader, kind, quantized, staged_above, mon
     assert [int(layer.get_seq_length()) for layer in cache.layers] == [8] * len(cache.layers)
 
 
-def test_keys_rotate_on(loader):
+def test_keys_are_rotated(loader):
     entry = make_entry(3, rope=llama_rope())
     cache = static_cache(dtype=torch.float32)
     load_into(cache, entry, positions=[50_000], loader=loader)
@@ -75,7 +74,7 @@ def test_keys_rotate_on(loader):
     torch.testing.assert_close(contents(cache)[:, :, 0, :, :3], expected, rtol=0, atol=bound)
 
 
-def test_extract_is_the_way_back(loader):
+def test_extract_is_the_inverse_of_load_into(loader):
     entry = make_entry(3, dtype=torch.bfloat16)
     cache = static_cache(rows=2)
     load_into(cache, [entry], rows=[1], slots=[4], loader=loader)
@@ -103,8 +102,8 @@ def test_a_graph_loads_what_the_tables_name(loader, kind):
         assert torch.equal(contents(cache)[:, :, 0, :, :2], entry.kv.cpu())
 
 
-def test_pinned_memory_is_not_given_away_before_it_was_read(loader):
-    """The entry dies at once; its pinned memory must not serve the next one while the kernel runs."""
+def test_pinned_memory_is_kept_until_it_was_read(loader):
+    """The entry is freed at once, but its memory must not be reused while the kernel reads it."""
     cache = static_cache(rows=1)
     for seed in range(50):
         torch.cuda._sleep(1_000_000)  # the kernel waits

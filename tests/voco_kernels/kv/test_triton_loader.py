@@ -1,5 +1,7 @@
-"""The loaders' kernels against float64: Triton's in the interpreter, and compiled for chips that aren't
-here; on a GPU Triton's and CUDA's, which tests/cuda_on_cpu/ runs without one."""
+"""The loaders' kernels against float64: Triton's in the interpreter, both on a GPU if there is one.
+
+Triton's is also compiled ahead of time for several chips. tests/cuda_on_cpu/ runs CUDA's without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ COMPILER = Path(__file__).parents[2] / "support" / "triton_move_aot.py"
 COPIES = [name for name in SCENES if SCENES[name]().build().move.is_copy]
 
 interpreted = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="wants Triton's interpreter: TRITON_INTERPRET=1"
+    not triton.knobs.runtime.interpret, reason="needs Triton's interpreter: TRITON_INTERPRET=1"
 )
 
 
@@ -147,7 +149,7 @@ def test_entries_of_8_bits_begin_at_multiples_of_8():
 
 
 @interpreted
-def test_what_the_sanitizer_watches():
+def test_the_sanitizer_script_runs():
     sanitize = pytest.importorskip("bench.sanitize", reason="bench needs typer")
     sanitize.move("triton", 80, torch.device("cpu"))
 
@@ -190,7 +192,7 @@ def test_extract_on_a_gpu(run_on_gpu, name, host):
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32, INT8, E4M3])
 @pytest.mark.parametrize("rotary_dim", [0, 128])
 def test_whole_models_on_a_gpu(run_on_gpu, dtype, rotary_dim, host):
-    """LLaVA-1.5-7B's shape, so that threads have several units and blocks go round."""
+    """The shape of LLaVA-1.5-7B, for which a block takes several turns."""
     scene = Scene(
         counts=(12, 1),
         num_layers=32,
@@ -223,7 +225,7 @@ def test_a_captured_move_follows_its_tables(run_on_gpu, rotary_dim, host):
         check_load(other, lambda move: graph.replay())
 
 
-def test_the_scenes_have_what_there_is():
+def test_the_scenes_cover_dtypes_head_dims_and_paged_rotation():
     scenes = [make() for make in SCENES.values()]
     assert {(scene.entry_dtype, scene.cache_dtype) for scene in scenes} >= set(DTYPES)
     assert {scene.head_dim for scene in scenes} >= set(HEAD_DIMS)

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from voco_kernels.attention.reasons import dtype_reasons, strided_reasons
+from voco_kernels.compiler import assume_constant_result
 from voco_kernels.layout import MaskLayout
 
 
-@torch.compiler.assume_constant_result  # an import is not for torch.compile to trace
+@assume_constant_result  # an import is not for torch.compile to trace
 def missing() -> list[str]:
     try:
         _package()

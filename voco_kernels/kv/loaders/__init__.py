@@ -1,5 +1,5 @@
-"""Who moves keys and values between compact entries and a cache: one module a way, one contract.
+"""Loaders move keys and values between compact entries and a cache; one module each.
 
-``missing()`` says why a loader can't run on this machine, ``unsupported(move)`` why it can't make this
-move (both lists of reasons, empty where it can), ``run(move)`` makes it, on the current stream.
+``missing()`` returns why a loader can't run on this machine, ``unsupported(move)`` why it can't make
+this move: lists of reasons, empty if it can. ``run(move)`` makes the move on the current stream.
 """

@@ -5,15 +5,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from voco_kernels.kv.entry import Rope
-from voco_kernels.kv.move import Move
+from voco_kernels.kv.move import OFFSET, SHIFT, Move
 
-# What is converted at a time, in bytes of float32: it stays in the second-level cache.
+# Bytes that are converted at a time, in the working dtype, so that they stay in the second-level cache.
 _CONVERTED_AT_ONCE = 1 << 19
 
 
@@ -29,9 +30,9 @@ def run(move: Move) -> None:
     bases, tokens = move.bases.numpy(), move.tokens.numpy()
     sizes = (move.num_kv_heads, move.head_stride, move.head_dim, move.cache_dtype.itemsize)
     for kv, scales, first, count in move.entries.tolist():
-        offsets = tokens[first : first + count, 0]
+        offsets = tokens[first : first + count, OFFSET]
         if not move.is_copy:
-            shift = move.tokens[first : first + count, 1]
+            shift = move.tokens[first : first + count, SHIFT]
             for layers, values in _converted(move, kv, scales, shift):
                 rows = CacheRows(bases[layers], offsets, *sizes)
                 rows.write(0, values.flatten().view(torch.uint8).numpy())
@@ -47,18 +48,20 @@ def run(move: Move) -> None:
 
 
 def set_lengths(lengths: Tensor, length: int) -> None:
-    """Write ``length`` to int64 counters at these addresses."""
+    """Write ``length`` to the int64 counters at these addresses."""
     for counter in _counters(lengths.numpy().tobytes()):
         counter.value = length
 
 
 class CacheRows:
-    """Some slots of one row of a cache, in all layers, as if they were the bytes of a compact entry.
+    """Slots of a cache in all its layers, addressed by the bytes of the compact entry that goes there.
 
     Args:
-        bases: int64 ``[layers, 2]``, addresses of the layers' keys and values; held by somebody else.
+        bases: int64 ``[layers, 2]``, addresses of the layers' keys and values; the caller keeps them
+            alive.
         offsets: int64 ``[n]``, where each token's slot begins, in elements from a base.
-        num_kv_heads, head_stride, head_dim: of the cache; the stride in elements.
+        num_kv_heads, head_dim: of the cache.
+        head_stride: in elements.
         itemsize: bytes of an element.
     """
 
@@ -78,75 +81,97 @@ class CacheRows:
         self.nbytes = bases.size * num_kv_heads * self._head_nbytes
         grid = _grid(bases.tobytes())
         self._regular = grid is not None
-        # Tokens at equal distances, and for them the tensors: [layers, 2, heads, tokens] of rows, or one
-        # [heads, tokens] after another. Tokens without a gap between them are one row: a long memcpy.
-        self._runs = []
-        for start, stop, step in _runs(offsets):
+        self._runs: list[_Run] = []
+        for start, stop, step in _progressions(offsets):
             at = int(offsets[start]) * itemsize
             shape = (num_kv_heads, stop - start)
             strides = (head_stride * itemsize, step * itemsize)
             row = self._row
-            if step == head_dim:
+            if step == head_dim:  # adjacent tokens are one long row, and one memcpy
                 row = np.dtype((np.void, (stop - start) * row.itemsize))
                 shape, strides = (num_kv_heads, 1), (strides[0], row.itemsize)
-            if grid is not None:
-                base, grid_shape, grid_strides = grid
-                tensors = _array(base + at, grid_shape + shape, grid_strides + strides, row)
-            else:
+            if grid is None:
                 tensors = [_array(int(base) + at, shape, strides, row) for base in bases.flat]
-            self._runs.append((start, stop, row, grid is not None, tensors))
+                self._runs.append(_Run(start, stop, row, None, tensors))
+            else:
+                base, grid_shape, grid_strides = grid
+                array = _array(base + at, grid_shape + shape, grid_strides + strides, row)
+                self._runs.append(_Run(start, stop, row, array, []))
 
     def write(self, at: int, memory: np.ndarray | memoryview) -> None:
-        """Bytes ``at`` to ``at + len(memory)`` of the entry, which begin and end with a head."""
+        """Write bytes ``at`` to ``at + len(memory)`` of the entry; both are multiples of a head's."""
         rows = np.frombuffer(memory, self._row).reshape(-1, self._count)
         self._copy(at // self._head_nbytes, rows, to_cache=True)
 
     def heads(self) -> list[memoryview] | None:
-        """The memory of each head's tokens, in the entry's order; None where a head's are scattered."""
-        start, stop, row, regular, tensors = self._runs[0]
-        if stop - start != self._count or row.itemsize != self._head_nbytes:
+        """The memory of each head, in the entry's order; None if its tokens are not adjacent."""
+        run = self._runs[0]
+        if run.stop - run.start != self._count or run.row.itemsize != self._head_nbytes:
             return None
-        each = (tensor for layer in tensors for tensor in layer) if regular else tensors
-        return [memoryview(head.view(np.uint8)) for tensor in each for head in tensor]
+        tensors = (
+            run.tensors if run.grid is None else [each for layer in run.grid for each in layer]
+        )
+        return [memoryview(head.view(np.uint8)) for tensor in tensors for head in tensor]
 
     def read(self, into: np.ndarray) -> None:
-        """All bytes of the entry."""
+        """Read all bytes of the entry."""
         self._copy(0, into.view(self._row).reshape(-1, self._count), to_cache=False)
 
     def _copy(self, first: int, rows: np.ndarray, to_cache: bool) -> None:
-        """``rows`` ``[heads, tokens]``, counted through all layers, from head ``first`` on."""
+        """Copy ``rows`` ``[heads, tokens]``, where heads are those of all layers' keys and values.
+
+        ``first`` is the index of the first one.
+        """
         if not self._regular and rows.nbytes == self.nbytes:
-            for start, stop, row, _, tensors in self._runs:
-                pieces = rows.reshape(-1, self._heads, self._count)[..., start:stop].view(row)
-                for cache, entry in zip(tensors, pieces, strict=True):
+            for run in self._runs:
+                pieces = rows.reshape(-1, self._heads, self._count)[..., run.start : run.stop]
+                for cache, entry in zip(run.tensors, pieces.view(run.row), strict=True):
                     np.copyto(*((cache, entry) if to_cache else (entry, cache)))
             return
         heads, layer_heads, done = self._heads, 2 * self._heads, 0
         while done < len(rows):
             tensor, head = divmod(first + done, heads)
-            layer, c = divmod(tensor, 2)
-            layers = (len(rows) - done) // layer_heads if not head and not c else 0
-            # Whole layers at once if that can be, else what is left of the keys or values of this one.
-            whole = layers > 0 and self._regular
-            count = layers * layer_heads if whole else min(heads - head, len(rows) - done)
+            layer, is_value = divmod(tensor, 2)
+            # Whole layers at once if possible, or else the rest of this layer's keys or values.
+            starts_layer = not head and not is_value
+            layers = (len(rows) - done) // layer_heads if self._regular and starts_layer else 0
+            count = layers * layer_heads if layers else min(heads - head, len(rows) - done)
             piece = rows[done : done + count]
-            if whole:
+            if layers:
                 piece = piece.reshape(layers, 2, heads, -1)
-            for start, stop, row, regular, tensors in self._runs:
-                if whole:
-                    cache = tensors[layer : layer + layers]
+            for run in self._runs:
+                if run.grid is None:
+                    cache = run.tensors[tensor][head : head + count]
+                elif layers:
+                    cache = run.grid[layer : layer + layers]
                 else:
-                    cache = tensors[layer, c] if regular else tensors[tensor]
-                    cache = cache[head : head + count]
-                entry = piece[..., start:stop].view(row)
+                    cache = run.grid[layer, is_value, head : head + count]
+                entry = piece[..., run.start : run.stop].view(run.row)
                 np.copyto(*((cache, entry) if to_cache else (entry, cache)))
             done += count
 
 
-def _converted(move: Move, kv: int, scales: int, shift: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """One entry's layers, a few at a time, as they go into the cache.
+class _Run(NamedTuple):
+    """Tokens whose slots are at equal distances, and their rows in the cache.
 
-    The arithmetic is float32; float64 where either side has that and nothing is quantized.
+    Attributes:
+        start, stop: the tokens, by their index in the entry.
+        row: the dtype of a row: ``head_dim`` elements, or those of all tokens if these are adjacent.
+        grid: ``[layers, 2, heads, tokens]`` rows, if the cache's tensors are at equal distances.
+        tensors: otherwise ``[heads, tokens]`` rows for each layer's keys and values.
+    """
+
+    start: int
+    stop: int
+    row: np.dtype
+    grid: np.ndarray | None
+    tensors: list[np.ndarray]
+
+
+def _converted(move: Move, kv: int, scales: int, shift: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """An entry's layers in the cache's dtype, a few at a time, dequantized and rotated.
+
+    The arithmetic is in float32, or in float64 if either dtype is float64 and the entry isn't quantized.
     """
     shape = (move.num_layers, 2, move.num_kv_heads, len(shift), move.head_dim)
     entry = _tensor(kv, shape, move.entry_dtype)
@@ -168,8 +193,8 @@ def _converted(move: Move, kv: int, scales: int, shift: Tensor) -> Iterator[tupl
         yield layers, values.to(move.cache_dtype)
 
 
-def _runs(offsets: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """``start, stop, step``: the pieces of ``offsets`` that are arithmetic progressions."""
+def _progressions(offsets: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """``(start, stop, step)``: the pieces of ``offsets`` that are arithmetic progressions."""
     start, count = 0, len(offsets)
     while start < count:
         if start + 1 == count:
@@ -184,10 +209,10 @@ def _runs(offsets: np.ndarray) -> Iterator[tuple[int, int, int]]:
 
 @lru_cache(maxsize=256)
 def _grid(bases: bytes) -> tuple[int, tuple[int, int], tuple[int, int]] | None:
-    """``address, shape, strides`` of the tensors of a table of bases, if they lie at equal distances.
+    """Address, shape and strides of the tensors of a table of bases, if they are at equal distances.
 
-    As tensors of one size do that were allocated one after another, mostly. To NumPy, which asks for no
-    more than addresses, they are then one array.
+    Tensors of one size that were allocated one after another mostly are, and can then be addressed as
+    one NumPy array.
     """
     addresses = np.frombuffer(bases, dtype=np.int64).reshape(-1, 2)
     base = int(addresses[0, 0])
@@ -205,14 +230,16 @@ def _counters(addresses: bytes) -> list[ctypes.c_int64]:
 
 
 def _tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Contiguous memory that somebody else holds, to be read."""
+    """A tensor over contiguous memory; the caller keeps that alive."""
     size = int(np.prod(shape)) * dtype.itemsize
     array = _array(address, (size,), (1,), np.dtype(np.uint8))
     return torch.from_numpy(array).view(dtype).view(shape)
 
 
-def _array(address: int, shape: tuple, strides: tuple, dtype: np.dtype) -> np.ndarray:
-    """Memory that somebody else holds; strides in bytes."""
+def _array(
+    address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    """An array over memory that the caller keeps alive; strides in bytes."""
     return np.asarray(_Memory(address, shape, strides, dtype.str))
 
 

@@ -1,16 +1,19 @@
-"""The loader for Hopper, from ``csrc/kv_load.cu``."""
+"""The CUDA loader, for Hopper (sm_90a), from ``csrc/kv_load.cu``."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from voco_kernels import extension
 from voco_kernels.kv.move import Move, kernel_reasons
 
-# On import, as the attention backend does. Tests put an extension here that runs on the CPU.
+# Tests replace the extension by one that runs on the CPU, an emulation of the chip.
 _extension, _why_not = extension.load()
 _emulated = False
 
+# The names in ``Element`` (csrc/params.h).
 _ELEMENTS = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -65,5 +68,5 @@ def run(move: Move) -> None:
     _extension.kv_move(params, stream)
 
 
-def _element(dtype: torch.dtype):
+def _element(dtype: torch.dtype) -> Any:
     return getattr(_extension.Element, _ELEMENTS[dtype])

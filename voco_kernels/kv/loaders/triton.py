@@ -1,4 +1,4 @@
-"""The loader in Triton, for GPUs from sm_80 up."""
+"""The Triton loader, for GPUs from sm_80 on."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import os
 from contextlib import nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from voco_kernels import interpreter
 from voco_kernels.kv.move import Move, kernel_reasons
 
-# As the attention backend does. Triton, too, decides when it is imported.
+# Read on import, because that is when Triton decides whether to interpret kernels.
 _INSTALLED = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Of an entry's elements that a program has at a time, 16 a thread, and of programs a multiprocessor has.
-TILE = 2048
-_PROGRAMS = 8
-# ptxas is told how many registers a thread may have, or it spills in order to fit more programs.
-OPTIONS = dict(num_warps=4, maxnreg=128)
+TILE = 2048  # elements that a program moves at a time: 16 per thread
+_PROGRAMS = 8  # per multiprocessor
+# With the number of registers given, ptxas doesn't spill in order to fit more programs.
+OPTIONS = {"num_warps": 4, "maxnreg": 128}
 
 
 def missing() -> list[str]:
@@ -43,9 +43,11 @@ def unsupported(move: Move) -> list[str]:
 
 
 def run(move: Move) -> None:
+    import triton
+
     from voco_kernels.kv.loaders.triton_kernel import move_kernel
 
-    kinds = constants(
+    values = constants(
         move.to_cache,
         move.is_copy,
         move.entry_dtype,
@@ -56,13 +58,13 @@ def run(move: Move) -> None:
     )
     rows = 2 * move.num_layers * move.num_kv_heads * move.most_tokens
     room = _PROGRAMS * _multiprocessors(move.device) // move.num_entries
-    programs = max(1, min(-(-rows // kinds["ROWS"]), room)) * move.num_entries
+    programs = max(1, min(triton.cdiv(rows, values["ROWS"]), room)) * move.num_entries
     on_cuda = move.device.type == "cuda"
     with torch.cuda.device(move.device) if on_cuda else nullcontext():
         move_kernel[(programs + (move.lengths is not None),)](
             move.entries, move.tokens, move.bases, move.lengths, move.inv_freq,
             move.num_layers, move.num_kv_heads, move.head_stride, move.num_entries, move.length,
-            **kinds, **OPTIONS,
+            **values, **OPTIONS,
         )  # fmt: skip
 
 
@@ -75,37 +77,37 @@ def constants(
     head_dim: int,
     rotary_dim: int,
     interleaved: bool,
-) -> dict:
+) -> dict[str, Any]:
     """The kernel's compile-time arguments."""
     import triton.language as tl
 
     if is_copy:
         types = (tl.int32 if cache_dtype.itemsize == 4 else tl.int16,) * 2
     else:
-        of = {
+        triton_types = {
             torch.bfloat16: tl.bfloat16,
             torch.float16: tl.float16,
             torch.float32: tl.float32,
             torch.int8: tl.int8,
             torch.float8_e4m3fn: tl.uint8,
         }
-        types = of[entry_dtype], of[cache_dtype]
+        types = triton_types[entry_dtype], triton_types[cache_dtype]
     rotary_block = _power_of_two(rotary_dim if interleaved else rotary_dim // 2)
-    return dict(
-        TO_CACHE=to_cache,
-        ENTRY_TYPE=types[0],
-        CACHE_TYPE=types[1],
-        HEAD_DIM=head_dim,
-        ROTARY_DIM=rotary_dim,
-        INTERLEAVED=interleaved,
-        ROWS=max(TILE // _power_of_two(head_dim), 1),
-        ROTARY_BLOCK=rotary_block,
-        REST_BLOCK=_power_of_two(head_dim - rotary_dim),
-    )
+    return {
+        "TO_CACHE": to_cache,
+        "ENTRY_TYPE": types[0],
+        "CACHE_TYPE": types[1],
+        "HEAD_DIM": head_dim,
+        "ROTARY_DIM": rotary_dim,
+        "INTERLEAVED": interleaved,
+        "ROWS": max(TILE // _power_of_two(head_dim), 1),
+        "ROTARY_BLOCK": rotary_block,
+        "REST_BLOCK": _power_of_two(head_dim - rotary_dim),
+    }
 
 
 def _power_of_two(size: int) -> int:
-    """The least that is not below ``size``, 2 at least."""
+    """The least power of two that is not below ``size``, and at least 2."""
     return max(2, 1 << (size - 1).bit_length())
 
 

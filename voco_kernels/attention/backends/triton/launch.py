@@ -13,6 +13,7 @@ from torch import Tensor
 from voco_kernels import interpreter
 from voco_kernels.attention.backends.triton.config import Config, config
 from voco_kernels.attention.reasons import dtype_reasons, strided_reasons
+from voco_kernels.compiler import assume_constant_result
 from voco_kernels.layout import MaskLayout
 from voco_kernels.layout.schedule import TILE
 
@@ -170,7 +171,7 @@ def _block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
