@@ -33,10 +33,6 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
-def python_blocks(document: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.S)
-
-
 @pytest.mark.parametrize("path", sources("voco_kernels"), ids=lambda path: path.name)
 def test_kernels_know_nothing_of_models(path):
     packages = {name.split(".")[0] for name in imported_modules(path)}
@@ -118,25 +114,6 @@ def test_every_make_target_and_path_exists(document):
     commands = re.findall(r"(?:bash|python) ([\w./]+\.(?:sh|py)|\.ci/run)", text)
     assert links + commands
     assert [path for path in links + commands if not (ROOT / path).exists()] == []
-
-
-@pytest.mark.parametrize("number, block", list(enumerate(python_blocks("README.md"), start=1)))
-def test_readme_blocks_run(number, block, tmp_path, monkeypatch):
-    """As printed, but that a checkpoint's name gives the demo's small model and processor."""
-    demo = pytest.importorskip("voco_model.demo") if "from_pretrained" in block else None
-    if demo is not None:
-        import transformers
-
-        processor = demo.build_processor()
-        model = demo.build_model(processor)
-        stand_in = {"LlavaForConditionalGeneration": model, "LlavaProcessor": processor}
-        for name, value in stand_in.items():
-            monkeypatch.setattr(
-                getattr(transformers, name), "from_pretrained", lambda *_, value=value, **__: value
-            )
-        demo.load_photograph(None).save(tmp_path / "photo.jpg")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(block, f"README.md, python block {number}", "exec"), {"__name__": "readme"})
 
 
 def test_versions_and_extras_agree():
