@@ -4,7 +4,8 @@
 
 Pages keep their places relative to each other, so that their links work on the site as they do in the
 repository. Links to files that are not pages (sources, configs, records) become text: they are of use
-in a checkout only. The reference has a page for each package, with a section for each name in ``__all__``.
+in a checkout only. The reference has a page for each package, with a section for each name in its
+``__all__``.
 """
 
 from __future__ import annotations
