@@ -40,7 +40,7 @@ MEASURED = (*machine.SOURCES, "voco_model")
 SAMPLES = {"cuda": 16, "cpu": 4}
 STEPS = {"cuda": 10, "cpu": 3}
 WARMUP = {"cuda": 2, "cpu": 0}
-"""Behind the check, which has run forward and backward once already."""
+"""After the check, which has run forward and backward once already."""
 
 app = options.app()
 

@@ -182,7 +182,7 @@ DEFAULT = {
 """What is measured where, those that matter most first."""
 
 BRIEF = ("small-next",)
-"""Of which single answers only are measured, unless it is asked for by name: the rest takes too long."""
+"""Models that are measured with single answers alone, unless named with --model: more takes too long."""
 
 
 def build_processor(spec: Spec) -> ProcessorMixin:
@@ -293,8 +293,8 @@ def tiles_of(spec: Spec) -> int:
 
 
 def language_bytes(model) -> int:
-    """Of the weights that a forward pass of the language model reads: all but the embedding's, of which
-    it reads a row a token."""
+    """Bytes of weights that a forward pass of the language model reads: all but the embedding's, of
+    which it reads one row per token."""
     language = model.model.language_model
     read = [*language.layers.parameters(), *language.norm.parameters(), *model.lm_head.parameters()]
     return sum(parameter.nbytes for parameter in read)

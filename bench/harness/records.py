@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: one JSON file.
+"""Records: the JSON file that a benchmark writes.
 
 A record holds ``schema``, ``bench`` (the name of its ``Family``), ``finished``, ``environment`` (device,
 versions, commit, date), ``settings`` and, by family, ``cases``, ``ceilings`` and lists of other entries.

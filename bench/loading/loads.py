@@ -41,11 +41,11 @@ class Load:
     Attributes:
         name: in records and tables.
         legend: what the time includes.
-        prepare: a scene's job; raises NotMeasuredError where this machine can't time it.
+        prepare: makes a scene's job; raises NotMeasuredError if this machine can't time it.
         kind: "floor", "ours" or "rival".
         checksum: whether every byte is hashed on the way.
-        device: "cpu" or "cuda", of a load that exists only there.
-        sweep: whether it is timed for the sizes between, at which staging begins to pay.
+        device: "cpu" or "cuda" if the load exists only there.
+        sweep: whether it is also timed at the sizes in between, where staging begins to pay.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Load:
 
 
 def loads_from(source: str, device: str, *, sweep: bool = False) -> list[Load]:
-    """In the order of the tables; with ``sweep`` those that find the crossover."""
+    """Loads in the order of the tables; with ``sweep``, those that find the crossover."""
     found = [load for load in _LOADS[source] if load.device in (None, device)]
     return [load for load in found if load.sweep] if sweep else found
 
@@ -112,7 +112,9 @@ def _redis_get(scene: Scene) -> Job:
     client, name = scene.redis_client()
 
     def check(value: bytes) -> str:
-        start = 8 + int.from_bytes(value[:8], "little")  # behind the header, as in any safetensors
+        start = 8 + int.from_bytes(
+            value[:8], "little"
+        )  # after the header, as in any safetensors file
         got = torch.frombuffer(bytearray(value[start : start + scene.nbytes]), dtype=torch.uint8)
         return _wrong_bytes(scene, got)
 

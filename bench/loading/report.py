@@ -1,4 +1,4 @@
-"""The tables of bench/kv.py in README and docs: what was aimed at and reached, and every load."""
+"""The tables of bench/kv.py in README and docs: goals and what is reached, and every load."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Goal:
     """A figure to reach.
 
     Attributes:
-        what: is measured, in words.
+        what: what is measured, in words.
         goal: in words.
-        figure: of a record, by kind of time (a column of the table); None if it wasn't measured.
-        times: the kinds of time that it is about; other columns stay empty.
-        unit: behind the figure.
+        figure: from a record and a kind of time (a column of the table); None if it wasn't measured.
+        times: the kinds of time that the goal is about; other columns stay empty.
+        unit: follows the figure.
     """
 
     what: str
@@ -137,7 +137,7 @@ def _blocks(name: str, record: dict, device_type: str) -> str:
         sweep = crossover_table(record)
         if sweep:
             blocks += [
-                "Whether the kernel reads pinned memory itself or a copy comes first, on the device:",
+                "Device time, reading pinned memory directly or copying it to the device first:",
                 sweep,
             ]
     return "\n\n".join(blocks)
@@ -202,7 +202,7 @@ def _legend(record: dict, device_type: str) -> str:
 
 
 def goals_table(record: dict | None, device_type: str) -> str:
-    """What was aimed at, and what is reached."""
+    """The goals, and what is reached."""
     columns = COLUMNS[device_type]
     rows = []
     for goal in GOALS[device_type]:

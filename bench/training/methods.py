@@ -49,8 +49,8 @@ Q_FORMER_SMALL = dict(
 )
 
 BYTES_A_WEIGHT = 16
-"""Of a trained one: in fp32 weight, gradient and AdamW's two moments; in bf16 2 each for weight and
-gradient, and 12 for the weight's fp32 copy and the moments."""
+"""Bytes per trained weight: in fp32 weight, gradient and AdamW's two moments; in bf16 2 each for weight
+and gradient, and 12 for the weight's fp32 copy and the moments."""
 
 ROOM = 0.8
 """Share of the free memory that ``layers_that_fit`` gives away; its count of activations is rough."""

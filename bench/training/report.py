@@ -14,7 +14,7 @@ METHODS = {
     "packed": "`masked_attention`, packed",
     "q-former": "Q-Former, padded",
 }
-"""By name, in the order of the tables."""
+"""Titles by name, in the order of the tables."""
 
 OVERALL_BATCH = 128
 """Samples of a step on all of the paper's eight GPUs (supplement, Table 1)."""
