@@ -164,19 +164,19 @@ def _blocks(name: str, record: dict) -> str:
     for title, made in (
         ("**Floors**, in the same run", floors_table(record)),
         (
-            "**Table 2 of the paper's supplement**: one question, the image not seen before",
+            "**Table 2 of the paper's supplement**: one question about a new image",
             table_2(record),
         ),
         (
-            "**Table 7 of the paper**: to the first token, by stage; images come back",
+            "**Table 7 of the paper**: time to the first token, by stage; images seen before",
             table_7(record),
         ),
         (
-            "**Writing**, and from the request to the first token on the host's clock",
+            "**Decoding**, and the time from the request to the first token on the host's clock",
             decode_table(record),
         ),
-        ("**Streams**: answers a second", stream_table(record)),
-        ("**Checks** before the clock", agreement_table(record)),
+        ("**Streams**: answers per second", stream_table(record)),
+        ("**Checks** before timing", agreement_table(record)),
     ):
         if made:
             blocks += [f"{title}:", made]
@@ -379,7 +379,7 @@ def _decode_cells(record: dict, case: dict, row: dict | None) -> list[str]:
 
 
 def stream_table(record: dict) -> str:
-    """Answers a second by the share of images that come back."""
+    """Answers per second by the share of images that came before."""
     shares = record["settings"]["shares"]
     rows = []
     for case in _measured(record) if shares else []:
@@ -428,9 +428,9 @@ def agreement_table(record: dict) -> str:
     header = [
         "model",
         "engine",
-        "first tokens as by `generate`",
+        "first tokens equal to `generate`'s",
         "all tokens",
-        "logit below the largest",
+        "logit gap to the largest",
         "noise of the logits",
     ]
     return table(header, rows, left=2) if rows else ""
@@ -447,7 +447,7 @@ def _label(case: dict, row: dict | None) -> str:
 PICTURES = (
     Picture("Time to the first token by stage", plots.plot_stages, has=plots.has_stages),
     Picture(
-        "Answers a second over the share of images that come back",
+        "Answers per second by the share of images seen before",
         plots.plot_streams,
         has=plots.has_streams,
         suffix="-streams",

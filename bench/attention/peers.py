@@ -1,11 +1,11 @@
 """What is timed: our backends, and every rival that a user could choose instead.
 
-A peer says why it cannot serve, and otherwise turns a ``Case`` into a ``Job``. Rivals get the best
-form that a user of theirs would write, and two-call rivals appear twice:
+A peer says why it cannot serve, and otherwise turns a ``Case`` into a ``Job``. Rivals are
+written as well as a user of theirs would write them, and two-call rivals appear twice:
 
 * as a drop-in: whole tensors in, whole tensors out; cutting and joining are part of the time;
-* ``...-parts``: kernels alone, on inputs already cut, outputs left apart. No drop-in, and the
-  hardest time to beat.
+* ``...-parts``: kernels alone, on inputs already cut, with outputs left apart. Not a drop-in, and the
+  hardest to beat.
 """
 
 from __future__ import annotations
@@ -221,10 +221,10 @@ class Ours(Peer):
 
 
 class SdpaCausal(Peer):
-    """Plain causal attention over everything: the floor of a user who drops the mask."""
+    """Plain causal attention over everything: what it costs to ignore the mask."""
 
     name = "sdpa-causal"
-    legend = "SDPA, is_causal over the whole row: NOT this mask, the floor of a naive user"
+    legend = "SDPA, is_causal over the whole row: NOT this mask, but a floor"
     masked = False
 
     def slow(self, shape: Shape, device: torch.device) -> bool:

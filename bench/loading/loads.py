@@ -1,7 +1,7 @@
-"""What is timed: ways to bring an entry from some place into a cache, and the floors under them.
+"""What is timed: ways to load an entry from some place into a cache, and their floors.
 
-Each says in one line what its time includes. Rivals get the best form that a user of theirs would write,
-and read files of their own. No rival checks what it has read.
+Each says in one line what its time includes. Rivals are written as well as a user of theirs would write
+them, and read files of their own. No rival verifies what it has read.
 """
 
 from __future__ import annotations
@@ -397,12 +397,12 @@ def _from_memory(on_device: bool = False) -> tuple[Load, ...]:
         ),
         Load(
             "replace + launch",
-            "of a prepared Transfer: name another entry, move it",
+            "a prepared Transfer: name another entry, move it",
             partial(_replace_and_launch, on_device=on_device),
         ),
         Load(
             "launch",
-            "of a prepared Transfer: move the entry",
+            "a prepared Transfer: move the entry",
             partial(_launch, on_device=on_device),
         ),
         Load("slices", _ONE_BY_ONE, partial(_slices, on_device=on_device), "rival"),
@@ -420,20 +420,20 @@ _CONVERTED = (
         "the call, with a float8_e4m3fn entry (likewise)",
         partial(_quantized, dtype=torch.float8_e4m3fn),
     ),
-    Load("load_into, rotated", "the call, keys rotated on by 1000 positions", _rotated),
+    Load("load_into, rotated", "the call, with keys rotated by 1000 more positions", _rotated),
 )
 _EXTRACT = (
     Load("extract", "the way back: the call, into new memory", _extract),
     Load(
         "extract, prepared",
-        "the launch of a prepared one, into the same memory",
+        "the launch of a prepared extract, into the same memory",
         partial(_extract, prepared=True),
     ),
 )
 _ON_CUDA = (
     Load(
         "graph replay",
-        "of a CUDA graph that recorded the launch",
+        "replay of a CUDA graph of the launch",
         partial(_launch, graph=True),
         device="cuda",
     ),

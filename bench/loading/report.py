@@ -131,7 +131,7 @@ def _blocks(name: str, record: dict, device_type: str) -> str:
     blocks += [_legend(record, device_type), loads_table(record, device_type, "wall")]
     if device_type == "cuda":
         blocks += [
-            "The device alone, on a cold L2, of the loads that only enqueue work:",
+            "Device time alone, on a cold L2, for the loads that only enqueue work:",
             loads_table(record, device_type, "device"),
         ]
         sweep = crossover_table(record)
@@ -191,13 +191,12 @@ def _legend(record: dict, device_type: str) -> str:
     floor = "one pinned copy of the same bytes"
     if device_type == "cpu":
         floor = (
-            "the plain copy, and of loads with a checksum (✓) a multiple of copy and checksum "
-            "one after the other"
+            "the plain copy, or for loads with a checksum (✓) copy and checksum one after the other"
         )
     return (
         f"Medians, from the call until the entry is in the cache; {evicted:.0f} MiB of other data are "
-        f"read before each call. In brackets: a multiple of the floor, {floor}. Quantized entries "
-        "count as what they become. Rivals check nothing."
+        f"read before each call. In parentheses: the multiple of the floor, {floor}. Quantized "
+        "entries count with the size that they are loaded as. Rivals verify nothing."
     )
 
 
@@ -216,7 +215,7 @@ def goals_table(record: dict | None, device_type: str) -> str:
 
 
 def loads_table(record: dict, device_type: str, what: str) -> str:
-    """Every load of a record by size: its median and how many times the floor that is."""
+    """Every load of a record by size: its median, and that as a multiple of the floor."""
     sizes = [tokens for tokens in TOKENS if tokens in record["settings"]["tokens"]]
     sizes += [tokens for tokens in record["settings"]["tokens"] if tokens not in sizes]
     rows = []
