@@ -41,9 +41,10 @@ from bench.harness.records import Records
 from bench.harness.text import NOT_MEASURED
 from bench.loading.report import FAMILY as LOADING
 from bench.training.report import FAMILY as TRAINING
+from bench.tuning.report import FAMILY as TUNING
 from voco_model.miniature import report as miniature_report
 
-FAMILIES: tuple[Family, ...] = (ATTENTION, LOADING, ANSWERING, TRAINING)
+FAMILIES: tuple[Family, ...] = (ATTENTION, LOADING, ANSWERING, TRAINING, TUNING)
 MARKER = re.compile(r"^<!-- bench:([a-z0-9-]+):(start|end) -->$", re.MULTILINE)
 PLOT_SOURCE = "Source"
 """The PNG text entry that holds the SHA-256 of the record a plot was drawn from."""

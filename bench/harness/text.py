@@ -79,10 +79,12 @@ def scaled(count: float, units: Sequence[str], factor: float) -> str:
 
 
 def nbytes(count: float) -> str:
+    """``"302 MB"``."""
     return scaled(count, ("GB", "MB", "kB"), 1e9)
 
 
 def flops(count: float) -> str:
+    """``"1.2 TFLOP"``."""
     return scaled(count, ("TFLOP", "GFLOP", "MFLOP"), 1e12)
 
 
@@ -92,6 +94,7 @@ def rate(tera: float, unit: str) -> str:
 
 
 def short(commit: str) -> str:
+    """A commit's first 12 digits, marked if files were changed."""
     return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
