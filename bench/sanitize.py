@@ -1,5 +1,5 @@
-"""Forward and backward of one backend on small ragged layouts, and a load and an extract of the loaders
-of compact caches, for compute-sanitizer to watch.
+"""Runs one backend forward and backward on small ragged layouts, and each loader of compact entries both
+ways, for compute-sanitizer to watch.
 
     compute-sanitizer --tool memcheck python bench/sanitize.py
 

@@ -1,4 +1,4 @@
-"""One training step of a LLaVA-1.5 under the VoCo mask, in four ways, and of a Q-Former beside them.
+"""Time of a training step of LLaVA-1.5 under the VoCo mask, in four ways, and of a Q-Former.
 
     python bench/train.py                               # true 7B layers, as many as fit; one on a CPU
     python bench/train.py --layers 4 --checkpointing --samples 32

@@ -13,13 +13,14 @@ NOT_MEASURED = "not measured"
 def table(header: list[str], rows: list[list[str]], *, left: int = 1) -> str:
     """A Markdown table; the first ``left`` columns are words, the others figures."""
     rule = [*["---"] * left, *["---:"] * (len(header) - left)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in [header, rule, *rows]]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def aligned(markdown: str) -> str:
     """The same text for a terminal: the columns of its tables under each other, no bold."""
-    blocks = re.split(r"((?:^\|.*\n?)+)", markdown.replace("**", ""), flags=re.M)
-    return "".join(_padded(block) if block.startswith("|") else block for block in blocks)
+    blocks = re.split(r"((?:^\| .*\n?){2,})", markdown.replace("**", ""), flags=re.M)
+    return "".join(_padded(block) if block.startswith("| ") else block for block in blocks)
 
 
 def _padded(block: str) -> str:
@@ -35,11 +36,6 @@ def _padded(block: str) -> str:
         for row in rows
     ]
     return "".join(f"| {line} |\n" for line in lines)
-
-
-def cell(words: str) -> str:
-    """Words from elsewhere, such as an error's message, as they can be in a table's cell."""
-    return " ".join(words.replace("|", "/").split())
 
 
 def plural(count: int, what: str) -> str:

@@ -164,7 +164,7 @@ def details_table(record: dict, case: dict) -> str:
     for row in case["rows"]:
         if row["status"] != "ok":
             status = row["status"].upper() if row["status"] == "red" else row["status"]
-            note = f"{status}: {text.cell(row['reason'])}"
+            note = f"{status}: {row['reason']}"
             rows.append([row["name"], *["-"] * len(columns), note])
             continue
         cells = [f"{row['wall'][quantile]:.4g}" for quantile in ("p20", "p50", "p80")]

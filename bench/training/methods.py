@@ -1,4 +1,4 @@
-"""The ways of training that bench/train.py compares, the model that they train, and its optimizer."""
+"""The ways to train that bench/train.py compares, the model that they train, and its optimizer."""
 
 from __future__ import annotations
 
