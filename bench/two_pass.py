@@ -4,10 +4,11 @@
     python bench/two_pass.py --model llava-1.5-7b --num-voco 1 --budget 150
     python bench/two_pass.py --help
 
-The models have their true shapes and random weights, on which the time doesn't depend. Three modes go through one engine (VoCo
-tokens cached; all keys and values of an image cached; nothing cached), stock ``generate`` and
-``voco_model.generate`` are timed beside them. Answers are compared with those of ``generate`` before
-anything is timed. Tables go to stdout, progress to stderr, a JSON record and plots to ``--out``.
+The models have their true shapes and random weights, on which the time doesn't depend. Three modes go
+through one engine (VoCo tokens cached; all keys and values of an image cached; nothing cached); stock
+``generate`` and ``voco_model.generate`` are timed beside them. Answers are compared with those of
+``generate`` before anything is timed. Tables go to stdout, progress to stderr, a JSON record and plots
+to ``--out``.
 """
 
 from __future__ import annotations

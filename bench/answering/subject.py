@@ -177,11 +177,11 @@ class Subject:
         return self._pictures[number]
 
     def question(self, number: int) -> list[int]:
-        """Ids of a text of bytes."""
+        """Token ids of a text of random bytes."""
         return random.Random(number).choices(self._bytes, k=self.text_tokens)
 
     def fresh(self) -> int:
-        """A number that no picture had before."""
+        """A picture number that wasn't used before."""
         self._fresh += 1
         return 1000 + self._fresh
 
@@ -193,7 +193,7 @@ class Subject:
         return voco_model.Request(self.picture(picture), self.question(question), sampling, [key])
 
     def plain_inputs(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """For a plain LLaVA's ``generate``: one picture and its question a row."""
+        """Inputs of a plain LLaVA's ``generate``: one picture and its question per row."""
         return self._inputs(numbers, IMAGE_TOKEN)
 
     def _inputs(self, numbers: Sequence[int], front: str) -> dict[str, Tensor]:
@@ -379,7 +379,7 @@ class Subject:
         *,
         covered: bool = False,
     ) -> Asked:
-        """Have a batch of requests answered together.
+        """Let the engine answer a batch of requests.
 
         Args:
             covered: on CUDA, keep the device busy while the host enqueues, so that the stages hold none

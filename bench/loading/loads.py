@@ -188,7 +188,7 @@ def _replace_and_launch(scene: Scene, *, on_device: bool = False) -> Job:
 
 @contextmanager
 def _staging(staged: bool | None) -> Iterator[None]:
-    """Transfers that are prepared inside copy pinned entries to the device first, or never do."""
+    """Transfers prepared meanwhile always copy pinned entries to the device first, or never do."""
     shipped = kv_transfer.STAGED_ABOVE
     if staged is not None:
         kv_transfer.STAGED_ABOVE = -1 if staged else 1 << 62
@@ -249,7 +249,7 @@ def _extract(scene: Scene, *, prepared: bool = False) -> Job:
 
 
 def quantize(entry: CompactKV, dtype: torch.dtype) -> CompactKV:
-    """``entry.quantize(dtype)``, layer by layer for the sake of memory; pinned if the entry is."""
+    """``entry.quantize(dtype)``, layer by layer to save memory; pinned if the entry is."""
     kv = torch.empty(entry.kv.shape, dtype=dtype)
     scales = torch.empty(entry.kv.shape[:4], dtype=torch.float32)
     for index in range(entry.num_layers):
@@ -302,7 +302,7 @@ def _redis_load_into(scene: Scene) -> Job:
 
 
 def _before(paths: list[Path], cold: bool) -> Callable[[], None]:
-    """Ahead of each read: nothing, or dropping what the page cache has of the files."""
+    """What to do before each read: nothing, or drop the files from the page cache."""
     if not cold:
         return lambda: None
     check_dropped(paths)
@@ -313,7 +313,7 @@ def _before(paths: list[Path], cold: bool) -> Callable[[], None]:
 
 
 def _put_slices(scene: Scene, kv: Tensor) -> None:
-    """2 L copies; the cache's length is left alone."""
+    """2 L copies; the cache's length is not changed."""
     for layer, (keys, values) in zip(scene.cache.layers, kv, strict=True):
         layer.keys[0, :, : scene.tokens].copy_(keys, non_blocking=True)
         layer.values[0, :, : scene.tokens].copy_(values, non_blocking=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""The label of a token that has none, in Transformers' losses."""
+"""The label of a token that Transformers' losses ignore."""
 
 FIRST_TEXT_ID = 3
 """Ids below are the tokenizer's own."""
@@ -77,7 +77,7 @@ def draw(
     seed: int = 0,
     candidates: int = 999,
 ) -> list[Sample]:
-    """A batch like most: of so many drawn, the one whose padding share is the median.
+    """A typical batch: of many that are drawn, the one with the median share of padding.
 
     Args:
         count: samples of a batch.
@@ -127,7 +127,7 @@ class Batch:
 
     @property
     def padding(self) -> float:
-        """Share of the batch's tokens."""
+        """Padding's share of the batch's tokens."""
         return 1 - self.tokens / self.input_ids.numel()
 
 
@@ -139,7 +139,7 @@ def collate(
     pad_id: int,
     packed: bool,
 ) -> Batch:
-    """One row a sample, or all documents in one row, on the pixels' device (the CPU without any).
+    """One row per sample, or all documents in one row, on the pixels' device (without pixels, the CPU).
 
     Args:
         prefix: token ids that stand for an image, before the text.

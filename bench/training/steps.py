@@ -1,4 +1,4 @@
-"""Checks and steps of bench/train.py: losses and gradients compared, one step timed, its memory read."""
+"""Checks and steps of bench/train.py: losses and gradients are compared, steps are timed, and their memory is read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FLOOR = 1e-5
 """Added to every limit, as in the tests of ``masked_attention``."""
 
 SMALL_TEXTS = Distribution(median=20, mean=29, longest=60, text_only=0.25)
-"""For the small model, whose image is 16 tokens."""
+"""Texts for the small model, whose images are 16 tokens."""
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -194,7 +194,7 @@ def loss_and_norm(model: nn.Module, run: Callable[[], object]) -> dict:
 
 
 def compare(found: dict, reference: dict, dtype: torch.dtype) -> dict:
-    """``found`` with its distance to the first method's, and what is allowed.
+    """``found`` with its difference to the first method's, and the limit of that.
 
     A loss is a mean of log-softmax values, each of which moves by at most twice what the logits move.
     Two exact routes agree to 1e-5 in float32 logits (CONTRIBUTING.md); on top of that each of them
