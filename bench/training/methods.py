@@ -57,7 +57,7 @@ ROOM = 0.8
 
 
 def config_of(spec: Spec, layers: int | None = None) -> LlavaConfig:
-    """A LLaVA's configuration, with so many layers; the image's token, padding and ``<VoCo>`` are the last 64 ids."""
+    """A LLaVA's configuration. The image's token, padding and ``<VoCo>`` are among the last 64 ids."""
     if layers is not None:
         spec = replace(spec, text={**spec.text, "num_hidden_layers": layers})
     image = spec.text["vocab_size"] - 64

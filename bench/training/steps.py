@@ -1,4 +1,4 @@
-"""Checks and steps of bench/train.py: losses and gradients are compared, steps are timed, and their memory is read."""
+"""Checks and steps of bench/train.py: losses and gradients are compared, steps are timed."""
 
 from __future__ import annotations
 
