@@ -1,3 +1,1 @@
-"""Benchmarks: what is timed (``shapes``), against whom (``peers``), how (``timing``), how sure
-(``oracle``), and how the README's tables come from it (``report``); and the choice of the Triton
-kernels' blocks (``tune``)."""
+"""Benchmarks: commands at the top, a folder for each benchmark, and ``harness`` for what they share."""

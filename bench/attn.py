@@ -1,5 +1,4 @@
-"""Microbenchmark of ``voco_kernels.masked_attention`` against everything a user could reach for
-instead.
+"""Microbenchmark of ``voco_kernels.masked_attention`` against everything that a user could use instead.
 
     python bench/attn.py              # this machine's device, its shapes, its rivals
     python bench/attn.py --help

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Everything that a GPU is needed for, in one command and inside ten minutes, most valuable first.
+# Everything that needs a GPU, in one command and within ten minutes, most valuable first.
 #
 #   OUT=folder bash bench/gpu.sh          on a machine with a GPU; needs no network and no installation
-#   bash bench/gpu.sh --dry-run           the same steps, small, on a CPU: a rehearsal, as in CI
+#   bash bench/gpu.sh --dry-run           the same steps, small, on a CPU, as in CI
 #   bash bench/gpu.sh --only parity       one step: environment, build, parity, sanitizer, forward, backward,
 #                                         kv, two_pass, train, tune or ncu
 #
-# What it finds goes to OUT (by default a temporary folder, named at the end) as it comes: a run that is cut
-# off loses little. The commit is taken from VOCO_COMMIT, or git, or a file COMMIT. PYTHON names the
+# Results are written to OUT (by default a temporary folder, named at the end) as they are measured: a run that
+# is cut off loses little. The commit is taken from VOCO_COMMIT, or git, or a file COMMIT. PYTHON names the
 # interpreter (python3), VOCO_LIMIT the seconds for everything (560).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-# The steps, the seconds that each may take, and those that it is sure of: earlier steps leave them to it.
+# The steps, the seconds that each may take, and those reserved for it: earlier steps leave them.
 plan=(
     "environment 40 20"
     "build 150 60"
@@ -100,8 +100,8 @@ parity() {
     "$PYTHON" -m pytest -q -p no:cacheprovider "${chosen[@]}"
 }
 
-# Memory first, with every head_dim; then races and barriers with one, as far as the time goes: they are slow, and
-# not to get through is no fault.
+# Memory first, with every head_dim; then races and barriers with one, if there is time: they are slow, and not to
+# finish them is no failure.
 sanitizer() {
     local finish=$((SECONDS + STEP_SECONDS - 5)) failed=0 tool share rc
     if [ -n "$dry_run" ]; then
@@ -112,7 +112,7 @@ sanitizer() {
         echo "skipped: compute-sanitizer is not on this machine"
         return
     fi
-    # Every tensor an allocation of its own: behind torch's pool an access out of bounds would not show.
+    # Every tensor gets its own allocation: inside torch's pool an access out of bounds would not show.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     "$PYTHON" bench/sanitize.py || return # compiles what is compiled at the first call
     for tool in memcheck racecheck synccheck; do
@@ -142,7 +142,7 @@ sanitizer() {
 }
 
 # resuming SCRIPT OUT ARGUMENTS...: a kernel that breaks the CUDA context ends the process with status 3; the rest
-# goes on behind it.
+# runs in another one.
 resuming() {
     local script=$1 out=$2 finish=$((SECONDS + STEP_SECONDS - 25)) rc=3 resume=()
     shift 2
@@ -172,7 +172,7 @@ attn() {
 forward() { attn forward --direction forward; }
 backward() { attn backward --direction forward+backward --no-layouts; }
 
-# A case that is under way when the budget is spent still ends; what was timed before is in the record.
+# A case that has started when the budget is spent is finished; what was timed before is in the record.
 kv() {
     if [ -n "$dry_run" ]; then
         set -- --device cpu --size tiny --quick --tokens 1 --tokens 8
@@ -182,7 +182,7 @@ kv() {
     "$PYTHON" bench/kv.py --out "$OUT/kv.json" "$@"
 }
 
-# Models in the order of their worth, as far as the time goes.
+# The most important models first, as many as there is time for.
 two_pass() {
     if [ -n "$dry_run" ]; then
         set -- --device cpu --model small --quick --num-voco 1 --batch 1 --no-streams
@@ -192,7 +192,7 @@ two_pass() {
     "$PYTHON" bench/two_pass.py --out "$OUT/two-pass.json" "$@"
 }
 
-# A method whose time has come before the budget is spent still gets a step; the rest is recorded as skipped.
+# A method that is started before the budget is spent gets at least a step; the rest is recorded as skipped.
 train() {
     if [ -n "$dry_run" ]; then
         set -- --device cpu --small --steps 2

@@ -1,9 +1,9 @@
-"""How long a compact entry takes into a model's key/value cache, against one copy of the same bytes.
+"""Time to load a compact entry into a model's key/value cache, against one copy of the same bytes.
 
     python bench/kv.py               # this machine's device; one entry of LLaVA-1.5-7B
     python bench/kv.py --help
 
-Each load is compared with the entry, to the bit, before it is timed; one that is wrong gets no time.
+Each load is compared with the entry, bit by bit, before it is timed; one that is wrong gets no time.
 Loads and their floors take turns, each on cold caches. Tables go to stdout, progress to stderr, a JSON
 record and a plot to ``--out``.
 """

@@ -1,9 +1,9 @@
-"""Each kernel of one backend once, forward and backward, for Nsight Compute to look at.
+"""Runs each kernel of one backend once, forward and backward, for Nsight Compute to profile.
 
     ncu --profile-from-start off ... python bench/profile_kernels.py --shape A --shape E
 
-What is needed before (inputs, layouts, compilation, a first run) comes before the profiler is
-switched on, and the backend's own functions are called: every kernel in the report is one of ours.
+Inputs, layouts, compilation and a first run are done before the profiler is switched on, and the
+backend's own functions are called: every kernel in the report is one of ours.
 """
 
 from __future__ import annotations

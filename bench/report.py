@@ -4,8 +4,8 @@
     python bench/report.py --check    # exit 1 if they are not (CI)
     python bench/report.py --show bench-output/attn.json    # a record's tables, on stdout
 
-A text says where a table belongs with two comment lines, ``<!-- bench:NAME:start -->`` and
-``<!-- bench:NAME:end -->``; what stands between them is replaced. Names: ``attn`` and ``attn-cpu``
+Two comment lines in a text mark the place of a table, ``<!-- bench:NAME:start -->`` and
+``<!-- bench:NAME:end -->``; what is between them is replaced. Names: ``attn`` and ``attn-cpu``
 (tables of bench/attn.py on a GPU and on a CPU), ``attn-plot`` (its plots), ``roofline`` (each shape
 under its roof), ``layout`` (making a layout against making a BlockMask), ``shapes`` (what A to G
 are), ``tiles`` (the visible share of what kernels multiply), ``kv`` and ``kv-cpu`` (goals and tables
@@ -42,9 +42,10 @@ from bench.harness.records import Records
 from bench.harness.text import NOT_MEASURED
 from bench.loading.report import FAMILY as LOADING
 from bench.training.report import FAMILY as TRAINING
+from bench.tuning.report import FAMILY as TUNING
 from voco_model.miniature import report as miniature_report
 
-FAMILIES: tuple[Family, ...] = (ATTENTION, LOADING, ANSWERING, TRAINING)
+FAMILIES: tuple[Family, ...] = (ATTENTION, LOADING, ANSWERING, TRAINING, TUNING)
 MARKER = re.compile(r"^<!-- bench:([a-z0-9-]+):(start|end) -->$", re.MULTILINE)
 PLOT_SOURCE = "Source"
 """The PNG text entry that holds the SHA-256 of the record a plot was drawn from."""
@@ -105,7 +106,7 @@ def tables_for(results: Records, text_folder: Path, results_folder: Path) -> Tab
 
 
 def miniature_tables(results_folder: Path) -> Tables:
-    """Those of results/miniature/results.json; "not measured" where there is no such file."""
+    """The tables of results/miniature/results.json; "not measured" where there is no such file."""
     path = results_folder / "miniature/results.json"
     if not path.exists():
         return {f"miniature-{name}": lambda: NOT_MEASURED for name in miniature_report.TABLES}

@@ -1,10 +1,10 @@
-"""Forward and backward of one backend on small ragged layouts, and a load and an extract of the loaders
-of compact caches, for compute-sanitizer to watch.
+"""Runs one backend forward and backward on small ragged layouts, and each loader of compact entries both
+ways, for compute-sanitizer to watch.
 
     compute-sanitizer --tool memcheck python bench/sanitize.py
 
-Inputs and layouts are made on the CPU, so that hardly a kernel runs but our own. Whether results are
-right is the tests' affair; here they need only be finite.
+Inputs and layouts are made on the CPU, so that almost only our own kernels run. Whether results are
+correct is for the tests to say; here they need only be finite.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LOADERS = ("cuda", "triton")
 
 _IMAGE: Document = (("vision", 130), ("voco", 3), ("text", 71))
 SHAPES = (
-    # rows of different length: padding behind the second one
+    # rows of different lengths: the second one is padded
     Shape("rows", "one image; text alone, padded", (_IMAGE, (("text", 65),))),
     Shape(
         "images",

@@ -1,4 +1,4 @@
-"""One training step of a LLaVA-1.5 under the VoCo mask, in four ways, and of a Q-Former beside them.
+"""Time of a training step of LLaVA-1.5 under the VoCo mask, in four ways, and of a Q-Former.
 
     python bench/train.py                               # true 7B layers, as many as fit; one on a CPU
     python bench/train.py --layers 4 --checkpointing --samples 32
@@ -40,7 +40,7 @@ MEASURED = (*machine.SOURCES, "voco_model")
 SAMPLES = {"cuda": 16, "cpu": 4}
 STEPS = {"cuda": 10, "cpu": 3}
 WARMUP = {"cuda": 2, "cpu": 0}
-"""Behind the check, which has run forward and backward once already."""
+"""After the check, which has run forward and backward once already."""
 
 app = options.app()
 

@@ -1,10 +1,10 @@
-"""Times the Triton kernels with one block shape after another, and writes the package's table.
+"""Times the Triton kernels with candidate block shapes, and writes the package's table of the fastest.
 
     python bench/tune.py --out tune.json             # on a GPU: measure and choose
     python bench/tune.py --from tune.json --write    # anywhere: put the choices into the table
     python bench/tune.py --dry-run                   # on a CPU: the same path, interpreted, tiny
 
-A user's first call never tunes: it looks into ``voco_kernels/attention/backends/triton/table.py``,
+A user's first call never tunes: it reads ``voco_kernels/attention/backends/triton/table.py``,
 which this script writes. Each candidate is compiled first; one that spills or does not fit into shared
 memory is dropped. Each is compared with float64 before it is timed. The smallest geometric mean over the
 shapes is chosen. dQ and dK/dV are timed as parts of the whole backward pass.

@@ -1,13 +1,14 @@
-"""Questions about images, compressed before or not, against a plain LLaVA: by stage, and as a whole.
+"""Time to answer questions about images, compressed beforehand or not, against a plain LLaVA.
 
     python bench/two_pass.py                 # the models of this machine's kind of device
     python bench/two_pass.py --model llava-1.5-7b --num-voco 1 --budget 150
     python bench/two_pass.py --help
 
-True shapes, random weights: the time doesn't depend on them. Three modes go through one engine (VoCo
-tokens cached; all keys and values of an image cached; nothing cached), stock ``generate`` and
-``voco_model.generate`` stand beside them. Answers are compared with those of ``generate`` before
-anything is timed. Tables go to stdout, progress to stderr, a JSON record and plots to ``--out``.
+The models have their true shapes and random weights, on which the time doesn't depend. Three modes go
+through one engine (VoCo tokens cached; all keys and values of an image cached; nothing cached); stock
+``generate`` and ``voco_model.generate`` are timed beside them. Answers are compared with those of
+``generate`` before anything is timed. Tables go to stdout, progress to stderr, a JSON record and plots
+to ``--out``.
 """
 
 from __future__ import annotations

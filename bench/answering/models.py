@@ -179,14 +179,14 @@ DEFAULT = {
     "cuda": ("llava-1.5-7b", "llava-1.6-mistral-7b", "llava-1.5-13b", "llava-1.6-34b"),
     "cpu": ("small", "small-next"),
 }
-"""What is measured where, those that matter most first."""
+"""The models that are measured on each device type, the most important first."""
 
 BRIEF = ("small-next",)
-"""Of which single answers only are measured, unless it is asked for by name: the rest takes too long."""
+"""Models that are measured with single answers alone, unless named with --model: more takes too long."""
 
 
 def build_processor(spec: Spec) -> ProcessorMixin:
-    """The demo's, with a tokenizer of single bytes, for this model's geometry."""
+    """The demo's processor, with a tokenizer of single bytes, for this model's geometry."""
     processor = demo.build_processor()
     side = spec.vision["image_size"]
     sizes = dict(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
@@ -261,7 +261,7 @@ def build_model(
 
 
 def fill_buffers(model, device: torch.device) -> None:
-    """Gives buffers that memory has just been made for what belongs into them.
+    """Fill buffers whose memory was just allocated.
 
     Raises:
         ValueError: there are others than Llama's and CLIP's.
@@ -278,14 +278,14 @@ def fill_buffers(model, device: torch.device) -> None:
 
 
 def picture(spec: Spec, number: int) -> Image.Image:
-    """Noise, another one for each number."""
+    """Noise, different for each number."""
     width, height = spec.picture
     pixels = np.random.default_rng(number).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 def tiles_of(spec: Spec) -> int:
-    """Tiles that a picture is cut into, the whole one among them."""
+    """Tiles that a picture is cut into, including the whole picture."""
     if not spec.tiled:
         return 1
     width, height = (pixels // spec.vision["image_size"] for pixels in spec.picture)
@@ -293,8 +293,8 @@ def tiles_of(spec: Spec) -> int:
 
 
 def language_bytes(model) -> int:
-    """Of the weights that a forward pass of the language model reads: all but the embedding's, of which
-    it reads a row a token."""
+    """Bytes of weights that a forward pass of the language model reads: all but the embedding's, of
+    which it reads one row per token."""
     language = model.model.language_model
     read = [*language.layers.parameters(), *language.norm.parameters(), *model.lm_head.parameters()]
     return sum(parameter.nbytes for parameter in read)

@@ -1,5 +1,5 @@
 """Pictures of a record of bench/two_pass.py: where the time until the first token goes, mode by mode;
-answers a second over the share of images that come back."""
+answers per second by the share of images seen before."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ LINES = {
 
 
 def plot_stages(record: dict, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A panel for each model and batch: a bar a mode, its stages upon each other; black lines are the
-    floors of bars that only read the weights."""
+    """A panel for each model and batch: a stacked bar for each mode, by stage; dotted lines are the time
+    to read the weights once."""
     panels = _stage_panels(record)
     if not panels:
         raise ValueError("expected a record with timed answers to plot, got none")
@@ -86,7 +86,7 @@ def plot_stages(record: dict, path: Path, metadata: dict[str, str] | None = None
 
 
 def plot_streams(record: dict, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A panel a model: answers a second over r."""
+    """A panel for each model: answers per second over r."""
     panels = _stream_panels(record)
     if not panels:
         raise ValueError("expected a record with timed streams to plot, got none")
@@ -96,7 +96,7 @@ def plot_streams(record: dict, path: Path, metadata: dict[str, str] | None = Non
             axis.plot(*zip(*points, strict=True), **LINES[name])
         axis.set_title(case["title"], loc="left", fontsize=10)
         axis.set_ylabel("answers/s")
-        axis.set_xlabel("r, the share of images that came before")
+        axis.set_xlabel("r, the share of images seen before")
         axis.set_ylim(bottom=0)
     seen = {name for _, lines in panels for name in lines}
     handles = figure.labelled(axes)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 STAGES = ("vision", "prefix", "extract", "load", "prefill")
-"""Of the engine, until the first token is chosen, in their order."""
+"""Stages of the engine until the first token is chosen, in order."""
 
 FIRST_FORWARD = ("vision", "prefix", "extract")
 SECOND_FORWARD = ("load", "prefill")
 
 MODES = {"uncached": "read", "full cache": "stored", "voco": "stored"}
-"""The three that are compared, and where their images come from."""
+"""The three modes that are compared, and where their images are read from."""
 
 
 def row_of(case: dict | None, **wanted) -> dict | None:
@@ -23,13 +23,13 @@ def row_of(case: dict | None, **wanted) -> dict | None:
 
 
 def weights_ms(record: dict, case: dict) -> float:
-    """To read the language model's weights at the rate at which the same run copied."""
+    """The time to read the language model's weights at the copy rate measured in the same run."""
     # That rate counts what is read and what is written.
     return 1e-9 * case["language_bytes"] / record["ceilings"]["copy_tb_per_s"]
 
 
 def gemm_ms(record: dict, flops: int) -> float:
-    """For so many operations at the rate at which the same run multiplied."""
+    """The time for so many operations at the matrix product's rate in the same run."""
     return 1e-9 * flops / record["ceilings"]["matmul_tflops"]
 
 
@@ -58,8 +58,7 @@ def stream_row(case: dict, name: str, share: float | None) -> dict | None:
 
 
 def saved(case: dict, batch: int, num_voco: int, name: str = "voco") -> float | None:
-    """By what share of the uncached answer's time the cached one's is lower; both compiled or both
-    not."""
+    """The share of the uncached answer's time that the cached one saves; both compiled or both not."""
     for compiled in (True, False):
         cached = row_of(
             case,

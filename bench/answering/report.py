@@ -34,7 +34,7 @@ PAPER_TABLE_2 = [
     "356 ms",
     "10.4 ms",
 ]
-"""Supplement, Table 2; its wall time is of whatever their test reads and writes."""
+"""Supplement, Table 2; its wall time includes everything that their test reads and writes."""
 
 PAPER_TABLE_7 = {
     "uncached": ["", "", "", "440 ms", "", "", "9.6 TFLOP"],
@@ -47,7 +47,7 @@ EXPECTED = {
     "cuda": ("LLaVA-1.5-7B", "LLaVA-1.6-Mistral-7B", "LLaVA-1.5-13B", "LLaVA-1.6-34B"),
     "cpu": ("the demo's small LLaVA", "a small LLaVA-NeXT"),
 }
-"""Models that a record of all would hold."""
+"""The models of a complete record."""
 
 TITLES = {
     "uncached": "nothing cached",
@@ -164,19 +164,19 @@ def _blocks(name: str, record: dict) -> str:
     for title, made in (
         ("**Floors**, in the same run", floors_table(record)),
         (
-            "**Table 2 of the paper's supplement**: one question, the image not seen before",
+            "**Table 2 of the paper's supplement**: one question about a new image",
             table_2(record),
         ),
         (
-            "**Table 7 of the paper**: to the first token, by stage; images come back",
+            "**Table 7 of the paper**: time to the first token, by stage; images seen before",
             table_7(record),
         ),
         (
-            "**Writing**, and from the request to the first token on the host's clock",
+            "**Decoding**, and the time from the request to the first token on the host's clock",
             decode_table(record),
         ),
-        ("**Streams**: answers a second", stream_table(record)),
-        ("**Checks** before the clock", agreement_table(record)),
+        ("**Streams**: answers per second", stream_table(record)),
+        ("**Checks** before timing", agreement_table(record)),
     ):
         if made:
             blocks += [f"{title}:", made]
@@ -199,7 +199,7 @@ def _measured(record: dict) -> list[dict]:
 
 
 def goals_table(record: dict) -> str:
-    """What was aimed at, and what is reached."""
+    """The goals, and what is reached."""
     rows = []
     for goal in GOALS:
         figures = [
@@ -294,7 +294,7 @@ def _paper_table_7() -> list[list[str]]:
 
 
 def table_7(record: dict) -> str:
-    """By mode, batch and number of VoCo tokens."""
+    """Times, bytes and FLOPs by mode, batch and number of VoCo tokens."""
     rows = []
     for case in _measured(record):
         for batch in record["settings"]["batches"]:
@@ -333,7 +333,7 @@ def _table_7_cells(case: dict, row: dict | None, batch: int, num_voco: int) -> l
 
 
 def decode_table(record: dict) -> str:
-    """First tokens on the host's clock, tokens a second behind them, and memory."""
+    """Time to the first token on the host's clock, tokens per second after it, and memory."""
     rows = []
     on_gpu = is_on_gpu(record)
     first = first_voco(record)
@@ -355,7 +355,7 @@ def decode_table(record: dict) -> str:
         "batch",
         "what",
         "first token",
-        "a step behind",
+        "each further step",
         "× reading the weights",
         "tokens/s",
         "cache of the engine",
@@ -379,7 +379,7 @@ def _decode_cells(record: dict, case: dict, row: dict | None) -> list[str]:
 
 
 def stream_table(record: dict) -> str:
-    """Answers a second by the share of images that come back."""
+    """Answers per second by the share of images that came before."""
     shares = record["settings"]["shares"]
     rows = []
     for case in _measured(record) if shares else []:
@@ -397,7 +397,7 @@ def stream_table(record: dict) -> str:
 
 
 def agreement_table(record: dict) -> str:
-    """Of each engine that was timed, how far its answers were those of ``generate``."""
+    """How far the answers of each timed engine agree with those of ``generate``."""
     rows = []
     for case in _measured(record):
         seen = set()
@@ -428,9 +428,9 @@ def agreement_table(record: dict) -> str:
     header = [
         "model",
         "engine",
-        "first tokens as by `generate`",
+        "first tokens equal to `generate`'s",
         "all tokens",
-        "logit below the largest",
+        "logit gap to the largest",
         "noise of the logits",
     ]
     return table(header, rows, left=2) if rows else ""
@@ -447,7 +447,7 @@ def _label(case: dict, row: dict | None) -> str:
 PICTURES = (
     Picture("Time to the first token by stage", plots.plot_stages, has=plots.has_stages),
     Picture(
-        "Answers a second over the share of images that come back",
+        "Answers per second by the share of images seen before",
         plots.plot_streams,
         has=plots.has_streams,
         suffix="-streams",

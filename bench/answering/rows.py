@@ -26,7 +26,7 @@ def answer_row(
     new_images: bool,
     variant: str,
 ) -> dict:
-    """Times of a batch until its first tokens, stage by stage, and of each token behind."""
+    """Times of a batch until its first tokens, stage by stage, and of each further token."""
     stored = engine.mode != "uncached" and not new_images
     cache_bytes = 0
     if engine.mode != "uncached":
@@ -137,7 +137,7 @@ def _generate_times(subject: Subject, batch: int, generate: Callable[[int], Tens
 def stream_row(
     subject: Subject, engine: voco_model.TwoPassEngine, share: float, variant: str
 ) -> dict:
-    """Answers a second of a stream of requests, of whose images a share came before."""
+    """Answers per second in a stream of requests, of whose images a share came before."""
     count = subject.effort.requests
     repeats = max(1, subject.effort.repeats // 3)
 
@@ -146,7 +146,7 @@ def stream_row(
         new = {number: subject.fresh() for number in dict.fromkeys(numbers)}
         requests = []
         for index, number in enumerate(numbers):
-            # A plain LLaVA knows no image again.
+            # A plain LLaVA remembers no image.
             known = subject.fresh() if engine.mode == "uncached" else new[number]
             requests.append(subject.request(number, index, subject.key(known, variant)))
         while engine.step():
@@ -178,8 +178,8 @@ def stream_row(
 
 
 def generate_stream_row(subject: Subject) -> dict:
-    """The same requests through stock ``generate``, a full batch at a time. It knows no image
-    again, so one share stands for all."""
+    """The same requests through stock ``generate``, a full batch at a time. It remembers no
+    image, so that one share is as good as another."""
     count, batch = subject.effort.requests, subject.max_batch
     repeats = max(1, subject.effort.repeats // 3)
 
@@ -224,7 +224,7 @@ def _with_peak(subject: Subject, function: Callable[[], object]) -> tuple[object
 
 
 def stream(count: int, share: float) -> list[int]:
-    """Numbers of the images of a stream: as near as can be, ``share`` of them came before."""
+    """Numbers of a stream's images, of which as nearly as possible ``share`` came before."""
     draw = random.Random(0)
     numbers: list[int] = []
     for index in range(count):
@@ -235,6 +235,6 @@ def stream(count: int, share: float) -> list[int]:
 
 
 def _rate(amount: int, milliseconds: Sequence[float]) -> float:
-    """Median, a second."""
+    """Median amount per second."""
     _, p50, _ = quantiles(list(milliseconds))
     return 1e3 * amount / p50

@@ -27,11 +27,11 @@ class Step:
     Attributes:
         name: "voco", "full cache", "uncached" (through the engine), "stock generate" or "voco generate".
         kind: "answer" (a batch, stage by stage) or "stream".
-        images: "stored", "new" (compressed first) or "read" (each time, by a plain LLaVA).
+        images: "stored", "new" (compressed first) or "read" (by a plain LLaVA, each time).
         num_voco: 0 for a plain LLaVA.
-        batch: requests together; of a stream, at most.
+        batch: requests answered together; in a stream, at most.
         compiled: whether the engine's layers go through ``torch.compile``.
-        share: of a stream's images that came before; None of ``generate``, which knows none again.
+        share: the share of a stream's images that came before; None for ``generate``, which keeps none.
     """
 
     name: str
@@ -44,13 +44,14 @@ class Step:
 
     @property
     def engine(self) -> tuple[str, int, bool] | None:
-        """Mode, VoCo tokens and compiled, of the engine that it runs on; None for stock."""
+        """Mode, VoCo tokens and compiled of the engine that it runs on; None for stock ``generate``."""
         modes = {"full cache": "full_cache", "uncached": "uncached"}
         if self.name == "stock generate":
             return None
         return (modes.get(self.name, "voco"), self.num_voco, self.compiled)
 
     def said(self) -> str:
+        """The step in words, for progress."""
         parts = [self.name]
         if self.num_voco:
             parts.append(f"{self.num_voco} VoCo")
@@ -77,7 +78,7 @@ class Step:
 def plan(
     *, num_voco: list[int], batches: list[int], shares: list[float], compiled: list[bool]
 ) -> list[Step]:
-    """What is measured of a model, in the order of the run: rows of one engine follow each other."""
+    """What is measured for a model, in the order of the run: rows of one engine are adjacent."""
     first, largest = num_voco[0], max(batches)
     modes = [("voco", "stored", first), ("uncached", "read", 0), ("full cache", "stored", 0)]
     steps = [Step("stock generate", "answer", "read", 0, batch) for batch in batches]
@@ -142,7 +143,7 @@ class AnsweringRunner(Runner):
         if row["status"] != "ok":
             return super().say(row)
         if row["kind"] == "stream":
-            return f"answers a second: {row['answers_per_s']:.4g}"
+            return f"answers per second: {row['answers_per_s']:.4g}"
         return f"first token: {row['wall']['p50']:.4g} ms"
 
     def _run_model(self, name: str, steps: list[Step]) -> None:
@@ -248,10 +249,10 @@ class ModelRun:
         return row | {"agreement": self._agreement}
 
     def _open(self, step: Step) -> None:
-        """The step's engine, once its answers were right.
+        """Open the step's engine and check its answers, unless that was done.
 
         Raises:
-            WrongError: they are not. It, and whatever else was raised, is raised again for each row.
+            WrongError: they are wrong. This, like any other failure, is raised again for each row.
         """
         if self._failure is not None:
             raise self._failure
@@ -286,7 +287,7 @@ class ModelRun:
 
 
 def free(device: torch.device) -> None:
-    """Gives back what the engine or the model before has left."""
+    """Free what the engine or model before has left."""
     gc.collect()
     if device.type == "cuda":
         torch._dynamo.reset()

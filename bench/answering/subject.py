@@ -23,8 +23,8 @@ from voco_model.kv_store.memory_store import MemoryStore
 from voco_model.vlm.prompt import IMAGE_TOKEN, image_part
 
 FINGERPRINT = "bench"
-# Host time that a request's stages are kept clear of, in ms: the device is busy with something else
-# while they are enqueued.
+# In ms: for so long the device is kept busy while a request is enqueued, so that its stages hold none
+# of the host's time.
 COVERED_MS = 10.0
 
 
@@ -33,10 +33,10 @@ class Effort:
     """How much to measure.
 
     Attributes:
-        repeats: of a row, at least; a stream is repeated a third as often.
-        seconds: a row is repeated until these are spent, too, but no more than four times as often.
+        repeats: how often a row is measured, at least; a stream a third as often.
+        seconds: a row is repeated until these are spent, too, but at most four times ``repeats``.
         compared: pictures whose answers are compared before anything is timed.
-        requests: of a stream.
+        requests: in a stream.
     """
 
     repeats: int
@@ -54,8 +54,8 @@ class Reference:
     """What a picture's question is answered with.
 
     Attributes:
-        tokens: by ``generate``.
-        logits: float32 ``[vocabulary]`` of the first of them.
+        tokens: those of ``generate``.
+        logits: float32 ``[vocabulary]``, from which the first of them was chosen.
     """
 
     tokens: list[int]
@@ -64,7 +64,7 @@ class Reference:
 
 @dataclass
 class References:
-    """By ``generate``, picture by picture.
+    """What ``generate`` answers, picture by picture.
 
     Attributes:
         noise: by how much a first token's logits differ, at most, between two routes that are both
@@ -82,8 +82,8 @@ class Asked:
     """One run of a batch: times in milliseconds.
 
     Attributes:
-        stages: of the device on CUDA, until the first token.
-        decode: of each decoding step.
+        stages: until the first token; device time on CUDA.
+        decode: one for each decoding step.
         first, whole: on the host's clock, from the first request until each has its first, its last
             token.
     """
@@ -134,7 +134,7 @@ class Subject:
         self.model = models.build_model(config, device, dtype, std=spec.std)
         tokenizer = self.processor.tokenizer
         self._bytes = range(len(tokenizer) - 256, len(tokenizer))
-        # No answer ends early, or has a token that stands for an image: <VoCo> will be the next id.
+        # No answer ends early, or contains an image's token: <VoCo> will be the next id.
         special = [*range(self._bytes.start), len(tokenizer)]
         self.model.generation_config.suppress_tokens = special
         self._exact = dtype == torch.float32
@@ -147,11 +147,11 @@ class Subject:
         self.warm: weakref.ref | None = None  # the engine must go when its rows are done
 
     def enable(self) -> None:
-        """From now on the model knows VoCo tokens, and stock ``generate`` isn't stock any more."""
+        """Teach the model VoCo tokens; from now on stock ``generate`` isn't stock any more."""
         voco_model.enable(self.model, self.processor, 1)
 
     def facts(self) -> dict:
-        """What a record says of the model."""
+        """What a record says about the model."""
         text = self.model.config.text_config
         parameters = list(self.model.parameters())
         return {
@@ -170,18 +170,18 @@ class Subject:
     # ---- what is asked
 
     def picture(self, number: int):
-        """There are eight, which is enough: images are told apart by their keys."""
+        """One of eight, which is enough: images are distinguished by their keys."""
         number %= 8
         if number not in self._pictures:
             self._pictures[number] = models.picture(self.spec, number)
         return self._pictures[number]
 
     def question(self, number: int) -> list[int]:
-        """Ids of a text of bytes."""
+        """Token ids of a text of random bytes."""
         return random.Random(number).choices(self._bytes, k=self.text_tokens)
 
     def fresh(self) -> int:
-        """A number that no picture had before."""
+        """A picture number that wasn't used before."""
         self._fresh += 1
         return 1000 + self._fresh
 
@@ -193,7 +193,7 @@ class Subject:
         return voco_model.Request(self.picture(picture), self.question(question), sampling, [key])
 
     def plain_inputs(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """For a plain LLaVA's ``generate``: one picture and its question a row."""
+        """Inputs of a plain LLaVA's ``generate``: one picture and its question per row."""
         return self._inputs(numbers, IMAGE_TOKEN)
 
     def _inputs(self, numbers: Sequence[int], front: str) -> dict[str, Tensor]:
@@ -213,7 +213,7 @@ class Subject:
     # ---- what should be answered
 
     def plain_references(self) -> References:
-        """By stock ``generate``, one row at a time and, for the noise, all rows together."""
+        """What stock ``generate`` answers, one row at a time and, for the noise, all rows together."""
         numbers = range(self.effort.compared)
         answers = [self._generated(self.plain_inputs([number]))[0] for number in numbers]
         try:
@@ -225,7 +225,7 @@ class Subject:
         return References(answers, self._noise(answers, together))
 
     def voco_references(self, num_voco: int) -> References:
-        """By ``voco_model.generate`` and, for the noise, by one masked pass over the whole prompt."""
+        """What ``voco_model.generate`` answers and, for the noise, one masked pass over the prompt."""
         numbers = list(range(self.effort.compared))
         entries = voco_model.compress(
             self.model,
@@ -298,8 +298,8 @@ class Subject:
         )
 
     def keep(self, engine: voco_model.TwoPassEngine, variant: str) -> int:
-        """Puts the entries of as many pictures as a batch has into the store, if they aren't there; an
-        entry's bytes."""
+        """Put the entries of as many pictures as a batch has into the store, if they aren't there yet;
+        returns an entry's bytes."""
         numbers = range(self.max_batch)
         keys = [self.key(number, variant) for number in numbers]
         entries = engine.compress([self.picture(number) for number in numbers], keys=keys)
@@ -308,7 +308,7 @@ class Subject:
         return entries[0].nbytes
 
     def forget(self, engine: voco_model.TwoPassEngine) -> None:
-        """Drops what was put since ``keep``."""
+        """Drop what was stored since ``keep``."""
         engine.flush()
         for key in set(self.store) - self._kept:
             self.store.delete(key)
@@ -316,8 +316,8 @@ class Subject:
     def compare(
         self, engine: voco_model.TwoPassEngine, references: References, variant: str
     ) -> dict:
-        """How far the engine's answers are those of ``generate``: with new images and, where there is a
-        store, again from there.
+        """Compare the engine's answers with those of ``generate``: with new images and, if there is a
+        store, again from the store.
 
         In float32 every token must be the same. In 16 bits a likeliest token may change; the one that
         the engine took must then be as good as the noise allows: its logit in ``generate`` is below the
@@ -367,7 +367,7 @@ class Subject:
         return found
 
     def _written(self, logits: Tensor) -> Tensor:
-        """Without the tokens that are never written."""
+        """Logits without the tokens that are never generated."""
         logits = logits.clone()
         logits[self.model.generation_config.suppress_tokens] = -torch.inf
         return logits
@@ -379,7 +379,7 @@ class Subject:
         *,
         covered: bool = False,
     ) -> Asked:
-        """Have a batch of requests answered together.
+        """Let the engine answer a batch of requests.
 
         Args:
             covered: on CUDA, keep the device busy while the host enqueues, so that the stages hold none
@@ -434,7 +434,7 @@ class Subject:
 
 
 def check_found(asked: Asked, expected: int) -> None:
-    """What is timed must be what it is called."""
+    """See that what is timed is what the row says: so many images came from the store."""
     found = sum(answer.from_store for answer in asked.answers)
     if found != expected:
         raise RuntimeError(f"expected {expected} images from the store, got {found}")

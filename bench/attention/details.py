@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench.attention.questions import cases_of, our_row, panels_of, times_faster
 from bench.harness.records import is_on_gpu
-from bench.harness.text import cell, table
+from bench.harness.text import table
 
 
 def tables(record: dict) -> list[str]:
@@ -38,7 +38,7 @@ def tables(record: dict) -> list[str]:
 def _cells(case: dict, row: dict, factor: float) -> list[str]:
     if row["status"] != "ok":
         status = row["status"].upper() if row["status"] == "red" else row["status"]
-        note = f"{status}: {cell(row['reason'])}"
+        note = f"{status}: {row['reason']}"
         return [row["name"], *["-"] * 5, _worst_error(row), note]
     timing = row["timing"]
     ratio = None if row is our_row(case) else times_faster(case, row)
@@ -48,7 +48,7 @@ def _cells(case: dict, row: dict, factor: float) -> list[str]:
         f"{factor * row['tflops']:.4g}",
         "" if ratio is None else f"{ratio:.2f}",
         _worst_error(row),
-        cell(_note(row)),
+        _note(row),
     ]
 
 
@@ -89,7 +89,7 @@ def _note(row: dict) -> str:
 
 def _layout_cells(entry: dict) -> list[str]:
     if entry["status"] != "ok":
-        return [entry["shape"], *["-"] * 5, f"{entry['status']}: {cell(entry['reason'])}"]
+        return [entry["shape"], *["-"] * 5, f"{entry['status']}: {entry['reason']}"]
     layout = entry["layout"]
     return [
         entry["shape"],
@@ -100,5 +100,5 @@ def _layout_cells(entry: dict) -> list[str]:
             for key in ("block_mask", "block_mask_compiled")
         ),
         "-" if entry["ratio"] is None else f"{entry['ratio']:.1f}",
-        cell("; ".join(entry["notes"])),
+        "; ".join(entry["notes"]),
     ]

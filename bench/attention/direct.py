@@ -1,4 +1,4 @@
-"""A backend's own functions on a case: no autograd around them, and nothing else on the device."""
+"""Calls a backend's own functions on a case, without autograd and with nothing else on the device."""
 
 from __future__ import annotations
 
@@ -50,5 +50,5 @@ def backward(
 
 
 def orders(name: str) -> tuple[bool, ...]:
-    """What ``deterministic`` to call a backend with, to run all that it has."""
+    """The values of ``deterministic`` with which to call a backend, to run all of its kernels."""
     return (True, False) if name in ANY_ORDER else (True,)

@@ -1,4 +1,4 @@
-"""One measurement: a case made of a shape, a peer checked on it and timed, a layout timed."""
+"""Single measurements: a shape's inputs, a peer checked and timed on them, a layout timed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def case_record(
         "length": layout.length,
         "pairs": layout.pairs(),
         "flops": flops,
-        "result_bytes": result_bytes,  # what nobody can do without
+        "result_bytes": result_bytes,  # what any implementation must allocate
         "rows": [],
     }
 
@@ -183,7 +183,7 @@ def measure_layout(shape: Shape, device: torch.device, effort: Effort, *, compil
             make_mask = peers.block_mask_maker(shape, expected, compiled=by_compiler)
             make_mask()
             entry[key] = clock.measure(make_mask, device, effort).to_json()
-        except Exception as error:  # recorded: the other one goes on
+        except Exception as error:  # recorded; the other one is still timed
             entry["notes"].append(f"{key}: {first_line(error)}")
     masks = [entry[key]["p50"] for key in ("block_mask", "block_mask_compiled") if entry[key]]
     entry["ratio"] = min(masks) / entry["layout"]["p50"] if masks else None

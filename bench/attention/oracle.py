@@ -1,4 +1,5 @@
-"""The truth that a result must match before it is timed, at lengths where S^2 fits no memory.
+"""The float64 truth that a result must match before it is timed, for lengths whose S^2 scores don't fit
+into memory.
 
 Attention and its gradients are computed for a sample of tokens: whole rows of the softmax for the
 sampled queries and for every query that sees a sampled key, chunk by chunk. In float64 that is the

@@ -1,11 +1,11 @@
-"""Who is timed: our backends, and every rival that a user could reach for instead.
+"""What is timed: our backends, and every rival that a user could choose instead.
 
-A peer says why it cannot serve, and otherwise turns a ``Case`` into a ``Job``. Rivals get the best
-form that a user of theirs would write, and two-call rivals appear twice:
+A peer says why it cannot serve, and otherwise turns a ``Case`` into a ``Job``. Rivals are
+written as well as a user of theirs would write them, and two-call rivals appear twice:
 
 * as a drop-in: whole tensors in, whole tensors out; cutting and joining are part of the time;
-* ``...-parts``: kernels alone, on inputs already cut, outputs left apart. No drop-in, and the
-  hardest time to beat.
+* ``...-parts``: kernels alone, on inputs already cut, with outputs left apart. Not a drop-in, and the
+  hardest to beat.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Peer:
         return None
 
     def slow(self, shape: Shape, device: torch.device) -> bool:
-        """Compiles for each case, or takes far longer than its worth: left to the end of a run. On
+        """Whether it compiles for each case or takes very long: it is left to the end of a run. On
         a CPU nothing is: what is compared there should be measured at about the same moment."""
         return False
 
@@ -221,10 +221,10 @@ class Ours(Peer):
 
 
 class SdpaCausal(Peer):
-    """Plain causal attention over everything: the floor of a user who drops the mask."""
+    """Plain causal attention over everything: what it costs to ignore the mask."""
 
     name = "sdpa-causal"
-    legend = "SDPA, is_causal over the whole row: NOT this mask, the floor of a naive user"
+    legend = "SDPA, is_causal over the whole row: NOT this mask, but a floor"
     masked = False
 
     def slow(self, shape: Shape, device: torch.device) -> bool:
@@ -427,7 +427,7 @@ class TorchVarlen(SplitPeer):
         from torch.nn.attention.varlen import varlen_attn
 
         known = inspect.signature(varlen_attn).parameters
-        # torch 2.10 takes is_causal; 2.11 a window; 2.12 also wants to be told of grouped heads.
+        # torch 2.10 takes is_causal; 2.11 a window; 2.12 also needs to know of grouped heads.
         options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
         if "enable_gqa" in known:
             options["enable_gqa"] = case.grouped

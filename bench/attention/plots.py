@@ -81,8 +81,9 @@ ROOFLINE_LOOKS = {
 
 
 def plot_roofline(record: dict, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a PNG: for each direction and heads, every shape at its intensity, under what the copy
-    and the matrix product of the same run allow; above it, the share of that which ours reaches.
+    """Write a PNG: for each direction and heads, every shape at its intensity, under the roof that
+    the copy and the matrix product of the same run allow; above it, the share of the roof that ours
+    reaches.
 
     Raises:
         ValueError: the record has no cases, or no ceilings.
@@ -164,7 +165,7 @@ def _draw_roofline(axis, record: dict, cases: list[dict]) -> None:
 
 
 def _looks(record: dict) -> dict[str, dict]:
-    """Colour and hatch by name, in the order of the rows, for every name that was ever timed."""
+    """Colour and hatch by name, in the order of the rows, for every name that was timed."""
     ours, rivals = [], []
     for case in record["cases"]:
         for row in timed(case):

@@ -44,8 +44,8 @@ def times_faster(case: dict, rival: dict | None) -> float | None:
 
 
 def intensity(case: dict) -> float:
-    """Useful FLOPs a byte that nobody can avoid to move: q, k, v and out once each; with the backward
-    pass their gradients too."""
+    """Useful FLOPs per byte that must be moved: q, k, v and out once each; with the backward pass their
+    gradients, too."""
     itemsize = _ITEMSIZES[case["dtype"]]
     tensors = 2 * case["num_heads"] + 2 * case["num_kv_heads"]
     if case["direction"] != DIRECTIONS[0]:

@@ -120,7 +120,7 @@ def _first_of_ours(case: dict) -> dict:
 
 
 def layout_table(results: Records, size: str, *, all_shapes: bool = True) -> str:
-    """Time to make a layout from token ids against the time to make the BlockMask."""
+    """The time to build a layout from token ids against the time to build the BlockMask."""
     newest: dict[str, tuple[str, dict]] = {}
     for name, record in results.items():
         if record["settings"]["size"] == size:

@@ -174,7 +174,7 @@ def pick_peers(
     names = [] if rivals == ["none"] else pick(rivals, list(peers.RIVALS), "rivals")
     with usage_errors():
         chosen = [*peers.ours(probe, backends), *(peers.RIVALS[name] for name in names)]
-    if not rivals:  # a rival of another device is news only to those who asked for it
+    if not rivals:  # rivals that run on other devices are only listed if asked for
         chosen = [peer for peer in chosen if peer.device_type in (None, device.type)]
     present, unavailable = [], {}
     for peer in chosen:

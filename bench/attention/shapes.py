@@ -1,6 +1,6 @@
 """The seven shapes, A to G, that every figure of this project is measured on.
 
-Each comes in three sizes of the same structure: ``full`` for a GPU, ``small`` for a CPU, ``tiny``
+Each has three sizes of the same structure: ``full`` for a GPU, ``small`` for a CPU, ``tiny``
 for a rehearsal in CI.
 """
 

@@ -58,7 +58,7 @@ class Timing:
 def measure(
     function: Function, device: torch.device, effort: Effort, graph: bool = False
 ) -> Timing:
-    """Time ``function``, which must have run once already (compilation is not ours to measure)."""
+    """Time ``function``, which must have run once already, so that compilation is not measured."""
     if device.type == "cpu":
         return _measure_cpu(function, effort)
     flush = Flush(device)

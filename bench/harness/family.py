@@ -31,7 +31,7 @@ class Picture:
         title: what it shows, in words.
         draw: writes the PNG of a record to a path, with metadata.
         has: whether a record has what it shows.
-        suffix: of the file's name, behind the record's.
+        suffix: what the file's name adds to the record's.
     """
 
     title: str

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 OURS = ("#c0392b", "#e08e79", "#f0c4b8")
 """Colours of what is ours."""
 
 
-def panels(count: int, *, columns: int, height: float, **options):
+def panels(count: int, *, columns: int, height: float, **options) -> tuple[Figure, list[Axes]]:
     """A figure of ``count`` panels in so many columns, each ``height`` inches high.
 
     Args:
@@ -40,7 +47,10 @@ def panels(count: int, *, columns: int, height: float, **options):
     return figure, list(axes.flat[:count])
 
 
-def legend(figure, handles, labels, title: str | None = None) -> None:
+def legend(
+    figure: Figure, handles: Iterable[Artist], labels: Iterable[str], title: str | None = None
+) -> None:
+    """The figure's legend, to the right of its panels."""
     figure.legend(
         handles,
         labels,
@@ -51,7 +61,7 @@ def legend(figure, handles, labels, title: str | None = None) -> None:
     )
 
 
-def labelled(axes) -> dict:
+def labelled(axes: Iterable[Axes]) -> dict[str, Artist]:
     """The labelled artists of all panels, by label."""
     found = {}
     for axis in axes:
@@ -59,7 +69,9 @@ def labelled(axes) -> dict:
     return found
 
 
-def save(figure, record: dict, what: str, path: Path, metadata: dict[str, str] | None) -> None:
+def save(
+    figure: Figure, record: dict, what: str, path: Path, metadata: dict[str, str] | None
+) -> None:
     """Write the PNG, under a title that says where its figures come from, and close the figure.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a measurement raised, as the status and reason of its row."""
+"""Turns what a measurement raised into the status and reason of its row."""
 
 from __future__ import annotations
 

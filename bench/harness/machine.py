@@ -24,7 +24,7 @@ SOURCES = ("voco_kernels", "csrc")
 
 
 def environment(device: torch.device, sources: Sequence[str] = SOURCES) -> dict:
-    """All that decides what a figure means. Holds no names of machines, users or folders.
+    """What figures depend on. Holds no names of machines, users or folders.
 
     Args:
         sources: see ``sources_digest``.
@@ -84,7 +84,7 @@ def _nvidia_smi(field: str) -> str | None:
 
 
 def _processor() -> str:
-    """The processor's model name; the architecture where the system does not tell."""
+    """The processor's model name; the architecture where the system does not say."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().split("\n"):
@@ -103,9 +103,9 @@ def package_version(package: str) -> str | None:
 def commit(root: Path = ROOT) -> str:
     """The commit that is measured: of ``VOCO_COMMIT``, else of git, else of a file ``COMMIT``.
 
-    A copy of the tree without ``.git`` (a machine that is handed files only) says it by the
-    variable or by the file. ``-dirty`` marks changed files under git; ``unknown`` is the last
-    resort, and ``sources_sha256`` beside it still tells versions apart.
+    A copy of the tree without ``.git`` gives it by the variable or by the file. ``-dirty`` marks changed
+    files under git; ``unknown`` is the last resort, and ``sources_sha256`` beside it still distinguishes
+    versions.
     """
     if os.environ.get("VOCO_COMMIT"):
         return os.environ["VOCO_COMMIT"]

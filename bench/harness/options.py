@@ -11,8 +11,13 @@ import torch
 import typer
 
 EXIT_RED = 1
+"""Something of ours was wrong or failed."""
+
 EXIT_DEVICE_LOST = 3
+"""A kernel broke the CUDA context: run again, with --resume where there is one."""
+
 CONTEXT = {"help_option_names": ["-h", "--help"]}
+"""Settings of every command."""
 
 
 class Device(str, Enum):
@@ -38,6 +43,7 @@ Resume = Annotated[
 
 
 def app() -> typer.Typer:
+    """A command's application, which is given ``CONTEXT``, too."""
     return typer.Typer(add_completion=False, rich_markup_mode=None)
 
 

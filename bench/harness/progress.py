@@ -34,6 +34,7 @@ class ProgressReport:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
+        """Show the bar meanwhile."""
         with self.progress:
             yield
 

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: one JSON file.
+"""Records: the JSON file that a benchmark writes.
 
 A record holds ``schema``, ``bench`` (the name of its ``Family``), ``finished``, ``environment`` (device,
 versions, commit, date), ``settings`` and, by family, ``cases``, ``ceilings`` and lists of other entries.
@@ -45,7 +45,7 @@ def load(path: Path) -> dict:
         raise ValueError(f"expected JSON in {path}, got: {error}") from error
 
 
-def _finite(value):
+def _finite(value: object) -> object:
     """JSON has no NaN and no infinity: they become strings, so that any reader can load the
     file."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -68,10 +68,12 @@ def named(case: dict | None, name: str) -> dict | None:
 
 
 def device_of(record: dict) -> str:
+    """The name of the device that a record was measured on."""
     return record["environment"]["device"]["name"]
 
 
 def is_on_gpu(record: dict) -> bool:
+    """Whether a record was measured on a CUDA device."""
     return record["environment"]["device"]["type"] == "cuda"
 
 

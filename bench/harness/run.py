@@ -27,7 +27,7 @@ def fresh(
     device: torch.device,
     settings: dict,
     sources: Sequence[str] = machine.SOURCES,
-    **more,
+    **more: dict | list,
 ) -> dict:
     """A record in which nothing was measured yet.
 

@@ -13,13 +13,14 @@ NOT_MEASURED = "not measured"
 def table(header: list[str], rows: list[list[str]], *, left: int = 1) -> str:
     """A Markdown table; the first ``left`` columns are words, the others figures."""
     rule = [*["---"] * left, *["---:"] * (len(header) - left)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in [header, rule, *rows]]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def aligned(markdown: str) -> str:
     """The same text for a terminal: the columns of its tables under each other, no bold."""
-    blocks = re.split(r"((?:^\|.*\n?)+)", markdown.replace("**", ""), flags=re.M)
-    return "".join(_padded(block) if block.startswith("|") else block for block in blocks)
+    blocks = re.split(r"((?:^\| .*\n?){2,})", markdown.replace("**", ""), flags=re.M)
+    return "".join(_padded(block) if block.startswith("| ") else block for block in blocks)
 
 
 def _padded(block: str) -> str:
@@ -35,11 +36,6 @@ def _padded(block: str) -> str:
         for row in rows
     ]
     return "".join(f"| {line} |\n" for line in lines)
-
-
-def cell(words: str) -> str:
-    """Words from elsewhere, such as an error's message, as they can be in a table's cell."""
-    return " ".join(words.replace("|", "/").split())
 
 
 def plural(count: int, what: str) -> str:
@@ -79,10 +75,12 @@ def scaled(count: float, units: Sequence[str], factor: float) -> str:
 
 
 def nbytes(count: float) -> str:
+    """``"302 MB"``."""
     return scaled(count, ("GB", "MB", "kB"), 1e9)
 
 
 def flops(count: float) -> str:
+    """``"1.2 TFLOP"``."""
     return scaled(count, ("TFLOP", "GFLOP", "MFLOP"), 1e12)
 
 
@@ -92,6 +90,7 @@ def rate(tera: float, unit: str) -> str:
 
 
 def short(commit: str) -> str:
+    """A commit's first 12 digits, marked if files were changed."""
     return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
 

@@ -1,4 +1,4 @@
-"""Times of loads: in turns, each on cold caches, so that a slow moment of the machine hits all alike."""
+"""Times of several functions in turns, each on cold caches, so that a slow moment hits all alike."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ WARM_TOKENS = 8
 
 @dataclass
 class Job:
-    """A load ready to run.
+    """A function to be timed, such as a load that is ready to run.
 
     Attributes:
         run: one load. What it returns is freed after the clock has stopped.
         check: what is wrong with the result of a ``run`` into poisoned memory; "" if nothing.
         before: run ahead of each ``run``, not timed.
-        prime: run once, behind the poison and ahead of the run that is checked.
-        queued: whether ``run`` only enqueues work on a CUDA stream, so that its time on the device can
-            be told from the host's.
-        times: in milliseconds, by what they are, see ``records``.
+        prime: run once, after the memory is poisoned and before the run that is checked.
+        queued: whether ``run`` only enqueues work on a CUDA stream, so that the device's time can
+            be measured apart from the host's.
+        times: in milliseconds, by kind: "wall", "warm", "device".
     """
 
     run: Callable[[], object]
@@ -47,9 +47,9 @@ class Job:
 
 
 class Eviction:
-    """Reads a buffer of at least twice the last-level cache, so that what was there is not any more.
+    """Evicts the CPU's caches, by reading a buffer of at least twice the last-level cache.
 
-    Twice over: caches that tell a stream from what is used again let the first pass go by.
+    It is read twice: caches that detect streaming reads don't keep what is read once.
     """
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class Clock:
         for turn in range(effort.most):
             if turn >= effort.least and time.monotonic() > finish:
                 break
-            shuffle(order)  # nobody always follows the same one
+            shuffle(order)  # so that no job always follows the same one
             for index in order:
                 if not failures[index]:
                     failures[index] = _reason_of(time_one, jobs[index])

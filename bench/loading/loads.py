@@ -1,7 +1,7 @@
-"""What is timed: ways to bring an entry from some place into a cache, and the floors under them.
+"""What is timed: ways to load an entry from some place into a cache, and their floors.
 
-Each says in one line what its time includes. Rivals get the best form that a user of theirs would write,
-and read files of their own. No rival checks what it has read.
+Each says in one line what its time includes. Rivals are written as well as a user of theirs would write
+them, and read files of their own. No rival verifies what it has read.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Load:
     Attributes:
         name: in records and tables.
         legend: what the time includes.
-        prepare: a scene's job; raises NotMeasuredError where this machine can't time it.
+        prepare: makes a scene's job; raises NotMeasuredError if this machine can't time it.
         kind: "floor", "ours" or "rival".
         checksum: whether every byte is hashed on the way.
-        device: "cpu" or "cuda", of a load that exists only there.
-        sweep: whether it is timed for the sizes between, at which staging begins to pay.
+        device: "cpu" or "cuda" if the load exists only there.
+        sweep: whether it is also timed at the sizes in between, where staging begins to pay.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Load:
 
 
 def loads_from(source: str, device: str, *, sweep: bool = False) -> list[Load]:
-    """In the order of the tables; with ``sweep`` those that find the crossover."""
+    """Loads in the order of the tables; with ``sweep``, those that find the crossover."""
     found = [load for load in _LOADS[source] if load.device in (None, device)]
     return [load for load in found if load.sweep] if sweep else found
 
@@ -111,7 +111,9 @@ def _redis_get(scene: Scene) -> Job:
     client, name = scene.redis_client()
 
     def check(value: bytes) -> str:
-        start = 8 + int.from_bytes(value[:8], "little")  # behind the header, as in any safetensors
+        start = 8 + int.from_bytes(
+            value[:8], "little"
+        )  # after the header, as in any safetensors file
         got = torch.frombuffer(bytearray(value[start : start + scene.nbytes]), dtype=torch.uint8)
         return _wrong_bytes(scene, got)
 
@@ -246,7 +248,7 @@ def _extract(scene: Scene, *, prepared: bool = False) -> Job:
 
 
 def quantize(entry: CompactKV, dtype: torch.dtype) -> CompactKV:
-    """``entry.quantize(dtype)``, layer by layer for the sake of memory; pinned if the entry is."""
+    """``entry.quantize(dtype)``, layer by layer to save memory; pinned if the entry is."""
     kv = torch.empty(entry.kv.shape, dtype=dtype)
     scales = torch.empty(entry.kv.shape[:4], dtype=torch.float32)
     for index in range(entry.num_layers):
@@ -299,7 +301,7 @@ def _redis_load_into(scene: Scene) -> Job:
 
 
 def _before(paths: list[Path], cold: bool) -> Callable[[], None]:
-    """Ahead of each read: nothing, or dropping what the page cache has of the files."""
+    """What to do before each read: nothing, or drop the files from the page cache."""
     if not cold:
         return lambda: None
     check_dropped(paths)
@@ -310,7 +312,7 @@ def _before(paths: list[Path], cold: bool) -> Callable[[], None]:
 
 
 def _put_slices(scene: Scene, kv: Tensor) -> None:
-    """2 L copies; the cache's length is left alone."""
+    """2 L copies; the cache's length is not changed."""
     for layer, (keys, values) in zip(scene.cache.layers, kv, strict=True):
         layer.keys[0, :, : scene.tokens].copy_(keys, non_blocking=True)
         layer.values[0, :, : scene.tokens].copy_(values, non_blocking=True)
@@ -394,12 +396,12 @@ def _from_memory(on_device: bool = False) -> tuple[Load, ...]:
         ),
         Load(
             "replace + launch",
-            "of a prepared Transfer: name another entry, move it",
+            "a prepared Transfer: name another entry, move it",
             partial(_replace_and_launch, on_device=on_device),
         ),
         Load(
             "launch",
-            "of a prepared Transfer: move the entry",
+            "a prepared Transfer: move the entry",
             partial(_launch, on_device=on_device),
         ),
         Load("slices", _ONE_BY_ONE, partial(_slices, on_device=on_device), "rival"),
@@ -417,20 +419,20 @@ _CONVERTED = (
         "the call, with a float8_e4m3fn entry (likewise)",
         partial(_quantized, dtype=torch.float8_e4m3fn),
     ),
-    Load("load_into, rotated", "the call, keys rotated on by 1000 positions", _rotated),
+    Load("load_into, rotated", "the call, with keys rotated by 1000 more positions", _rotated),
 )
 _EXTRACT = (
     Load("extract", "the way back: the call, into new memory", _extract),
     Load(
         "extract, prepared",
-        "the launch of a prepared one, into the same memory",
+        "the launch of a prepared extract, into the same memory",
         partial(_extract, prepared=True),
     ),
 )
 _ON_CUDA = (
     Load(
         "graph replay",
-        "of a CUDA graph that recorded the launch",
+        "replay of a CUDA graph of the launch",
         partial(_launch, graph=True),
         device="cuda",
     ),

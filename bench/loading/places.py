@@ -16,7 +16,7 @@ _START_SECONDS = 20.0
 
 
 def write_back(paths: Iterable[Path]) -> None:
-    """Wait until the files are on the disk: what isn't can't be dropped from memory."""
+    """Wait until the files are on the disk: until then they can't be dropped from memory."""
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -39,7 +39,7 @@ def check_dropped(paths: Iterable[Path]) -> None:
     """Drop the files' pages and see that they are gone.
 
     Raises:
-        NotMeasuredError: they aren't, as on a file system that lives in memory, or nobody says.
+        NotMeasuredError: they aren't, as on a file system in memory, or the system can't say.
     """
     if not hasattr(os, "posix_fadvise") or not hasattr(os, "RWF_NOWAIT"):
         raise NotMeasuredError("this system doesn't say what is in its page cache")
@@ -58,12 +58,12 @@ def check_dropped(paths: Iterable[Path]) -> None:
             ) from error
         finally:
             os.close(fd)
-        raise NotMeasuredError("files of this folder stay in memory whatever is asked")
+        raise NotMeasuredError("files of this folder can't be dropped from memory")
     drop(paths)
 
 
 def read_file(path: Path, into: memoryview) -> int:
-    """The first bytes of a file into memory that exists, opened and closed; how many."""
+    """Open a file, read its first bytes into existing memory, and close it; how many were read."""
     fd = os.open(path, os.O_RDONLY)
     try:
         done = 0
@@ -82,7 +82,7 @@ class RedisServer:
 
     Attributes:
         url: for clients.
-        version: as the server says it.
+        version: of the server.
 
     Raises:
         NotMeasuredError: there is none, or no client for it, or it doesn't start.

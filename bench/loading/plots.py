@@ -20,7 +20,7 @@ LOOKS = {
     "torch.load": {"color": "#d2b4de", "marker": "v"},
     "torch.load + slices": {"color": "#8e44ad", "marker": "v"},
 }
-"""What is drawn, of all that is timed, beside the floors."""
+"""What is drawn of all that is timed, besides the floors."""
 
 FLOORS = {
     "memcpy": "-",
@@ -30,7 +30,7 @@ FLOORS = {
     "read": "-.",
     "GET": "-.",
 }
-"""Black, in these styles."""
+"""Floors are drawn in black, in these styles."""
 
 
 def plot_loads(record: dict, path: Path, metadata: dict[str, str] | None = None) -> None:

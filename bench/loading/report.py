@@ -1,4 +1,4 @@
-"""The tables of bench/kv.py in README and docs: what was aimed at and reached, and every load."""
+"""The tables of bench/kv.py in README and docs: goals and what is reached, and every load."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Goal:
     """A figure to reach.
 
     Attributes:
-        what: is measured, in words.
+        what: what is measured, in words.
         goal: in words.
-        figure: of a record, by kind of time (a column of the table); None if it wasn't measured.
-        times: the kinds of time that it is about; other columns stay empty.
-        unit: behind the figure.
+        figure: from a record and a kind of time (a column of the table); None if it wasn't measured.
+        times: the kinds of time that the goal is about; other columns stay empty.
+        unit: follows the figure.
     """
 
     what: str
@@ -131,13 +131,13 @@ def _blocks(name: str, record: dict, device_type: str) -> str:
     blocks += [_legend(record, device_type), loads_table(record, device_type, "wall")]
     if device_type == "cuda":
         blocks += [
-            "The device alone, on a cold L2, of the loads that only enqueue work:",
+            "Device time alone, on a cold L2, for the loads that only enqueue work:",
             loads_table(record, device_type, "device"),
         ]
         sweep = crossover_table(record)
         if sweep:
             blocks += [
-                "Whether the kernel reads pinned memory itself or a copy comes first, on the device:",
+                "Device time, reading pinned memory directly or copying it to the device first:",
                 sweep,
             ]
     return "\n\n".join(blocks)
@@ -164,7 +164,7 @@ def details_table(record: dict, case: dict) -> str:
     for row in case["rows"]:
         if row["status"] != "ok":
             status = row["status"].upper() if row["status"] == "red" else row["status"]
-            note = f"{status}: {text.cell(row['reason'])}"
+            note = f"{status}: {row['reason']}"
             rows.append([row["name"], *["-"] * len(columns), note])
             continue
         cells = [f"{row['wall'][quantile]:.4g}" for quantile in ("p20", "p50", "p80")]
@@ -191,18 +191,17 @@ def _legend(record: dict, device_type: str) -> str:
     floor = "one pinned copy of the same bytes"
     if device_type == "cpu":
         floor = (
-            "the plain copy, and of loads with a checksum (✓) a multiple of copy and checksum "
-            "one after the other"
+            "the plain copy, or for loads with a checksum (✓) copy and checksum one after the other"
         )
     return (
         f"Medians, from the call until the entry is in the cache; {evicted:.0f} MiB of other data are "
-        f"read before each call. In brackets: a multiple of the floor, {floor}. Quantized entries "
-        "count as what they become. Rivals check nothing."
+        f"read before each call. In parentheses: the multiple of the floor, {floor}. Quantized "
+        "entries count with the size that they are loaded as. Rivals verify nothing."
     )
 
 
 def goals_table(record: dict | None, device_type: str) -> str:
-    """What was aimed at, and what is reached."""
+    """The goals, and what is reached."""
     columns = COLUMNS[device_type]
     rows = []
     for goal in GOALS[device_type]:
@@ -216,7 +215,7 @@ def goals_table(record: dict | None, device_type: str) -> str:
 
 
 def loads_table(record: dict, device_type: str, what: str) -> str:
-    """Every load of a record by size: its median and how many times the floor that is."""
+    """Every load of a record by size: its median, and that as a multiple of the floor."""
     sizes = [tokens for tokens in TOKENS if tokens in record["settings"]["tokens"]]
     sizes += [tokens for tokens in record["settings"]["tokens"] if tokens not in sizes]
     rows = []

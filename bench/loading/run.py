@@ -18,14 +18,14 @@ from bench.loading.report import FAMILY
 from bench.loading.scene import Model, Scene
 
 TOKENS = (1, 64, 576, 8)
-"""Sizes of an entry, those that decide most first: 0.5, 34, 302 and 4 MB of LLaVA-1.5-7B."""
+"""Sizes of an entry, the most telling first: 0.5, 34, 302 and 4 MB of LLaVA-1.5-7B."""
 
 SWEEP_TOKENS = (2, 4, 16, 32)
 """Between them, on CUDA, where the copy to the device first begins to pay."""
 
 
 class Servers:
-    """The Redis server of a run, started for the first who asks."""
+    """The Redis server of a run, started when it is first needed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -78,7 +78,7 @@ class LoadingRunner(Runner):
         """Tokens, sources, and whether only the loads of the sweep are timed."""
         if self.device.type == "cpu":
             return [(tokens, self.sources, False) for tokens in self.tokens]
-        # Memory of any size comes before what is slower: time on a GPU machine is short.
+        # Memory first, in every size, then what is slower: time on a GPU machine is short.
         near = [source for source in self.sources if source in ("pinned memory", "device")]
         far = [source for source in self.sources if source not in near]
         plan = [(tokens, near, False) for tokens in self.tokens]

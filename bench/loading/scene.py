@@ -1,4 +1,4 @@
-"""One entry of one size, the cache it goes into, and all places where it may lie."""
+"""One entry of one size, the cache it goes into, and all places where it may be."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from bench.loading.places import RedisServer, write_back
 from voco_kernels.kv.entry import CompactKV, Rope
 
 FREE_SLOTS = 256
-"""Slots that the cache has beside the entry's tokens, for a question and its answer."""
+"""Slots that the cache has besides the entry's tokens, for a question and its answer."""
 
-_FIRST_POSITION = 612  # behind a prompt and the 576 tokens of an image
+_FIRST_POSITION = 612  # after a prompt and the 576 tokens of an image
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Model:
     head_dim: int
 
     def nbytes(self, tokens: int) -> int:
-        """Of an entry in 16 bits."""
+        """Size of an entry in 16 bits."""
         return 2 * self.num_layers * 2 * self.num_kv_heads * tokens * self.head_dim
 
 
@@ -42,7 +42,7 @@ SIZES = {"full": Model(32, 32, 128), "tiny": Model(3, 2, 16)}
 
 
 class Scene:
-    """An entry of ``tokens`` tokens in bfloat16, in memory and wherever a load asks for it.
+    """An entry of ``tokens`` tokens in bfloat16, in memory and wherever a load needs it.
 
     Attributes:
         entry: on the CPU; pinned where the cache is on a GPU.
@@ -80,7 +80,7 @@ class Scene:
 
     @property
     def nbytes(self) -> int:
-        """Of the entry's keys and values."""
+        """Size of the entry's keys and values."""
         return self.entry.kv.nbytes
 
     @cached_property
@@ -114,7 +114,7 @@ class Scene:
 
     @property
     def store_files(self) -> list[Path]:
-        """The entry's, and not the index beside it, which a store in use has in memory."""
+        """The entry's files, without the index beside them, which a store in use has in memory."""
         return list((self.folder / "store").rglob("*.safetensors"))
 
     @cached_property
@@ -186,7 +186,7 @@ class Scene:
                 if not same_bits(whole[0, :, : self.tokens].cpu(), want):
                     return f"layer {index}: the {name} in the cache differ from the entry's"
                 if not whole[:, :, self.tokens :].isnan().all():
-                    return f"layer {index}: {name} were written behind the entry's slots"
+                    return f"layer {index}: {name} were written after the entry's slots"
         return ""
 
     def wrong_length(self) -> str:
@@ -200,9 +200,9 @@ class Scene:
         return self.entry.kv[index]
 
     def close(self) -> None:
-        """Let go of files and of what the server keeps."""
+        """Remove the files and what the server stores."""
         if "redis_store" in vars(self):
-            with suppress(OSError):  # a server that is gone keeps nothing
+            with suppress(OSError):  # a server that has stopped stores nothing
                 self.redis_store.delete(self.entry.key)
             self.redis_store.close()
         if "store" in vars(self):
@@ -211,7 +211,7 @@ class Scene:
 
 
 def static_cache(model: Model, slots: int, device: torch.device):
-    """Transformers' StaticCache with one row; what the loaders see of one where that is missing."""
+    """Transformers' StaticCache with one row; without Transformers, a stand-in for it."""
     shape = (1, model.num_kv_heads, slots, model.head_dim)
     try:
         from transformers import LlamaConfig, StaticCache

@@ -3,7 +3,7 @@
 The lengths of texts are log-normal with a median of 200 tokens and a mean of 290, what is longer than
 2048 is cut, and 6% of the samples have no image. It is shaped after LLaVA-665k (Liu et al., arXiv
 2310.03744), of which 40k samples of 665k are text alone; it is assumed, not fitted to that data. Token
-ids and pixels are noise. Labels are the last half of each text, the answer; the rest and all that stands
+ids and pixels are noise. Labels are the last half of each text, the answer; the rest and everything
 before the text has none.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""The label of a token that has none, in Transformers' losses."""
+"""The label of a token that Transformers' losses ignore."""
 
 FIRST_TEXT_ID = 3
 """Ids below are the tokenizer's own."""
@@ -27,7 +27,7 @@ FIRST_TEXT_ID = 3
 
 @dataclass(frozen=True)
 class Distribution:
-    """Of texts and images.
+    """How texts and images are drawn.
 
     Attributes:
         median, mean: of the log-normal lengths of texts in tokens, before they are cut.
@@ -43,7 +43,8 @@ class Distribution:
 
     @property
     def sigma(self) -> float:
-        """Of the lengths' logarithm: a log-normal's mean is its median times ``exp(sigma^2 / 2)``."""
+        """Standard deviation of the lengths' logarithms: a log-normal's mean is its median times
+        ``exp(sigma^2 / 2)``."""
         return math.sqrt(2 * math.log(self.mean / self.median))
 
     def to_json(self) -> dict:
@@ -61,7 +62,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation: its text int64 ``[T]``, and whether an image stands before it."""
+    """One conversation: its text int64 ``[T]``, and whether an image precedes it."""
 
     text: Tensor
     image: bool
@@ -76,7 +77,7 @@ def draw(
     seed: int = 0,
     candidates: int = 999,
 ) -> list[Sample]:
-    """A batch like most: of so many drawn, the one whose padding share is the median.
+    """A typical batch: of many that are drawn, the one with the median share of padding.
 
     Args:
         count: samples of a batch.
@@ -98,7 +99,7 @@ def draw(
 
 
 def padding_share(lengths: Sequence[int]) -> float:
-    """Of a batch whose rows are as long as its longest."""
+    """The share of padding in a batch whose rows are all as long as its longest."""
     return 1 - sum(lengths) / (len(lengths) * max(lengths))
 
 
@@ -126,7 +127,7 @@ class Batch:
 
     @property
     def padding(self) -> float:
-        """Share of the batch's tokens."""
+        """Padding's share of the batch's tokens."""
         return 1 - self.tokens / self.input_ids.numel()
 
 
@@ -138,7 +139,7 @@ def collate(
     pad_id: int,
     packed: bool,
 ) -> Batch:
-    """One row a sample, or all documents in one row, on the pixels' device (the CPU without any).
+    """One row per sample, or all documents in one row, on the pixels' device (without pixels, the CPU).
 
     Args:
         prefix: token ids that stand for an image, before the text.

@@ -1,4 +1,4 @@
-"""The ways of training that bench/train.py compares, the model that they train, and its optimizer."""
+"""The ways to train that bench/train.py compares, the model that they train, and its optimizer."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ Q_FORMER_SMALL = dict(
 )
 
 BYTES_A_WEIGHT = 16
-"""Of a trained one: in fp32 weight, gradient and AdamW's two moments; in bf16 2 each for weight and
-gradient, and 12 for the weight's fp32 copy and the moments."""
+"""Bytes per trained weight: in fp32 weight, gradient and AdamW's two moments; in bf16 2 each for weight
+and gradient, and 12 for the weight's fp32 copy and the moments."""
 
 ROOM = 0.8
-"""Share of the free memory that ``layers_that_fit`` gives away; its count of activations is rough."""
+"""Share of the free memory that ``layers_that_fit`` plans with; its count of activations is rough."""
 
 
 def config_of(spec: Spec, layers: int | None = None) -> LlavaConfig:
-    """A LLaVA's, with so many layers; the image's token, padding and ``<VoCo>`` are the last 64 ids."""
+    """A LLaVA's configuration. The image's token, padding and ``<VoCo>`` are among the last 64 ids."""
     if layers is not None:
         spec = replace(spec, text={**spec.text, "num_hidden_layers": layers})
     image = spec.text["vocab_size"] - 64
@@ -87,7 +87,7 @@ def build(
 
 
 def layers_that_fit(free_bytes: int, tokens: int, *, checkpointing: bool) -> int:
-    """Layers of LLaVA-1.5-7B, of 32, for bf16 training on a GPU with that much free memory.
+    """How many of LLaVA-1.5-7B's 32 layers can be trained in bf16 with that much free memory.
 
     Args:
         tokens: of a padded batch.
@@ -254,7 +254,7 @@ def enabled(num_voco: int, model: LlavaForConditionalGeneration) -> Iterator[Non
 
 @contextmanager
 def nothing(model: nn.Module) -> Iterator[None]:
-    """The model as it is."""
+    """Leave the model as it is."""
     yield
 
 
@@ -351,7 +351,7 @@ class QFormerLlava(nn.Module):
 
 
 def free(device: torch.device) -> None:
-    """Gives back what the step or the model before has left."""
+    """Free what the step or model before has left."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ METHODS = {
     "packed": "`masked_attention`, packed",
     "q-former": "Q-Former, padded",
 }
-"""By name, in the order of the tables."""
+"""Titles by name, in the order of the tables."""
 
 OVERALL_BATCH = 128
 """Samples of a step on all of the paper's eight GPUs (supplement, Table 1)."""
@@ -58,7 +58,7 @@ def _blocks(name: str, record: dict) -> str:
         ]
         blocks += ["**Table 5 of the paper's supplement**:", table_5(case, methods)]
         checks = checks_table(case)
-        blocks += ["**Checks** before the clock:", checks] if checks else []
+        blocks += ["**Checks** before timing:", checks] if checks else []
     return "\n\n".join(blocks)
 
 
@@ -86,7 +86,7 @@ def _batch(record: dict, case: dict) -> str:
 
 
 def steps_table(case: dict, methods: list[str]) -> str:
-    """A step by method. What was not right or not run has no figure, and nothing is compared with it."""
+    """A step by method. What was wrong or not run has no figure, and nothing is compared with it."""
     rows = []
     dense = named(case, "dense")
     for name in methods:
@@ -125,7 +125,7 @@ def steps_table(case: dict, methods: list[str]) -> str:
 
 
 def table_5(case: dict, methods: list[str]) -> str:
-    """Time and memory as the paper has them, theirs beside ours; theirs is a whole training."""
+    """Time and memory beside the paper's, whose time is that of a whole training."""
     rows = []
     for name in methods:
         row = named(case, name)
@@ -165,9 +165,9 @@ def checks_table(case: dict) -> str:
         "method",
         "small model, fp32: loss's error (limit)",
         "gradients' error (limit)",
-        "loss of the model above",
-        "distance to the first (limit)",
-        "gradients' norm / the first's",
+        "loss of this model",
+        "difference to the first (limit)",
+        "gradient norm / the first's",
     ]
     return table(header, rows) if rows else ""
 

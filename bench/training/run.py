@@ -26,7 +26,7 @@ class TrainingRunner(Runner):
 
     Attributes:
         names: methods, in the order of the tables.
-        model: a LLaVA in training mode; the Q-Former takes its parts in the end.
+        model: a LLaVA in training mode; the Q-Former takes over its parts at the end.
         batches: see ``steps.batches``.
         rows: of the methods, by name.
     """
@@ -127,7 +127,7 @@ class TrainingRunner(Runner):
 
     def _time(self, model: torch.nn.Module, runs: dict, flops: Callable) -> None:
         """On a CPU in rounds of one step each: what is compared is measured at about the same moment. On
-        CUDA one method behind another, so that none finds the memory as another has left it."""
+        CUDA one method after another, so that none starts with memory fragmented by another."""
         trainer = Trainer(model, self.device)
         groups = [runs]
         if self.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Checks and steps of bench/train.py: losses and gradients compared, one step timed, its memory read."""
+"""Checks and steps of bench/train.py: losses and gradients are compared, steps are timed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FLOOR = 1e-5
 """Added to every limit, as in the tests of ``masked_attention``."""
 
 SMALL_TEXTS = Distribution(median=20, mean=29, longest=60, text_only=0.25)
-"""For the small model, whose image is 16 tokens."""
+"""Texts for the small model, whose images are 16 tokens."""
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -41,7 +41,7 @@ class PeakMemory:
     """Highest memory between ``start`` and ``read``.
 
     On CUDA what torch had allocated (``max_memory_allocated``); on Linux without it the resident set of
-    the whole process (``VmHWM``, set back by ``start``), model, optimizer, torch and Python included.
+    the whole process (``VmHWM``, reset by ``start``), with model, optimizer, torch and Python.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -57,14 +57,14 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.what:
-            # glibc's: freed blocks go back to the system, not to the next method.
+            # glibc: return freed blocks to the system, so that the next method doesn't reuse them.
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
             if trim is not None:
                 trim(0)
             _CLEAR.write_text("5")
 
     def read(self) -> int | None:
-        """Bytes; None where the system doesn't tell."""
+        """Bytes; None if the system doesn't report them."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         if not self.what:
@@ -113,7 +113,7 @@ def batch_of(method: Method, made: dict[str, Batch]) -> Batch:
 
 def small_check(names: Sequence[str], device: torch.device, num_voco: int) -> dict[str, dict]:
     """Loss and every gradient of a small model in float32, by method, against the dense mask's in
-    float64 (but for norms and the loss, which Transformers computes in float32 whatever comes in).
+    float64 (but for norms and the loss, which Transformers computes in float32 for any input dtype).
 
     The rule of the house: an error of at most twice that of the dense mask in float32, plus 1e-5. A
     gradient's error is the norm of the difference of all gradients over the norm of the truth.
@@ -179,7 +179,7 @@ def _gradients(model, method: Method, made: dict[str, Batch]) -> tuple[float, Te
 
 
 def loss_and_norm(model: nn.Module, run: Callable[[], object]) -> dict:
-    """Of the model that is measured: the loss, the norm of all gradients, the largest logit's size."""
+    """The measured model's loss, the norm of all its gradients, and the size of its largest logit."""
     output = run()
     largest = output.logits.detach().abs().max().item()
     loss = output.loss
@@ -194,7 +194,7 @@ def loss_and_norm(model: nn.Module, run: Callable[[], object]) -> dict:
 
 
 def compare(found: dict, reference: dict, dtype: torch.dtype) -> dict:
-    """``found`` with its distance to the first method's, and what is allowed.
+    """``found`` with its difference to the first method's, and the limit of that.
 
     A loss is a mean of log-softmax values, each of which moves by at most twice what the logits move.
     Two exact routes agree to 1e-5 in float32 logits (CONTRIBUTING.md); on top of that each of them
@@ -238,7 +238,7 @@ class Trainer:
 
 
 def useful_flops(model, batch: Batch) -> int:
-    """Of a step of a LLaVA under the VoCo mask."""
+    """Useful FLOPs of a step of a LLaVA under the VoCo mask."""
     return flops.training(
         model.config,
         tokens=batch.tokens,
@@ -249,7 +249,7 @@ def useful_flops(model, batch: Batch) -> int:
 
 
 def q_former_flops(model: QFormerLlava, batch: Batch) -> int:
-    """Of a step of ``[query | text]``, plain causal, behind a Q-Former in place of the projector."""
+    """FLOPs of a step on ``[query | text]``, plain causal, with a Q-Former in place of the projector."""
     config = model.llava.config
     lengths = batch.real.sum(dim=1).tolist()
     language = flops.training(

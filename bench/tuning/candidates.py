@@ -1,4 +1,4 @@
-"""What ``bench/tune.py`` tries, which of it is chosen, and the table in the package that says so."""
+"""The candidates of ``bench/tune.py``, the choice among them, and the package's table of choices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Table = dict[int, dict[tuple[str, int], tuple]]
 """As ``triton_table.TABLE``: by chip, by kernel and width, blocks and where they come from."""
 
 KERNELS = ("forward", "dkdv", "dq")
-"""In the order of what they cost."""
+"""In the order of their cost."""
 
 WIDTHS = (128, 64, 256)
 """Classes of head_dim, the most used first."""
@@ -92,7 +92,7 @@ CANDIDATES: dict[tuple[str, int], tuple[Blocks, ...]] = {
         (32, 64, 8, 1),
     ),
 }
-"""For every chip: what spills on one, or has no room there, is dropped before it is timed."""
+"""The same for every chip: what spills on one, or exceeds its memory, is dropped before it is timed."""
 
 
 def candidates_for(kernel: str, width: int, chip: int, most: int | None = None) -> list[Blocks]:

@@ -1,7 +1,7 @@
-"""A candidate's first run: compiled, launched once on a little data, and asked what it takes.
+"""A candidate's first run: it is compiled and launched once on little data, and its usage is read.
 
-On a GPU that is done in several processes. What they compile is in Triton's cache on disk when the
-clock starts in another one, and a candidate that breaks its process breaks no other.
+On a GPU that is done in several processes. What they compile is in Triton's cache on disk before timing
+starts in another one, and a candidate that breaks its process breaks no other.
 """
 
 from __future__ import annotations

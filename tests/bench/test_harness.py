@@ -176,7 +176,7 @@ def test_links_to_pictures_say_what_is_missing():
 
 def test_tables_are_aligned_for_a_terminal():
     markdown = (
-        "**Title**\n\n" + text.table(["a", "ms"], [["long name", "1"], ["b", ""]]) + "\n\nend"
+        "**Title**\n\n" + text.table(["a", "ms"], [["long name", "1"], ["a | b", ""]]) + "\n\nend"
     )
     assert text.aligned(markdown).splitlines() == [
         "Title",
@@ -184,7 +184,7 @@ def test_tables_are_aligned_for_a_terminal():
         "| a         | ms |",
         "| --------- | -- |",
         "| long name |  1 |",
-        "| b         |    |",
+        "| a \\| b    |    |",
         "",
         "end",
     ]

@@ -531,7 +531,7 @@ def test_without_results_every_figure_is_not_measured(checkout):
     assert "≤ 1.25 |" + " not measured |" * 4 in text
     assert "| LLaVA-1.5-7B | 1 | VoCo cached |" + " not measured |" * 7 in text
     assert "| the paper, A100 | 1 | VoCo cached |" in text and "0.525 MB" in text
-    assert "Answers a second over the share of images that come back: not measured." in text
+    assert "Answers per second by the share of images seen before: not measured." in text
     assert report_on(checkout, "--check")[0].exit_code == 0
 
 
