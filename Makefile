@@ -27,7 +27,7 @@ endif
 CPP := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench docs docs-site clean
+.PHONY: help venv demo test quick types lint format bench docs docs-site wheel hub clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -37,6 +37,12 @@ demo: $(READY)  ## digits before and after compression; a photograph, read once 
 
 test: lint  ## ruff, then every test that this machine can run
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+quick: lint  ## a useful part of the tests, in about two minutes
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m quick $(ARGS)
+
+types: $(READY)  ## mypy: the annotations of voco_kernels and of voco_model's public modules
+	$(PY) -m mypy
 
 bench: $(READY)  ## time masked_attention against its rivals on this machine
 	$(PY) bench/attn.py $(ARGS)
@@ -64,6 +70,17 @@ docs-site: .venv-docs/.installed  ## the documentation as HTML in build/docs-sit
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip install --quiet -r requirements/docs.txt
 	touch $@
+
+# setuptools would pack what an earlier build left in build/lib.
+wheel: $(READY)  ## two wheels in dist/: with the CUDA extension for Hopper (needs nvcc), and pure Python
+	rm -rf dist build/lib* build/bdist*
+	VOCO_BUILD_CUDA=1 $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	rm -rf build/lib* build/bdist*
+	VOCO_BUILD_CUDA=0 $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist
+
+hub: $(READY)  ## voco_kernels in build/hub, in the layout of the Hugging Face kernels hub
+	$(PY) release/hub_kernel.py build/hub
 
 venv: $(READY)  ## only the environment, in .venv
 
