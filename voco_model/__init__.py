@@ -2,7 +2,7 @@
 
 from voco_kernels import CompactKV, extract, load_into
 from voco_model.engine import Answer, Request, RequestError, Sampling, TwoPassEngine
-from voco_model.kv_store import KVStore
+from voco_model.kv_store import KVStore, open_store
 from voco_model.pictures import PictureError, PictureLimits
 from voco_model.vlm.attach import Enabled, enable
 from voco_model.vlm.fingerprint import fingerprint
@@ -31,5 +31,6 @@ __all__ = [
     "image_key",
     "load",
     "load_into",
+    "open_store",
     "prompt",
 ]

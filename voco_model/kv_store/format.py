@@ -162,6 +162,11 @@ def check_key(key: str) -> str:
     return key
 
 
+def is_key(key: str) -> bool:
+    """Whether ``check_key`` accepts it."""
+    return _KEY.fullmatch(key) is not None
+
+
 def encode(entry: CompactKV, key: str, alignment: int = ALIGNMENT) -> list[bytes | memoryview]:
     """An entry as the parts of a file, in order: header, ``kv``, what follows it.
 

@@ -14,11 +14,8 @@ from voco_model.kv_store.disk import KVStore
 from voco_model.kv_store.memory_store import MemoryStore
 from voco_model.kv_store.objects import ObjectStore, without_password
 from voco_model.kv_store.redis_store import RedisStore
+from voco_model.kv_store.sizes import parse_size
 from voco_model.kv_store.tiered import TieredStore
-
-_UNITS = {unit: 1000**power for power, unit in enumerate(["", "k", "m", "g", "t", "p"])}
-_UNITS.update({f"{unit}i": 1024**power for power, unit in enumerate(["", "k", "m", "g", "t", "p"])})
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgtp]i?)?b?", re.IGNORECASE)
 
 
 def open_store(url: str | os.PathLike | Sequence, **options: Any) -> Store:
@@ -53,20 +50,6 @@ def open_store(url: str | os.PathLike | Sequence, **options: Any) -> Store:
             return _open_one(url, options)
         url = url.split("|")
     return _open_tiers(list(url), options)
-
-
-def parse_size(value: Any) -> int:
-    """Bytes: 1000, "1000", "10GB" (10**9 each), "1.5 GiB" (2**30).
-
-    Raises:
-        ValueError: anything else.
-    """
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError("a number of bytes such as 1000, 10GB or 10GiB")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
 
 
 def _switch(value: Any) -> bool:

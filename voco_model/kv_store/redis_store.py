@@ -17,12 +17,12 @@ from voco_model.kv_store.base import (
     StoreStats,
     StoreUnavailable,
     Tally,
+    VerifyReport,
     key_of,
     logger,
     may_serve,
 )
 from voco_model.kv_store.bounded import Breaker, BusyError, Deadline, Workers
-from voco_model.kv_store.disk import VerifyReport
 from voco_model.kv_store.format import COMPACT, EntryError, check_key, decode, encode
 
 QUARANTINE = "voco-kv:quarantine:"

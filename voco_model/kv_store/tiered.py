@@ -18,12 +18,12 @@ from voco_model.kv_store.base import (
     StoreStats,
     StoreUnavailable,
     Tally,
+    VerifyReport,
     after_fork,
     key_of,
     logger,
     may_serve,
 )
-from voco_model.kv_store.disk import VerifyReport
 from voco_model.kv_store.format import check_key
 
 _RUNNING_SECONDS = 30.0  # that a put or delete waits for another write of its key that has begun

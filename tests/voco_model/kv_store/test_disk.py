@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests.voco_model.kv_store.samples import assert_same, make_entry, make_key
-from voco_model.kv_store import disk
+from voco_model.kv_store import writing
 from voco_model.kv_store.base import StoreUnavailable
 from voco_model.kv_store.buffers import BufferPool
 from voco_model.kv_store.disk import KVStore
@@ -124,7 +124,7 @@ def test_putting_again_replaces(store):
 
 
 def test_arguments_are_checked(store, tmp_path):
-    with pytest.raises(ValueError, match="expected a key, got an entry without one"):
+    with pytest.raises(ValueError, match="expected a key, got none with the entry"):
         store.put(make_entry(1).__class__(make_entry(1).kv, make_entry(1).positions, 9))
     for use in (
         store.get,
@@ -136,7 +136,7 @@ def test_arguments_are_checked(store, tmp_path):
             use("../../../../etc/passwd")
     with pytest.raises(TypeError, match="expected a CompactKV"):
         store.put(make_entry(1).kv, make_key(1))
-    with pytest.raises(ValueError, match="expected max_bytes above 0"):
+    with pytest.raises(ValueError, match="expected max_bytes >= 1"):
         KVStore(tmp_path / "other", max_bytes=0)
     with pytest.raises(TypeError, match="expected max_bytes as an int"):
         KVStore(tmp_path / "other", max_bytes=1e9)
@@ -293,7 +293,7 @@ def test_a_good_file_that_came_meanwhile_is_not_set_aside(store, caplog):
         list(reader.layers())
     assert_same(store.get(make_key(1)), make_entry(1))
     assert not files(store, "quarantine")
-    assert "another one has its name by now" in caplog.text
+    assert "another file has replaced it" in caplog.text
     check_consistent(store)
 
 
@@ -460,7 +460,7 @@ def test_leftovers_of_dead_writers_are_swept_and_those_of_living_ones_are_not(tm
         store.put(make_entry(1))
         dead = store.path / "tmp" / f"{make_key(2)}.1-00"
         dead.write_bytes(bytes(100))
-        with store._temporary(make_key(3)) as (_, living):
+        with store._files.temporary(make_key(3)) as (_, living):
             with KVStore(tmp_path, max_bytes=ROOMY):
                 assert not dead.exists() and os.path.exists(living)
         assert not files(store, "tmp")
@@ -475,7 +475,7 @@ def test_leftovers_are_swept_from_a_store_that_stays_open(store, monkeypatch, wh
     if when == "verified":
         assert store.verify().ok
     else:
-        store._make_room(0, OSError(errno.ENOSPC, "full"))
+        store._writer.make_room(0, ROOMY, OSError(errno.ENOSPC, "full"))
     assert not dead.exists()
 
 
@@ -624,7 +624,7 @@ def test_a_locked_index_keeps_nobody_from_reading(tmp_path):
 def test_a_full_disk_makes_room_once_and_then_says_so(store, monkeypatch, code, caplog):
     for number in range(30):
         store.put(make_entry(number))
-    evicted = -(-(SIZE + disk._INDEX_ROOM) // SIZE)
+    evicted = -(-(SIZE + writing.INDEX_ROOM) // SIZE)
     room = [0]  # attempts that fail
     writev = os.writev
 
@@ -770,8 +770,8 @@ def test_two_puts_of_one_key_leave_the_row_of_the_file_that_is_there(tmp_path, m
                 if evicted:
                     other.delete(make_key(1))
 
-            monkeypatch.setattr("voco_model.kv_store.disk._sync_folder", meanwhile)
-            monkeypatch.setattr(one, "_fsync", True)
+            monkeypatch.setattr("voco_model.kv_store.files.sync_folder", meanwhile)
+            monkeypatch.setattr(one._files, "sync", True)
             one.put(make_entry(1))
             assert held(one) == (set() if evicted else {1})
             check_consistent(one)

@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 
+import voco_model
 from tests.voco_model.kv_store.conftest import PATIENT
 from tests.voco_model.kv_store.samples import assert_same, make_entry, make_key
 from voco_model.kv_store.disk import KVStore
 from voco_model.kv_store.memory_store import MemoryStore
 from voco_model.kv_store.objects import ObjectStore
-from voco_model.kv_store.open import open_store, parse_size
+from voco_model.kv_store.open import open_store
 from voco_model.kv_store.redis_store import RedisStore
+from voco_model.kv_store.sizes import parse_size
 from voco_model.kv_store.tiered import TieredStore
 
 
@@ -51,7 +53,9 @@ def test_a_folder(tmp_path):
             assert isinstance(store, KVStore)
             assert store.path == tmp_path / "a b"
             assert store.stats().max_bytes == 10**10
-    with KVStore.open(str(tmp_path / "a b"), max_bytes="1GB", fingerprint="model-a") as store:
+    with voco_model.open_store(
+        str(tmp_path / "a b"), max_bytes="1GB", fingerprint="model-a"
+    ) as store:
         assert store.fingerprint == "model-a"
 
 

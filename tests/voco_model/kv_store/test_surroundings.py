@@ -76,7 +76,7 @@ def test_what_is_cleaned_away_is_made_again(store, what, call, caplog):
     store.verify()
     check_consistent(store)
     assert store.stats().put_failures == 0
-    told = [r for r in caplog.records if "removed beneath the open store" in r.getMessage()]
+    told = [r for r in caplog.records if "removed while the store was open" in r.getMessage()]
     assert len(told) <= 3  # a folder is mentioned once
     if what == "tmp":
         assert len(told) == 1
