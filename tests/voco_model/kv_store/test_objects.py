@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import traceback
 import uuid
 from unittest import mock
 
@@ -283,10 +284,7 @@ def test_secrets_are_never_printed(monkeypatch, caplog):
     with pytest.raises(StoreUnavailable) as error:
         store.put(make_entry(1))
     assert "***" in str(error.value)
-    assert error.value.__cause__ is None and error.value.__suppress_context__
-    assert (
-        "s3cr3t" not in str(error.value) + caplog.text
-        and "t0k3n" not in str(error.value) + caplog.text
-    )
+    printed = "".join(traceback.format_exception(error.value)) + caplog.text
+    assert "s3cr3t" not in printed and "t0k3n" not in printed
     assert without_password("redis://u:a/b@h/0?x=1") == "redis://u:***@h/0?x=1"
     assert without_password("unix:///s?db=0&password=x") == "unix:///s?db=0&password=***"
