@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,8 +156,12 @@ def test_a_store_of_one_model_keeps_and_serves_only_its_entries(tmp_path, caplog
     with KVStore(tmp_path, max_bytes=ROOMY, fingerprint="model-a") as store:
         with pytest.raises(ValueError, match="expected an entry of the model"):
             store.put(make_entry(2, fingerprint="model-b"))
+        unmarked = make_entry(4, fingerprint="")  # as compress makes them without a store
+        with pytest.raises(ValueError, match=r"put dataclasses.replace\(entry, fingerprint=store"):
+            store.put(unmarked)
+        store.put(replace(unmarked, fingerprint=store.fingerprint))
         store.put(make_entry(3))
-        assert store.get(make_key(3)) is not None
+        assert store.get(make_key(3)) is not None and make_key(4) in store
         assert store.get(make_key(1)) is None
         assert store.stats().failures == {"model": 1}
 

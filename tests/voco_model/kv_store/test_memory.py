@@ -94,6 +94,18 @@ def test_an_entry_that_somebody_wrote_to_is_not_served(part, caplog):
     assert make_key(1) not in store and store.stats().bytes == 0
 
 
+def test_verify_drops_what_was_written_to():
+    store = MemoryStore("2 kB")
+    for number in range(2):
+        store.put(make_entry(number))
+    store.get(make_key(0)).kv.zero_()
+    before = store.stats()
+    report = store.verify()
+    assert (report.entries, report.bytes) == (1, SIZE)
+    assert report.bad == {make_key(0): "overwritten"} and list(store) == [make_key(1)]
+    assert store.verify().ok and store.stats().hits == before.hits
+
+
 def test_entries_made_in_inference_mode():
     store = MemoryStore(10**6)
     with torch.inference_mode():

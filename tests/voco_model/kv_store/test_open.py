@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import voco_model
@@ -42,6 +43,33 @@ def test_what_is_not_a_size(text):
         parse_size(text)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path, size: KVStore(path, max_bytes=size),
+        lambda path, size: KVStore(path, max_bytes=1, quarantine_bytes=size),
+        lambda path, size: MemoryStore(size),
+        lambda path, size: TieredStore([MemoryStore(1)], max_waiting_bytes=size),
+    ],
+    ids=["max_bytes", "quarantine_bytes", "memory", "tiers"],
+)
+def test_constructors_take_sizes_as_a_url_does(tmp_path, make):
+    make(tmp_path, "20GB").close()
+    make(tmp_path, np.int64(10**9)).close()
+    for size in ("much", "-1GB", -1):
+        with pytest.raises(ValueError, match="expected (max|quarantine)_"):
+            make(tmp_path, size)
+    for size in (1e9, True):
+        with pytest.raises(TypeError, match="as an int or a size such as '20GB'"):
+            make(tmp_path, size)
+
+
+def test_sizes_are_kept_as_numbers(tmp_path):
+    with KVStore(tmp_path, max_bytes="20GB", quarantine_bytes="1 MiB") as store:
+        assert (store.max_bytes, store.quarantine_bytes) == (20 * 10**9, 2**20)
+    assert MemoryStore("2GiB").stats().max_bytes == 2**31
+
+
 def test_a_folder(tmp_path):
     for url, options in [
         (str(tmp_path / "a b"), {"max_bytes": "10GB"}),
@@ -57,6 +85,13 @@ def test_a_folder(tmp_path):
         str(tmp_path / "a b"), max_bytes="1GB", fingerprint="model-a"
     ) as store:
         assert store.fingerprint == "model-a"
+
+
+def test_the_old_name_still_opens_a_store_and_says_so(tmp_path):
+    with pytest.warns(DeprecationWarning, match=r"voco_model\.open_store"):
+        store = KVStore.open(str(tmp_path), max_bytes="1GB")
+    with store:
+        assert store.path == tmp_path and store.max_bytes == 10**9
 
 
 def test_memory():

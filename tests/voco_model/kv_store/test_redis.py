@@ -637,6 +637,7 @@ def test_a_bad_value_that_is_gone_by_now(store, client, monkeypatch):
         ((7,), {}, TypeError, "got int"),
         (("redis://localhost",), {"timeout": 0}, ValueError, "timeout above 0, got 0"),
         (("redis://localhost",), {"ttl": -1}, ValueError, "ttl above 0, got -1"),
+        (("redis://localhost",), {"min_bandwidth": "fast"}, ValueError, "a number of bytes such as"),
         (("redis://localhost",), {"prefix": "voco-kv:"}, ValueError, "prefix"),
         (("redis://localhost",), {"prefix": ""}, ValueError, "prefix"),
         (("redis://localhost",), {"back_off": (2, 1)}, ValueError, "back-off"),

@@ -510,6 +510,28 @@ def test_iteration_and_membership(store, memory, middle, remote):
     assert make_key(2) in store and make_key(3) not in store
 
 
+def test_verify_reports_every_tier(tmp_path, memory, middle):
+    """``Shelf`` has the interface's own ``verify``, which goes through ``get``."""
+    disk = KVStore(tmp_path, max_bytes="1MB", fsync=False)
+    with TieredStore([memory, disk, middle], max_waiting_bytes="1 MiB") as store:
+        for number in range(3):
+            store.put(make_entry(number))
+        assert store.flush(PATIENT)
+        memory.get(make_key(0)).kv.zero_()
+        path = tmp_path / "v1" / "00" / f"{make_key(1)}.safetensors"
+        path.write_bytes(b"bad")
+        middle.entries[make_key(2)] = None
+        report = store.verify()
+        assert report.bad == {
+            make_key(0): "overwritten",
+            make_key(1): "truncated",
+            make_key(2): "unreadable",
+        }
+        assert [tier.entries for tier in report.tiers] == [2, 2, 2] and report.entries == 6
+        assert [list(tier.bad) for tier in report.tiers] == [[make_key(n)] for n in range(3)]
+        assert report.dropped == [] and not report.ok
+
+
 def test_memory_alone():
     with TieredStore([MemoryStore(10**6)]) as store:
         store.put(make_entry(1))
@@ -548,8 +570,8 @@ def test_the_interpreter_exits_with_a_write_that_hangs():
 import logging, sys, threading
 from tests.voco_model.kv_store.samples import make_entry
 from tests.voco_model.kv_store.test_tiered import Shelf
-from voco_model.kv_store import tiered
-tiered._EXIT_SECONDS = 0.2
+from voco_model.kv_store import background, tiered
+background._EXIT_SECONDS = 0.2
 logging.basicConfig()
 shelf, remote = Shelf(), Shelf()
 remote.gate.clear()
