@@ -146,7 +146,9 @@ def prepare_load(
     if fresh and (slots is not None or rows is not None):
         raise ValueError(
             "expected neither slots nor rows with an empty DynamicCache, which has none to choose from, "
-            f"got {'slots' if rows is None else 'rows'}"
+            f"got {'slots' if rows is None else 'rows'}; leave them out, or load into a "
+            "StaticCache(config=..., max_cache_len=...) after its early_initialization(batch_size, "
+            "num_heads, head_dim, dtype, device)"
         )
     if not fresh and slots is None and cache_view.grows(cache):
         raise ValueError(

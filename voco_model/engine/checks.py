@@ -58,7 +58,7 @@ def check_parts(model, processor, store: Store | None, mode: str) -> None:
     check_adds_nothing_behind(processor.tokenizer)
     if store is not None and not isinstance(store, Store):
         raise TypeError(
-            f"expected a store or None, got {type(store).__name__}; open one with KVStore.open(url)"
+            f"expected a store or None, got {type(store).__name__}; use voco_model.open_store(url)"
         )
     if mode not in MODES:
         raise ValueError(f"expected mode to be one of {', '.join(MODES)}, got {mode!r}")

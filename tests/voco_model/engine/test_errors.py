@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 import threading
 from dataclasses import replace
 
@@ -527,6 +529,7 @@ def test_a_model_that_is_not_ready(kind):
         ({"temperature": -1.0}, "temperature >= 0"),
         ({"temperature": float("nan")}, "temperature >= 0"),
         ({"top_p": 0.0}, r"top_p in \(0, 1\]"),
+        ({"top_p": 0.5}, "temperature above 0 with top_p 0.5, got 0"),
         ({"seed": -1}, "seed from 0"),
         ({"max_new_tokens": 0}, "max_new_tokens >= 1"),
         ({"stop": ""}, "at least one character"),
@@ -539,6 +542,25 @@ def test_a_model_that_is_not_ready(kind):
 def test_sampling_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("temprature", r"did you mean temperature\?"),
+        ("max_tokens", r"did you mean max_new_tokens\?"),
+        ("repetition_penalty", "for others use voco_model.generate"),
+    ],
+)
+def test_an_unknown_sampling_option_is_answered_with_those_there_are(name, hint):
+    with pytest.raises(TypeError, match=f"among max_new_tokens, temperature.*, got {name}; {hint}"):
+        Sampling(**{name: 1})
+
+
+def test_sampling_can_be_copied_and_pickled():
+    sampling = Sampling(temperature=0.5, top_p=0.9, stop=["x"])
+    assert pickle.loads(pickle.dumps(sampling)) == copy.deepcopy(sampling) == sampling
+    assert replace(sampling, top_p=1.0) == Sampling(temperature=0.5, stop="x")
 
 
 # ---- a model that changes beneath its engine

@@ -72,7 +72,7 @@ def test_beyond_its_limit_it_keeps_nothing_and_counts():
     assert pool.unpooled == 4
     none = BufferPool(0, pin=False)
     assert len(none.lease(5)) == 5 and (none.held, none.unpooled) == (0, 1)
-    with pytest.raises(ValueError, match="expected a limit of 0 bytes or more"):
+    with pytest.raises(ValueError, match="expected limit >= 0 bytes"):
         BufferPool(-1)
 
 

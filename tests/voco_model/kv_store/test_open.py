@@ -194,7 +194,7 @@ def test_what_was_opened_is_closed_if_a_later_tier_cannot_be(tmp_path, monkeypat
         ("redis://localhost?max_bytes=1GB", {}, "maxmemory"),
         ("redis://localhost?ttl=soon", {}, "ttl as a number of seconds"),
         ("redis://localhost?ttl=-3", {}, "ttl above 0"),
-        ("redis://localhost?connections=few", {}, "connections as a whole number"),
+        ("redis://localhost?connections=few", {}, "connections as an integer"),
         ("redis://localhost?back_off=3", {}, "back_off as two numbers"),
         ("redis://localhost", {"nonsense": 1}, "got nonsense"),
         ("redis://u:pa/ss@localhost", {}, "percent-encoded"),

@@ -339,7 +339,7 @@ def test_a_stalled_server_does_not_take_a_large_put(redis_server):
     with RedisStore(redis_server.url, timeout=SHORT, min_bandwidth=1e9) as store:
         redis_server.stall()
         began = time.monotonic()
-        with pytest.raises(StoreUnavailable, match="expected an answer in"):
+        with pytest.raises(StoreUnavailable, match="no answer within"):
             store.put(entry)
         assert time.monotonic() - began < GENEROUS
         assert store.stats().put_failures == 1
@@ -637,10 +637,15 @@ def test_a_bad_value_that_is_gone_by_now(store, client, monkeypatch):
         ((7,), {}, TypeError, "got int"),
         (("redis://localhost",), {"timeout": 0}, ValueError, "timeout above 0, got 0"),
         (("redis://localhost",), {"ttl": -1}, ValueError, "ttl above 0, got -1"),
-        (("redis://localhost",), {"min_bandwidth": "fast"}, ValueError, "a number of bytes such as"),
+        (
+            ("redis://localhost",),
+            {"min_bandwidth": "fast"},
+            ValueError,
+            "a number of bytes such as",
+        ),
         (("redis://localhost",), {"prefix": "voco-kv:"}, ValueError, "prefix"),
         (("redis://localhost",), {"prefix": ""}, ValueError, "prefix"),
-        (("redis://localhost",), {"back_off": (2, 1)}, ValueError, "back-off"),
+        (("redis://localhost",), {"back_off": (2, 1)}, ValueError, "back_off with"),
         (("redis://localhost",), {"connections": 0}, ValueError, "at least one"),
         (("redis://localhost?nonsense=1",), {}, ValueError, "nonsense"),
     ],
@@ -739,7 +744,7 @@ def test_a_deadline_that_is_extended_is_waited_for():
 
 def test_calls_that_hang_leave_the_other_workers():
     workers, hang, given_up = Workers(2, "test"), threading.Event(), []
-    with pytest.raises(TimeoutError, match="expected an answer"):
+    with pytest.raises(TimeoutError, match="no answer within"):
         workers.run(hang.wait, Deadline(0.05), lambda: given_up.append(1))
     assert given_up == [1]
     assert workers.run(lambda: 7, Deadline(PATIENT)) == 7
