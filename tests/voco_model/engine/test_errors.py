@@ -183,7 +183,7 @@ def test_no_memory_for_one_prompt(world, engine_of, monkeypatch):
         return out_of_memory() if (packed[:, :40] == 71).all(1).any() else real(packed, *rest)
 
     monkeypatch.setattr(engine._second, "_prefill", prefill)
-    others_are_answered(world, engine, bad, "memory", "expected memory for reading the prompt")
+    others_are_answered(world, engine, bad, "memory", "reading the prompt ran out of memory")
     assert engine._second.free_rows == 4
 
 
@@ -274,7 +274,7 @@ def test_numbers_that_are_none_stay_with_their_request(world, engine_of):
         engine = engine_of(store, max_batch=max_batch)
         bad = engine.submit(poison)
         beside = engine.submit(request)
-        with pytest.raises(RequestError, match="expected finite logits"):
+        with pytest.raises(RequestError, match="logits contain NaN"):
             bad.result()
         assert beside.result().tokens == tokens
         assert engine.submit(request).result().tokens == tokens
@@ -317,7 +317,7 @@ def test_an_image_that_overflows_is_not_kept(world, engine_of, monkeypatch):
     first = engine._scheduler._first
     real = first.features
     monkeypatch.setattr(first, "features", lambda images: [each * 1e38 for each in real(images)])
-    with pytest.raises(RequestError, match="expected finite keys and values") as raised:
+    with pytest.raises(RequestError, match="keys and values contain NaN") as raised:
         engine.submit(world.cases[0].request).result()
     assert raised.value.reason == "image"
     monkeypatch.undo()
@@ -441,9 +441,9 @@ def test_what_is_no_request_stops_answer_many(world, engine_of):
         ({"max_batch": 0}, "expected an int max_batch >= 1, got 0"),
         ({"max_new_tokens": 2.5}, "expected an int max_new_tokens >= 1, got 2.5"),
         ({"mode": "fast"}, "expected mode to be one of voco, full_cache, uncached, got 'fast'"),
-        ({"graphs": True}, "expected a model on CUDA for graphs, got one on cpu"),
-        ({"lag": -1}, "expected lag >= 0, got -1"),
-        ({"lag": "x"}, "expected lag >= 0, got 'x'"),
+        ({"graphs": True}, "expected a model on CUDA with graphs=True, got one on cpu"),
+        ({"lag": -1}, "expected an int lag >= 0, got -1"),
+        ({"lag": "x"}, "expected an int lag >= 0, got 'x'"),
         ({"dtype": "bf16"}, "expected dtype as a torch.dtype, got 'bf16'"),
         ({"store": {}}, "expected a store or None, got dict"),
         ({"processor": None}, "expected the processor that was given to enable"),
