@@ -1,4 +1,4 @@
-"""One request that goes wrong gets a clear error; the others are answered."""
+"""A request that fails gets a clear error, and the others are answered."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from voco_model.kv_store.memory_store import MemoryStore
 
 
 class BrokenStore(MemoryStore):
-    """Raises where it is told to."""
+    """Raises the errors that it is given."""
 
     def __init__(self, *, get: Exception | None = None, put: Exception | None = None) -> None:
         super().__init__(1 << 26)
@@ -41,7 +41,7 @@ class BrokenStore(MemoryStore):
 
 
 def others_are_answered(world, engine, bad: Request, reason: str, message: str) -> None:
-    """The bad request in the middle of good ones."""
+    """Checks a bad request among good ones."""
     good = world.cases[:3]
     requests = [good[0].request, bad, good[1].request, good[2].request]
     answers = engine.answer_many(requests)
@@ -73,7 +73,7 @@ def test_a_missing_image(world, engine_of):
 
 
 def test_an_image_that_the_model_cannot_read(world, engine_of, monkeypatch):
-    """Found only in the middle of a batch: the others of the batch are read again, each by itself."""
+    """An error that shows up within a batch: its images are then read one by one."""
     engine = engine_of(max_images=4)
     first = engine._scheduler._first
     real = first.features
@@ -174,7 +174,7 @@ def test_no_memory_for_an_image(world, engine_of, monkeypatch):
 
 
 def test_no_memory_for_one_prompt(world, engine_of, monkeypatch):
-    """Out of memory only where this prompt is among those that are read."""
+    """Runs out of memory only when this prompt is read."""
     bad = Request(world.cases[0].request.images, [71] * 40)
     engine = engine_of(max_batch=4)
     real = engine._second._prefill
@@ -187,7 +187,7 @@ def test_no_memory_for_one_prompt(world, engine_of, monkeypatch):
     assert engine._second.free_rows == 4
 
 
-def test_an_error_in_decoding_ends_those_who_decode_and_no_others(world, engine_of, monkeypatch):
+def test_an_error_in_decoding_fails_only_the_decoding_requests(world, engine_of, monkeypatch):
     engine = engine_of(max_batch=2)
     running = [engine.submit(case.request) for case in world.cases[:2]]
     waiting = engine.submit(world.cases[2].request)
@@ -230,8 +230,8 @@ def test_an_entry_with_other_voco_tokens(world, engine_of):
         engine_of(store).answer(picture, SHORT, keys=[key])
 
 
-def test_who_shares_an_entry_with_other_voco_tokens(world, engine_of, monkeypatch):
-    """Also one who came while the first was looking it up."""
+def test_sharing_an_entry_with_another_number_of_voco_tokens(world, engine_of, monkeypatch):
+    """Also for a request that comes while the first one is looking the entry up."""
     store, request = MemoryStore(1 << 26), world.cases[0].request
     asked = Request(request.images, request.text, keys=["b" * 64])
     (entry,) = voco_model.compress(
@@ -267,7 +267,7 @@ def test_an_entry_of_another_model(world, engine_of):
 
 
 def test_numbers_that_are_none_stay_with_their_request(world, engine_of):
-    """NaN in an entry: the next request in its row must not find it there."""
+    """NaN from an entry must not affect the next request in its row."""
     request, tokens = world.cases[0].request, world.cases[0].tokens
     store, poison = poisoned(world)
     for max_batch in (1, 2):
@@ -290,8 +290,8 @@ def poisoned(world, key: str = "d" * 64) -> tuple[MemoryStore, Request]:
     return store, Request(request.images, [70] * 30, keys=[key])
 
 
-def test_numbers_that_are_none_go_with_who_is_given_up(world, engine_of):
-    """Cancelled before the host has seen what it wrote."""
+def test_nan_of_a_cancelled_request_is_cleared(world, engine_of):
+    """Cancelled before its tokens have reached the host."""
     store, bad = poisoned(world)
     engine = engine_of(store, max_batch=1, lag=3)
     ticket = engine.submit(bad)
@@ -323,7 +323,7 @@ def test_an_image_that_overflows_is_not_kept(world, engine_of, monkeypatch):
     monkeypatch.undo()
     engine.flush()
     assert not len(store)
-    for index in (2, 0, 4):  # a shorter image finds nothing of the longer one's
+    for index in (2, 0, 4):  # a shorter image isn't affected by the longer one before
         assert (
             engine.submit(world.cases[index].request).result().tokens == world.cases[index].tokens
         )
@@ -350,7 +350,7 @@ def test_an_iterator_of_images_that_raises(world, engine_of):
     assert [answers[0].tokens, answers[2].tokens] == [case.tokens for case in world.cases[:2]]
 
 
-def test_a_store_that_hangs_stops_nobody(world, engine_of, caplog):
+def test_a_store_that_hangs_does_not_stop_the_engine(world, engine_of, caplog):
     release = threading.Event()
 
     class Hanging(MemoryStore):
@@ -370,7 +370,7 @@ def test_a_store_that_hangs_stops_nobody(world, engine_of, caplog):
     assert "1 entries could not be stored" in caplog.text
 
 
-def test_a_row_that_is_freed_stands_still(world, engine_of):
+def test_a_freed_row_generates_nothing(world, engine_of):
     engine = engine_of(max_batch=2)
     ticket = engine.submit(world.cases[0].request)
     engine.step()
@@ -563,7 +563,7 @@ def test_sampling_can_be_copied_and_pickled():
     assert replace(sampling, top_p=1.0) == Sampling(temperature=0.5, stop="x")
 
 
-# ---- a model that changes beneath its engine
+# ---- a model that changes during use
 
 
 def test_a_changed_model_is_refused(world, engine_of):

@@ -9,7 +9,7 @@ import torch
 from tests.voco_model.kv_store.samples import assert_same, make_entry, make_key
 from voco_model.kv_store.memory_store import MemoryStore
 
-# kv, positions and inv_freq of an entry of make_entry
+# bytes of kv, positions and inv_freq of an entry of make_entry
 SIZE = make_entry(0).nbytes + 8 + 32
 
 
@@ -84,7 +84,7 @@ def test_what_is_done_to_the_tensors_that_were_put_is_not_done_to_the_store():
 
 
 @pytest.mark.parametrize("part", [lambda e: e.kv, lambda e: e.positions, lambda e: e.scales])
-def test_an_entry_that_somebody_wrote_to_is_not_served(part, caplog):
+def test_an_entry_that_was_written_to_is_not_served(part, caplog):
     store = MemoryStore(10**6)
     store.put(make_entry(1, dtype=torch.int8))
     part(store.get(make_key(1)))[..., 0] = 1
