@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -28,18 +25,18 @@ from voco_model.engine.checks import (
 from voco_model.engine.clock import StageClock
 from voco_model.engine.first_pass import FirstPass, max_image_tokens, prepare_pixels
 from voco_model.engine.images import ImageJob, Images
+from voco_model.engine.intake import Intake, as_list, naming, with_keys
 from voco_model.engine.language import Language
-from voco_model.engine.plan import Plan, plan_prompt
+from voco_model.engine.plan import Plan
 from voco_model.engine.programs import bucket
-from voco_model.engine.prompts import Work, check_length
+from voco_model.engine.prompts import Work
 from voco_model.engine.request import Answer, Request, RequestError, Sampling
 from voco_model.engine.scheduler import EngineStats, Scheduler
 from voco_model.engine.second_pass import SecondPass
 from voco_model.engine.ticket import Ticket
 from voco_model.engine.work_stream import WorkStream
 from voco_model.kv_store.base import Store
-from voco_model.kv_store.format import check_key
-from voco_model.pictures import PictureLimits, as_images, decode, ground_of
+from voco_model.pictures import PictureLimits, decode, ground_of
 from voco_model.pictures.limits import check_limits
 from voco_model.vlm.attach import check_ready
 from voco_model.vlm.fingerprint import Unchanged
@@ -217,6 +214,15 @@ class TwoPassEngine:
             num_tokens=self.num_voco if mode == "voco" else None,
             shared=mode != "uncached",
         )
+        self._intake = Intake(
+            model,
+            processor,
+            self._images,
+            mode=mode,
+            num_voco=self.num_voco,
+            max_new_tokens=max_new_tokens,
+            max_prompt_tokens=self.max_prompt_tokens,
+        )
         self._scheduler = Scheduler(
             first,
             self._second,
@@ -320,7 +326,7 @@ class TwoPassEngine:
             )
         ticket = self._ticket()
         try:
-            self._scheduler.add([self._work_of(request, ticket)])
+            self._scheduler.add([self._intake.work_of(request, ticket)])
         except RequestError as error:
             self._scheduler.fail(ticket, error)
         return ticket
@@ -338,13 +344,13 @@ class TwoPassEngine:
                 "expected mode 'voco' or 'full_cache', got 'uncached', which has no entries"
             )
         self._check_open()
-        slot = self._plan("", 1).images[0]
-        paired = _with_keys(_as_list(images), keys)
+        slot = self._intake.plan("", 1).images[0]
+        paired = with_keys(as_list(images), keys)
         entries: list[CompactKV] = []
         for start in range(0, len(paired), _PREPARED_IMAGES):  # pixels take memory
             jobs = []
             for number, (image, key) in enumerate(paired[start : start + _PREPARED_IMAGES], start):
-                with _naming(number, len(paired)):
+                with naming(number, len(paired)):
                     jobs.append(self._images.job(image, slot, first=True, key=key))
             while waiting := [job for job in jobs if not job.ready]:
                 for job in waiting:
@@ -397,7 +403,7 @@ class TwoPassEngine:
             seed=0,
             ignore_eos=True,
         )
-        slot = self._plan("", 1).images[0]
+        slot = self._intake.plan("", 1).images[0]
         side = self.model.config.vision_config.image_size
         pixels = prepare_pixels(self.processor, Image.new("RGB", (side, side)))
         room = self.max_prompt_tokens - self._image_slots
@@ -467,70 +473,6 @@ class TwoPassEngine:
         check_ready(self.model)
         self._unchanged.check()
 
-    def _work_of(self, request: Request, ticket: Ticket) -> Work:
-        sampling = request.sampling or Sampling()
-        new = sampling.max_new_tokens or self.max_new_tokens
-        if new > self.max_new_tokens:
-            raise RequestError(
-                "prompt",
-                f"expected max_new_tokens <= {self.max_new_tokens}, got {new}; make the engine "
-                "with a larger max_new_tokens",
-            )
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        sampling = replace(sampling, max_new_tokens=new, seed=seed)
-        try:
-            images = _as_list(request.images)
-            if request.images is not None and not images:
-                raise ValueError(
-                    "expected at least one image, or None for a question without any, got an empty "
-                    f"{type(request.images).__name__}"
-                )
-        except Exception as error:  # an iterator that opens files may raise anything
-            raise RequestError("image", _message(error, "listing the images")) from error
-        try:
-            images = _with_keys(images, request.keys)
-            plan = self._plan(request.text, len(images))
-        except Exception as error:
-            raise RequestError("prompt", _message(error, "tokenizing the text")) from error
-        if not plan.text:
-            raise RequestError(
-                "prompt", "expected at least one token of text, got none; ask something"
-            )
-        if len(images) > 1:
-            self._check_several(len(images))
-        if self.mode == "voco":
-            check_length(plan.num_text + self.num_voco * len(images), self.max_prompt_tokens)
-        jobs = []
-        for place, ((image, key), slot) in enumerate(zip(images, plan.images, strict=True)):
-            with _naming(place, len(images)):
-                jobs.append(self._images.job(image, slot, first=place == 0, key=key))
-        ticket.stop = sampling.stop
-        found = sum(job.from_store for job in jobs)
-        return Work(ticket, plan, jobs, sampling, from_store=found)
-
-    def _plan(self, text: Turns | Sequence[int], images: int) -> Plan:
-        return plan_prompt(
-            text,
-            images,
-            processor=self.processor,
-            model=self.model,
-            num_voco=self.num_voco if self.mode == "voco" else None,
-        )
-
-    def _check_several(self, images: int) -> None:
-        if self.mode == "full_cache":
-            raise RequestError(
-                "prompt",
-                f"expected one image in mode 'full_cache', got {images}; without the mask, an image's "
-                "keys depend on the images before it",
-            )
-        if self.mode == "voco" and not self.model.config.voco_isolated:
-            raise RequestError(
-                "prompt",
-                f"expected one image, got {images} for a model whose images attend to each other; use "
-                "enable(..., isolated=True), with which each has an entry of its own",
-            )
-
     def _key(self, key_of: Callable[..., str], image: Any) -> str:
         if self._keyed_by is None:
             self._keyed_by = fingerprint_of(self.model)
@@ -545,45 +487,6 @@ class TwoPassEngine:
         return self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def _message(error: Exception, doing: str) -> str:
-    """An argument error's own message; for any other error, what failed."""
-    message = str(error)
-    if message.startswith("expected"):
-        return message
-    return f"{doing} failed: {type(error).__name__}: {message}"
-
-
 def _cancel_ticket(future: Future[Ticket]) -> None:
     if not future.cancelled() and future.exception() is None:
         future.result().cancel()
-
-
-def _as_list(images: Any) -> list[Any]:
-    """The images as a list; an empty one for None."""
-    if images is None:
-        return []
-    return list(as_images(images))
-
-
-@contextmanager
-def _naming(place: int, images: int) -> Iterator[None]:
-    """Adds the number of an image that can't be read to the message, if there are several."""
-    try:
-        yield
-    except RequestError as error:
-        if error.reason != "image" or images == 1:
-            raise
-        raise RequestError("image", f"image {place + 1} of {images}: {error}") from error
-
-
-def _with_keys(images: list[Any], keys: Sequence[str] | None) -> list[tuple[Any, str | None]]:
-    if keys is None:
-        return list(zip(images, repeat(None), strict=False))
-    if not isinstance(keys, Sequence):
-        raise TypeError(f"expected a list with a key for each image, got {keys!r}")
-    keys = [check_key(key) for key in ([keys] if isinstance(keys, str) else keys)]
-    if len(keys) != len(images):
-        raise ValueError(
-            f"expected a key for each image, got {len(keys)} keys for {len(images)} images"
-        )
-    return list(zip(images, keys, strict=True))
