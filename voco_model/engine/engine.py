@@ -24,7 +24,8 @@ from voco_model.engine.checks import (
 )
 from voco_model.engine.clock import StageClock
 from voco_model.engine.first_pass import FirstPass, max_image_tokens, prepare_pixels
-from voco_model.engine.images import ImageJob, Images
+from voco_model.engine.image_job import ImageJob
+from voco_model.engine.images import Images
 from voco_model.engine.intake import Intake, as_list, naming, with_keys
 from voco_model.engine.language import Language
 from voco_model.engine.plan import Plan

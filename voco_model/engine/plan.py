@@ -1,5 +1,4 @@
-"""``plan_prompt``: splits a prompt into the segments that pass 1 reads and the text that pass 2
-reads."""
+"""``plan_prompt``: splits a prompt into segments for pass 1 and text for pass 2."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from voco_model.engine.images import ImageJob
+from voco_model.engine.image_job import ImageJob
 from voco_model.engine.plan import Plan
 from voco_model.engine.programs import length_bucket
 from voco_model.engine.request import RequestError, Sampling

@@ -13,7 +13,8 @@ from typing import TypeVar
 import torch
 
 from voco_model.engine.first_pass import FirstPass
-from voco_model.engine.images import ImageJob, Images
+from voco_model.engine.image_job import ImageJob
+from voco_model.engine.images import Images
 from voco_model.engine.prompts import Work, failure_of, kind_of, prompt_of
 from voco_model.engine.request import RequestError
 from voco_model.engine.second_pass import BROKEN, Prompt, SecondPass

@@ -8,12 +8,10 @@ import threading
 import weakref
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from voco_model.engine.image_job import ImageJob
 from voco_model.kv_store.base import Store, after_fork
-
-if TYPE_CHECKING:
-    from voco_model.engine.images import ImageJob
 
 logger = logging.getLogger("voco_model.engine")
 
@@ -57,13 +55,13 @@ class StoreWriter:
             if self._closed:
                 self._not_stored(job, "the engine is closed")
             elif len(self._pending()) >= _MAX_UNWRITTEN:
-                self._not_stored(job, "the store is behind")
+                self._not_stored(job, "the store is too slow")
             else:
                 self._queue.append((Future(), job))
                 self._start()
 
     def catch_up(self) -> None:
-        """Waits briefly if the store is far behind."""
+        """Waits briefly if many entries are unwritten."""
         pending = self._pending()
         if len(pending) >= _MAX_UNWRITTEN // 2:
             wait(pending[:1], _PATIENCE)

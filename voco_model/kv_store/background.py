@@ -1,5 +1,4 @@
-"""``Background``: jobs done by a daemon thread, and finished, within limits, when the interpreter
-exits."""
+"""``Background``: jobs for a daemon thread, finished within limits when the interpreter exits."""
 
 from __future__ import annotations
 

@@ -137,14 +137,14 @@ class KVStore(Store):
     @staticmethod
     def open(url: str, **options) -> Store:
         """Deprecated name of ``voco_model.open_store``."""
-        from voco_model.kv_store.open import open_store
+        import voco_model
 
         warnings.warn(
             "KVStore.open(url) will be removed in the next release; call voco_model.open_store(url)",
             DeprecationWarning,
             stacklevel=2,
         )
-        return open_store(url, **options)
+        return voco_model.open_store(url, **options)
 
     def __repr__(self) -> str:
         return f"KVStore({str(self.path)!r}, max_bytes={self.max_bytes})"

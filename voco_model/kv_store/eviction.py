@@ -1,8 +1,8 @@
 """Eviction from a ``KVStore``: the least recently used entries that are not in use.
 
 ``get`` marks a use by the file's modification time, which takes a microsecond, and doesn't write to the
-index. Eviction takes the rows in the index's order, and where a file is newer than its row, it corrects
-the row and meets the entry again in its turn. The result is least recently used across all processes.
+index. Eviction takes the rows in the index's order, and if a file is newer than its row, it corrects
+the row and comes back to the entry in its turn. The result is least recently used across all processes.
 
 Unlinking a file doesn't disturb a reader that has it open. Those that need the name as well lock the
 file (shared), which keeps eviction away.
@@ -33,7 +33,7 @@ def evict(
     """Removes the least recently used entries until ``limit`` bytes are left, or only entries in use.
 
     Args:
-        clock: is told of the uses that are met.
+        clock: observes the uses that are found in files.
         keep: a key whose entry stays.
 
     Returns:

@@ -1,5 +1,4 @@
-"""``Level``: one tier of a ``TieredStore``, what is written to it, and which of its entries are
-current."""
+"""``Level``: one tier of a ``TieredStore``, with its background writes."""
 
 from __future__ import annotations
 

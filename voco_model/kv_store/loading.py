@@ -1,5 +1,4 @@
-"""Loading entries from files into a key/value cache, a piece at a time while it is in the CPU's
-cache."""
+"""Loading entries from files into a key/value cache, in pieces that fit the CPU's cache."""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ class Quarantine:
 
         Args:
             name: of the file there, which gets a suffix that makes it unique.
-            fd: the open file, where only that one is to be moved.
-            link: only a symbolic link is to be moved.
+            fd: an open file; only this one is moved.
+            link: only a symbolic link is moved.
 
         Returns:
             What was done, for the log.

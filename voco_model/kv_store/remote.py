@@ -1,4 +1,4 @@
-"""``RemoteStore``: what stores on a server share, which may be down, slow or full."""
+"""``RemoteStore``: the common part of stores on a server, which may be down, slow or full."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``UseClock``: the time of uses, by which a folder's least recently used entries are found."""
+"""``UseClock``: the times of uses, by which the least recently used entries are found."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import voco_model
 from tests.voco_model import tiny
 from voco_kernels.kv.entry import CompactKV
 from voco_model.engine import store_writer
-from voco_model.engine.images import ImageJob
+from voco_model.engine.image_job import ImageJob
 from voco_model.engine.plan import ImageSlot
 from voco_model.engine.store_writer import StoreWriter
 from voco_model.kv_store.memory_store import MemoryStore
@@ -64,7 +64,7 @@ def test_drops_entries_if_the_store_is_too_slow(entry, caplog):
     writer = StoreWriter(store)
     for number in range(store_writer._MAX_UNWRITTEN + 3):
         writer.write(job_of(entry, number))
-    assert writer.failures == 3 and "the store is behind" in caplog.text
+    assert writer.failures == 3 and "the store is too slow" in caplog.text
     store.gate.set()
     assert writer.flush(timeout=60) and len(store) == store_writer._MAX_UNWRITTEN
 

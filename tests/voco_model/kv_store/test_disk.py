@@ -534,7 +534,7 @@ def test_an_index_that_is_gone_or_unusable_is_made_again(tmp_path, damage, when,
         store.put(make_entry(number))
     store.get(make_key(2))
     if damage in (replace_by_a_newer_one, damage_in_the_middle) and when == "open":
-        pytest.skip("who has it open has read these pages before")
+        pytest.skip("an open handle has read these pages already")
     if when == "closed":
         store.close()
     damage(store.path / "index.sqlite")

@@ -242,7 +242,7 @@ def test_prefetch_brings_entries_to_the_top(store, memory, middle, remote):
     assert store.flush(PATIENT)
     assert sorted(memory) == [make_key(number) for number in range(40)]
     assert max(map(len, remote.asked)) <= 16
-    assert (store.stats().hits, store.stats().misses) == (0, 0), "nobody has asked for them"
+    assert (store.stats().hits, store.stats().misses) == (0, 0), "prefetching is no get"
     with pytest.raises(ValueError):
         store.prefetch(["no key"])
 
