@@ -2,8 +2,8 @@
 
     python release/check_wheels.py dist/*.whl      # or: make wheel
 
-Each environment gets torch as ``requirements/torch.txt`` pins it, the wheel, and what the wheel itself asks
-for; then ``release/smoke.py`` runs in an empty folder. A wheel with the CUDA extension is tried with it.
+Each environment gets torch as ``requirements/torch.txt`` pins it, the wheel, and the wheel's dependencies;
+then ``release/smoke.py`` runs in an empty folder. A wheel with the CUDA extension is tried with it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check(wheel: Path) -> None:
         subprocess.run([*pip, "-r", ROOT / "requirements" / "torch.txt"], check=True)
         subprocess.run([*pip, wheel], check=True)
         shutil.copy(ROOT / "release" / "smoke.py", empty)
-        # A PATH that has no compiler and no nvcc on it, and nothing that could lead back to the checkout.
+        # no compiler and no nvcc on the PATH, and nothing that could lead back to the checkout
         surroundings = {
             key: value
             for key, value in os.environ.items()
@@ -56,7 +56,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("wheels", type=Path, nargs="+", help="the wheels to try")
     wheels = parser.parse_args(arguments).wheels
     for wheel in wheels:
-        print(f"==> {wheel.name}: {'with' if has_extension(wheel) else 'without'} the CUDA extension", flush=True)
+        holds = "with" if has_extension(wheel) else "without"
+        print(f"==> {wheel.name}: {holds} the CUDA extension", flush=True)
         check(wheel.resolve())
 
 

@@ -3,7 +3,7 @@
     python release/smoke.py [--extension]
 
 With ``--extension`` the wheel must hold the CUDA extension; without it there must be none. The picture is
-like those that the packaged miniature was trained on: coloured digits on black, at most one in each quarter.
+like those that the packaged miniature was trained on: coloured digits on black, one in a quarter.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def check_miniature() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--extension", action="store_true", help="the wheel holds the CUDA extension")
+    parser.add_argument(
+        "--extension", action="store_true", help="the wheel holds the CUDA extension"
+    )
     arguments = parser.parse_args()
     print(f"voco-kernels {vk.__version__} in {Path(vk.__file__).parent}, torch {torch.__version__}")
     check_attention()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from voco_kernels import CompactKV, extract, load_into
     from voco_model.engine import Answer, Request, RequestError, Sampling, TwoPassEngine
-    from voco_model.kv_store import KVStore
+    from voco_model.kv_store import KVStore, open_store
     from voco_model.pictures import PictureError, PictureLimits
     from voco_model.vlm.attach import Enabled, enable
     from voco_model.vlm.fingerprint import fingerprint
@@ -24,7 +24,7 @@ else:  # the same names, for the interpreter
         {
             "voco_kernels": ("CompactKV", "extract", "load_into"),
             "voco_model.engine": ("Answer", "Request", "RequestError", "Sampling", "TwoPassEngine"),
-            "voco_model.kv_store": ("KVStore",),
+            "voco_model.kv_store": ("KVStore", "open_store"),
             "voco_model.pictures": ("PictureError", "PictureLimits"),
             "voco_model.vlm.attach": ("Enabled", "enable"),
             "voco_model.vlm.fingerprint": ("fingerprint",),
@@ -55,6 +55,7 @@ __all__ = [
     "image_key",
     "load",
     "load_into",
+    "open_store",
     "prompt",
 ]
 __version__ = "0.1.0"

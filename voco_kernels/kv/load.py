@@ -245,7 +245,9 @@ def _check_empty_options(
     if empty and (slots is not None or rows is not None):
         raise ValueError(
             "expected neither slots nor rows with an empty DynamicCache, which has none to choose from, "
-            f"got {'slots' if rows is None else 'rows'}"
+            f"got {'slots' if rows is None else 'rows'}; leave them out, or load into a "
+            "StaticCache(config=..., max_cache_len=...) after its early_initialization(batch_size, "
+            "num_heads, head_dim, dtype, device)"
         )
 
 

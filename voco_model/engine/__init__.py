@@ -1,4 +1,4 @@
-"""``TwoPassEngine``: images read once, questions answered at the speed of reading the weights."""
+"""``TwoPassEngine``: serves questions about images, reading each image once."""
 
 from voco_model.engine.engine import TwoPassEngine
 from voco_model.engine.request import Answer, Request, RequestError, Sampling

@@ -1,4 +1,4 @@
-"""What an engine asks of a model, a processor and a store before it takes them."""
+"""Checks of the model, processor, store and options that an engine is made of."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from voco_model.vlm.devices import is_offloaded
 from voco_model.vlm.rope import depends_on_length, length_limit
 
 MODES = ("voco", "full_cache", "uncached")
-# Options of a model's generation_config that the engine would ignore, and what they are when they do
-# nothing.
-_UNHEEDED = {
+# Options of a model's generation_config that the engine doesn't implement, and their values that have no
+# effect.
+_UNSUPPORTED = {
     "repetition_penalty": (None, 1.0),
     "encoder_repetition_penalty": (None, 1.0),
     "no_repeat_ngram_size": (None, 0),
@@ -38,18 +38,18 @@ _UNHEEDED = {
 
 
 def check_parts(model, processor, store: Store | None, mode: str) -> None:
-    """Raise ``TypeError`` or ``ValueError`` for parts that an engine can't be made of."""
+    """Raises TypeError or ValueError unless an engine can be made of these."""
     check_ready(model)
     if is_offloaded(model):
         raise ValueError(
-            "expected a model in the memory of one device, got one with offloaded weights; load it "
+            "expected a model in one device's memory, got one with offloaded weights; load it "
             "without device_map, or use voco_model.compress and voco_model.generate"
         )
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         raise ValueError(
-            f"expected a model on one device, got one on {sorted(map(str, devices))}; an engine drives "
-            "one device: for several, run one engine on each, with one store"
+            f"expected a model on one device, got one on {sorted(map(str, devices))}; make an engine "
+            "on each device, sharing one store"
         )
     if getattr(processor, "tokenizer", None) is None:
         raise TypeError(
@@ -58,22 +58,22 @@ def check_parts(model, processor, store: Store | None, mode: str) -> None:
     check_adds_nothing_behind(processor.tokenizer)
     if store is not None and not isinstance(store, Store):
         raise TypeError(
-            f"expected a store or None, got {type(store).__name__}; open one with KVStore.open(url)"
+            f"expected a store or None, got {type(store).__name__}; use voco_model.open_store(url)"
         )
     if mode not in MODES:
         raise ValueError(f"expected mode to be one of {', '.join(MODES)}, got {mode!r}")
-    for name, harmless in _UNHEEDED.items():
+    for name, neutral in _UNSUPPORTED.items():
         value = getattr(model.generation_config, name, None)
-        if value not in harmless:
+        if value not in neutral:
             raise ValueError(
                 f"expected no {name} in model.generation_config, got {value!r}, which the engine would "
-                "not heed; set it to None, or use voco_model.generate"
+                "ignore; set it to None, or use voco_model.generate"
             )
 
 
 def cast(model, dtype: torch.dtype) -> None:
-    """``model.to(dtype)``, but for the frequencies of rotations: rounded to 16 bits, they would turn
-    distant tokens by the wrong angle."""
+    """``model.to(dtype)``, except for the rotary frequencies: rounded to 16 bits, they would rotate
+    distant tokens by wrong angles."""
     kept = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
     model.to(dtype)
     for name, buffer in kept.items():
@@ -82,19 +82,18 @@ def cast(model, dtype: torch.dtype) -> None:
 
 
 def check_rotary(model) -> None:
-    """Raise ``ValueError`` for a model whose rotation depends on the length of what it reads."""
+    """Raises ValueError for a model whose rotation depends on the length of its input."""
     language = model.model.language_model
     if depends_on_length(language):
         raise ValueError(
             "expected a rotation with fixed frequencies, got rope_type "
-            f"{language.rotary_emb.rope_type!r}: an answer would depend on the length of the prompts "
-            f"beside it; use voco_model.generate, which takes prompts of up to {length_limit(language)} "
-            "tokens"
+            f"{language.rotary_emb.rope_type!r}: answers would depend on the length of other prompts in "
+            f"the batch; use voco_model.generate, for prompts of up to {length_limit(language)} tokens"
         )
 
 
 def check_store(store: Store | None, fingerprint: str) -> None:
-    """Raise ``ValueError`` for a store that wouldn't take this model's entries."""
+    """Raises ValueError for a store that doesn't accept this model's entries."""
     if store is not None and store.fingerprint not in (None, fingerprint):
         raise ValueError(
             f"expected a store for the model with fingerprint {fingerprint!r}, got one for "
@@ -103,20 +102,20 @@ def check_store(store: Store | None, fingerprint: str) -> None:
 
 
 def suppressed_ids(model) -> list[int]:
-    """The token ids that the model's generation_config forbids, checked."""
+    """The token ids that the model's generation_config suppresses, validated."""
     ids = list(model.generation_config.suppress_tokens or ())
     rows = model.get_output_embeddings().weight.shape[0]
-    strange = [token for token in ids if not isinstance(token, int) or not 0 <= token < rows]
-    if strange:
+    invalid = [token for token in ids if not isinstance(token, int) or not 0 <= token < rows]
+    if invalid:
         raise ValueError(
             f"expected suppress_tokens from 0 to {rows - 1} in model.generation_config, got "
-            f"{strange[0]!r}"
+            f"{invalid[0]!r}; remove it there"
         )
     return ids
 
 
 def check_counts(**counts: int | None) -> None:
-    """Raise ``ValueError`` for a number that is given and isn't an int of 1 or more."""
+    """Raises ValueError for a value that is neither None nor an int of at least 1."""
     for name, value in counts.items():
         if value is not None:
             whole_number(name, value, at_least=1)

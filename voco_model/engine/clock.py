@@ -1,4 +1,4 @@
-"""Where the time goes: seconds by stage, on the host's clock or by CUDA events."""
+"""``StageClock``: times the stages of an engine, by the host's clock or by CUDA events."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 
 
 class StageClock:
-    """Adds up the time of named stages.
+    """Records how long named stages take.
 
     Args:
-        device: on CUDA, stages are timed by events on the current stream, with no sync before ``read``.
-        enabled: otherwise nothing is timed.
+        device: on CUDA, stages are timed by events on the current stream, without a sync before
+            ``read``.
+        enabled: if False, nothing is timed.
     """
 
     def __init__(self, device: torch.device, enabled: bool) -> None:
@@ -39,7 +40,7 @@ class StageClock:
             self._seconds.setdefault(stage, []).append(time.perf_counter() - start)
 
     def read(self) -> dict[str, list[float]]:
-        """For each stage the seconds of each of its runs so far, and begins anew."""
+        """The seconds of each run of each stage since the last call."""
         for stage, start, stop in self._pending:
             stop.synchronize()
             self._seconds.setdefault(stage, []).append(start.elapsed_time(stop) / 1e3)

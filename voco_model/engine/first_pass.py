@@ -1,4 +1,4 @@
-"""Pass 1 in batches: vision tower, prefix, compact keys and values out of the cache in one launch."""
+"""``FirstPass``: reads batches of images, and extracts their compact entries."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from voco_model.engine.row_cache import RowCache, Step
 from voco_model.pictures import decode
 from voco_model.vlm.rope import rope_of
 
-# Tiles that go through the vision tower together, at most.
+# At most so many tiles go through the vision tower together.
 _MAX_TILES = 16
-# LLaVA-NeXT's images take any number of tokens: their prefixes are padded on the right to multiples of
-# this.
+# LLaVA-NeXT's images take varying numbers of tokens. Their prefixes are padded on the right to multiples
+# of this.
 _GRAIN = 128
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """An image as the vision tower takes it.
+    """An image as input of the vision tower.
 
     Attributes:
         tiles: ``[tiles, 3, H, W]``, on the CPU.
-        size: (height, width) of the picture that was cut into tiles; None where it wasn't cut.
+        size: (height, width) of the picture if it was cut into tiles; otherwise None.
     """
 
     tiles: Tensor
@@ -42,7 +42,7 @@ class Pixels:
 
 
 def prepare_pixels(processor, image: Any, **options) -> Pixels:
-    """What the model's image processor makes of one image.
+    """Runs the model's image processor on one image.
 
     Args:
         image, options: as for ``voco_model.pictures.decode``.
@@ -57,15 +57,15 @@ def prepare_pixels(processor, image: Any, **options) -> Pixels:
 
 
 class FirstPass:
-    """Reads images.
+    """Pass 1: vision tower and language model over batches of images.
 
     Args:
-        language: of the model.
-        num_kept: how many tokens at the end of an image's segment an entry keeps; None for all.
+        language: the language model.
+        num_kept: number of tokens that an entry keeps, from the end of an image's segment; None for all.
         max_images: images in one forward pass.
-        max_tail: ids around an image in its segment, at most.
-        programs, clock: of the engine.
-        fingerprint: of the model, noted in the entries.
+        max_tail: upper limit on the token ids around an image in its segment.
+        programs, clock: the engine's.
+        fingerprint: of the model, for the entries.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class FirstPass:
 
     @property
     def cache_bytes(self) -> int:
-        """Of the cache that the first image makes."""
+        """Size of the cache, which is allocated for the first image."""
         return 0 if self._cache is None else self._cache.nbytes
 
     def features(self, images: Sequence[Pixels]) -> list[Tensor]:
-        """Of each image its embeddings ``[tokens, H]``: vision tower, projector, tiles put together."""
+        """Embeddings ``[tokens, H]`` of each image: vision tower, projector, tiles joined."""
         with self._clock("vision"):
             tiles = torch.cat([image.tiles for image in images])
             chunks = [self._embed_tiles(chunk) for chunk in tiles.split(_MAX_TILES)]
@@ -116,10 +116,10 @@ class FirstPass:
             return list(packed)
 
     def entries(self, features: Sequence[Tensor], slots: Sequence[ImageSlot]) -> list[CompactKV]:
-        """The compact entry of each image, from its embeddings and the ids around it.
+        """The compact entry of each image, from its embeddings and the token ids around it.
 
         Raises:
-            torch.OutOfMemoryError: for the activations, or for the cache, which is made here.
+            torch.OutOfMemoryError: for the activations, or for the cache, which is allocated here.
         """
         if self._cache is None:
             self._cache = self._language.new_cache(self.max_images, self._slots)
@@ -132,7 +132,7 @@ class FirstPass:
             if self._tiled:
                 width = min(-(-width // _GRAIN) * _GRAIN, self._slots)
             embeds = self._front("prefix", (rows, width, self._language.hidden_size))
-            embeds.zero_()  # what an earlier image left may be no number
+            embeds.zero_()  # an earlier image may have left NaN
             for row, (feature, slot) in enumerate(zip(features, slots, strict=True)):
                 embeds[row, : lengths[row]] = self.join([slot.before, feature, slot.behind])
             self._programs.run(("prefix", rows, width), lambda: self._read_prefix(embeds))
@@ -151,7 +151,7 @@ class FirstPass:
             )
 
     def join(self, pieces: Sequence[Sequence[int] | Tensor]) -> Tensor:
-        """Embeddings ``[T, H]`` of token ids and of what is embedded already, one after another."""
+        """Embeddings ``[T, H]``, concatenated from token ids and from embeddings ``[n, H]``."""
         language = self._language
         return torch.cat(
             [
@@ -169,7 +169,7 @@ class FirstPass:
         pixels = self._front("pixels", (count, *tiles.shape[1:]))
         pixels[: tiles.shape[0]] = tiles.to(pixels.dtype).to(pixels.device, non_blocking=True)
         embedded = self._programs.run(("vision", count), lambda: self._see(pixels))
-        # The next run of a program may write over what this one returned.
+        # The next run of a program may overwrite this one's output.
         return embedded[: tiles.shape[0]].clone()
 
     def _see(self, pixels: Tensor) -> Tensor:
@@ -188,7 +188,8 @@ class FirstPass:
         self._language.forward(self._cache, step, embeds, positions)
 
     def _front(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of this shape at the front of one buffer for all shapes: graphs know its address."""
+        """A tensor of this shape at the start of a buffer shared by all shapes: CUDA graphs need a fixed
+        address."""
         if name not in self._buffers:
             most = self.max_images * self._slots if name == "prefix" else _MAX_TILES
             each = shape[1:] if name == "pixels" else shape[2:]
@@ -199,7 +200,7 @@ class FirstPass:
 
 
 def max_image_tokens(config) -> int:
-    """Embeddings that an image of the least favourable size takes."""
+    """The largest number of embeddings that an image can take."""
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
     whole = side * side + (config.vision_feature_select_strategy == "full")

@@ -1,4 +1,4 @@
-"""An image on its way to its entry: looked up, read once for all who ask, written behind."""
+"""``Images``: finds each image's entry in the store, or has pass 1 make it once for all requests."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import hashlib
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 
 from voco_kernels.kv.entry import CompactKV
 from voco_model.engine.first_pass import Pixels
+from voco_model.engine.image_job import ImageJob
 from voco_model.engine.plan import ImageSlot
 from voco_model.engine.request import RequestError
 from voco_model.engine.store_writer import StoreWriter
@@ -21,66 +21,20 @@ from voco_model.kv_store.base import Store, after_fork
 from voco_model.pictures import PictureError
 from voco_model.vlm.image_key import pixel_digest
 
-_ABANDONED = (
-    "the thread that was looking up or decoding this image for another request was interrupted; submit "
-    "this request again"
-)
-
-
-@dataclass(eq=False)
-class ImageJob:
-    """One image in one kind of place; shared by all requests that have it there.
-
-    Attributes:
-        key: of its entry; an empty one is not stored.
-        slot: the ids around it.
-        pixels: what the first pass reads, once it is known that it must.
-        entry: once it is there. Of a plain LLaVA: ``features``, its embeddings ``[tokens, H]``.
-        error: why it will never be there.
-        prepared: whether its creator has found the entry, the pixels or an error.
-        from_store: whether the entry was there before.
-    """
-
-    key: str
-    slot: ImageSlot
-    pixels: Pixels | None = None
-    entry: CompactKV | None = None
-    features: Tensor | None = None
-    error: RequestError | None = None
-    prepared: bool = False
-    from_store: bool = False
-
-    @property
-    def ready(self) -> bool:
-        return self.entry is not None or self.features is not None
-
-    @property
-    def missing(self) -> bool:
-        """Whether the first pass has to read it."""
-        wanted = self.prepared and self.pixels is not None
-        return wanted and not self.ready and self.error is None
-
-    @property
-    def failure(self) -> RequestError | None:
-        """``error``; or one of its own where the creator was interrupted and left nothing."""
-        if self.error is None and self.prepared and self.pixels is None and not self.ready:
-            return RequestError("interrupted", _ABANDONED)
-        return self.error
-
 
 class Images:
-    """The images that some request is waiting for.
+    """The images that requests are waiting for.
 
     Args:
-        store: looked up first, and written behind; None without.
-        decode: an image's picture, which the next two take.
-        key_of: an image's key where the request brings none.
-        prepare: an image's pixels for the first pass.
-        variant: told into the keys of entries that ``compress`` wouldn't make.
+        store: of entries, or None.
+        decode: decodes an image; its result is the input of the next two.
+        key_of: an image's key, if the request has none for it.
+        prepare: an image's input for pass 1.
+        variant: added to the keys of entries that differ from those of ``compress``.
         fingerprint: of the model, written into entries.
-        num_tokens: of an entry from the store; None takes any number.
-        shared: whether requests share an image's job; otherwise each reads it anew, and there is no
-            store.
+        num_tokens: that an entry from the store must have; None accepts any number.
+        shared: whether requests share an image's job. If not, each reads the image again, and no store
+            is used.
     """
 
     def __init__(
@@ -108,7 +62,7 @@ class Images:
         after_fork(self, Images._renew)
 
     def _renew(self) -> None:
-        # After a fork as well: threads that were preparing images don't run in the child.
+        # Also after a fork: the threads that were preparing images don't exist in the child.
         self._jobs: weakref.WeakValueDictionary[str, ImageJob] = weakref.WeakValueDictionary()
         # Reentrant: a signal handler may submit a request while its thread is in here.
         self._lock = threading.RLock()
@@ -119,12 +73,12 @@ class Images:
         return 0 if self._writer is None else self._writer.failures
 
     def job(self, image: Any, slot: ImageSlot, *, first: bool, key: str | None) -> ImageJob:
-        """The job of an image, perhaps one that others wait for already.
+        """The job of an image, perhaps one that other requests are waiting for already.
 
         Raises:
-            RequestError: an image that can't be read, or a store that raised.
+            RequestError: the image can't be read, or the store raised an error.
         """
-        # Decoded once: what replaces a file between key and pixels would be kept under a wrong key.
+        # Decoded once: if a file were replaced between key and pixels, its entry would get a wrong key.
         if key is None or not self._shared:
             image = self._of_image(image, self._decode)
         if not self._shared:
@@ -139,23 +93,23 @@ class Images:
                 if known is not None and known.failure is None:
                     return known
                 job = self._jobs[key] = ImageJob(key, slot)
-            if self._writer is not None:  # the engine itself never waits for the store
+            if self._writer is not None:  # here and not in a step of the engine
                 self._writer.catch_up()
             job.entry = self._look_up(key)
             job.from_store = job.entry is not None
             if job.entry is None:
-                picture = self._of_image(image, self._decode)  # at once where it is decoded
+                picture = self._of_image(image, self._decode)  # returns decoded ones as they are
                 job.pixels = self._of_image(picture, self._prepare)
         except RequestError as error:
             self.fail(job, error)
             raise
-        finally:  # also if this thread is interrupted: others may be waiting for the job
+        finally:  # even if this thread is interrupted: others may be waiting for the job
             if job is not None:
                 job.prepared = True
         return job
 
     def keep(self, job: ImageJob, entry: CompactKV) -> None:
-        """Gives a job its entry, and writes it to the store behind the answer."""
+        """Gives a job its entry, and queues that for the store."""
         job.entry = replace(entry, key=job.key, fingerprint=self._fingerprint)
         job.pixels = None
         if self._writer is not None and job.key:
@@ -166,23 +120,23 @@ class Images:
         self.forget(job)
 
     def forget(self, job: ImageJob) -> None:
-        """Who asks for this image next looks it up again."""
+        """Makes the next request for this image look it up again."""
         with self._lock:
             if self._jobs.get(job.key) is job:
                 del self._jobs[job.key]
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Waits for the writer; see ``StoreWriter.flush``."""
+        """See ``StoreWriter.flush``."""
         return self._writer is None or self._writer.flush(timeout)
 
     def close(self, timeout: float | None = None) -> bool:
-        """Closes the writer; see ``StoreWriter.close``."""
+        """See ``StoreWriter.close``."""
         return self._writer is None or self._writer.close(timeout)
 
     def _placed(self, key: str, first: bool) -> str:
-        # What stands first has BOS before it: what stands later has another entry.
-        told = self._variant + ("" if first else " later")
-        return hashlib.sha256(f"{key}{told}".encode()).hexdigest() if told else key
+        # The first image follows BOS, so its entry differs from those of later ones.
+        suffix = self._variant + ("" if first else " later")
+        return hashlib.sha256(f"{key}{suffix}".encode()).hexdigest() if suffix else key
 
     def _look_up(self, key: str) -> CompactKV | None:
         if self._store is None:
@@ -192,22 +146,20 @@ class Images:
         except Exception as error:
             raise RequestError(
                 "store",
-                f"expected a store that serves or misses, got {type(error).__name__}: {error} from "
-                f"{type(self._store).__name__}.get({key!r})",
+                f"{type(self._store).__name__}.get({key!r}) failed with {type(error).__name__}: {error}",
             ) from error
         if entry is not None and entry.fingerprint != self._fingerprint:
             raise RequestError(
                 "store",
                 f"expected an entry of the model with fingerprint {self._fingerprint!r}, got one of "
-                f"{entry.fingerprint!r} under key {key}; use other keys for another model, or a store "
-                "of its own",
+                f"{entry.fingerprint!r} under key {key}; use other keys or another store for each model",
             )
         expected = self._num_tokens
         if entry is not None and expected is not None and entry.num_tokens != expected:
             raise RequestError(
                 "store",
                 f"expected an entry with {expected} VoCo tokens, got one with {entry.num_tokens} under "
-                f"key {key}; tell different numbers of VoCo tokens apart in the keys",
+                f"key {key}; use different keys for different numbers of VoCo tokens",
             )
         return entry
 
@@ -219,6 +171,5 @@ class Images:
         except Exception as error:  # an image processor may raise anything
             raise RequestError(
                 "image",
-                f"expected an image that the processor takes, got {image!r}: "
-                f"{type(error).__name__}: {error}",
+                f"processing the image {image!r} failed: {type(error).__name__}: {error}",
             ) from error

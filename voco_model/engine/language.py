@@ -1,4 +1,4 @@
-"""The language model as the engine runs it: embeddings in, hidden states out, keys where a step says."""
+"""``Language``: the language model's layers, run on embeddings with a ``RowCache``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from voco_model.engine.row_cache import RowCache, RowLayer, Step
 from voco_model.vlm.caches import CACHE_ARGUMENT
 
-# Every shape is compiled once. Layers differ in their index only, which mustn't make each another
-# program.
+# Every shape is compiled once. Layers differ only in their index, which must not cause a recompilation.
 _DYNAMO = {
     "allow_unspec_int_on_nn_module": True,
     "recompile_limit": 4096,
@@ -18,15 +17,16 @@ _DYNAMO = {
 
 
 class Language:
-    """An enabled model's language model, and what surrounds it.
+    """An enabled model's language model, with its embedding and head.
 
     Args:
         model: enabled, in eval mode, on one device.
-        compiled: whether layers go through ``torch.compile``, one program for all of them: unfused, a
-            layer of a decoding step is seven products and some thirty small kernels (docs/tuning.md).
+        compiled: whether to run layers through ``torch.compile``, as one program for all of them.
+            Without it, a layer of a decoding step takes seven products and about thirty small kernels
+            (docs/tuning.md).
 
     Raises:
-        ValueError: a language model that isn't made of layers as Llama's is.
+        ValueError: a language model that does more than run layers and a norm, as Llama's does.
     """
 
     def __init__(self, model, compiled: bool) -> None:
@@ -58,7 +58,7 @@ class Language:
 
     @torch.no_grad()
     def _check_forward(self, decoder: nn.Module) -> None:
-        # Some models scale embeddings, or do more, where Llama's only runs its layers.
+        # Some models also scale embeddings, for instance, while Llama's only runs its layers.
         ids = torch.arange(1, 5, device=self.device)[None]
         embeds, positions = self.embedding(ids), ids - 1
         ours = self.forward(
@@ -78,11 +78,11 @@ class Language:
         if not apart < 1e-2:
             raise ValueError(
                 f"expected a language model that runs its layers and its norm and nothing else, got a "
-                f"{type(decoder).__name__}, which does more; use voco_model.generate"
+                f"{type(decoder).__name__}, whose output differs; use voco_model.generate"
             )
 
     def new_cache(self, rows: int, slots: int) -> RowCache:
-        """Zeros for this many rows and slots of all layers."""
+        """A cache of zeros with this many rows and slots in every layer."""
         return RowCache(
             self.num_layers, rows, self.kv_heads, slots, self.head_dim, self.dtype, self.device
         )
@@ -96,8 +96,8 @@ class Language:
             mask = seen <= step.slots[:, None, :, None]  # bool [b, 1, T, span]
         rotary = self._rotary(embeds, position_ids=positions)
         hidden = embeds
-        for layer, kept in zip(self._layers, cache.layers, strict=True):
-            hidden = self._run_layer(layer, kept, hidden, mask, rotary, positions)
+        for layer, cached in zip(self._layers, cache.layers, strict=True):
+            hidden = self._run_layer(layer, cached, hidden, mask, rotary, positions)
         return self._norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -107,13 +107,13 @@ class Language:
 
 def _run_layer(
     layer: nn.Module,
-    kept: RowLayer,
+    cached: RowLayer,
     hidden: Tensor,
     mask: Tensor | None,
     rotary: tuple[Tensor, Tensor],
     positions: Tensor,
 ) -> Tensor:
-    # A layer asks its cache for nothing but update(), which a RowLayer has.
+    # A layer only calls its cache's update(), which a RowLayer has.
     return layer(
         hidden,
         attention_mask=mask,
@@ -121,5 +121,5 @@ def _run_layer(
         position_ids=positions,
         use_cache=True,
         voco_causal=mask is None,
-        **{CACHE_ARGUMENT: kept},
+        **{CACHE_ARGUMENT: cached},
     )

@@ -1,4 +1,4 @@
-"""A prompt cut into what the first pass reads, image by image, and what the second pass reads."""
+"""``plan_prompt``: splits a prompt into segments for pass 1 and text for pass 2."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from voco_model.vlm.prompt import (
 
 @dataclass(frozen=True)
 class ImageSlot:
-    """Where an image stands in a prompt.
+    """Token ids around an image in a prompt. Pass 1 reads an image with its segment: ``before``, the
+    image tokens and ``behind``.
 
     Attributes:
-        before: ids that belong to its segment, before its image tokens (BOS, in front of the first).
-        behind: ids that belong to its segment, behind them (newline and VoCo tokens).
-        joint: ids of text between the segment before and this one.
+        before: ids before the image tokens (BOS, for the first image).
+        behind: ids after them (newline and VoCo tokens).
+        joint: ids of text between the previous segment and this one.
     """
 
     before: tuple[int, ...]
@@ -36,11 +37,11 @@ class ImageSlot:
 
 @dataclass(frozen=True)
 class Plan:
-    """A prompt: segments of images in front, text behind.
+    """A prompt: the segments of its images, followed by text.
 
     Attributes:
-        images: one a segment, in order.
-        text: ids behind the last segment.
+        images: one for each segment, in order.
+        text: ids after the last segment.
     """
 
     images: tuple[ImageSlot, ...]
@@ -48,29 +49,30 @@ class Plan:
 
     @property
     def num_text(self) -> int:
-        """Text tokens, joints included: what the second pass has to read."""
+        """Number of tokens that pass 2 has to read: text, including that between segments."""
         return len(self.text) + sum(len(image.joint) for image in self.images)
 
 
 def plan_prompt(
     text: Turns | Sequence[int], images: int, *, processor, model, num_voco: int | None
 ) -> Plan:
-    """Cut the prompt of Listing 1.
+    """Builds the prompt of the paper's supplement, Listing 1, and splits it.
 
     Args:
-        text: a question, messages, or the ids of what follows the last image's segment.
-        images: in front of the text.
-        processor, model: what ``enable`` was called with.
-        num_voco: VoCo tokens behind each image; None for a plain LLaVA's prompt, without any.
+        text: a question, messages, or the token ids that follow the last image's segment.
+        images: number of images before the text.
+        processor, model: that ``enable`` was called with.
+        num_voco: VoCo tokens after each image; None for a plain LLaVA's prompt, without any.
 
     Raises:
-        ValueError: messages with another number of images, or ids that stand for images.
+        TypeError: text of another type.
+        ValueError: messages with another number of images, or token ids that stand for images.
     """
     tokenizer, config = processor.tokenizer, model.config
     if not isinstance(text, Sequence) or isinstance(text, bytes):
         raise TypeError(
             "expected a question, messages or a list of token ids, got "
-            f"{type(text).__name__}; write token ids of a tensor as ids.tolist()"
+            f"{type(text).__name__}; convert a tensor of token ids by ids.tolist()"
         )
     as_ids = not isinstance(text, str) and len(text) > 0 and not isinstance(text[0], Mapping)
     if as_ids:
@@ -78,20 +80,20 @@ def plan_prompt(
         for name in ("image_token_id", "voco_token_id"):
             if getattr(config, name) in text:
                 raise ValueError(
-                    f"expected ids of the text behind the images only, got {name} "
-                    f"{getattr(config, name)} at {list(text).index(getattr(config, name))}; give the "
-                    "images as images"
+                    f"expected ids of the text after the images only, got {name} "
+                    f"{getattr(config, name)} at {list(text).index(getattr(config, name))}; pass the "
+                    "images in images"
                 )
         rows = model.get_input_embeddings().num_embeddings
-        strange = [token for token in text if not is_whole(token) or not 0 <= token < rows]
-        if strange:
-            raise ValueError(f"expected token ids from 0 to {rows - 1}, got {strange[0]!r}")
+        invalid = [token for token in text if not is_whole(token) or not 0 <= token < rows]
+        if invalid:
+            raise ValueError(f"expected token ids from 0 to {rows - 1}, got {invalid[0]!r}")
     else:
-        named = 0 if isinstance(text, str) else images_in(messages_of(text))
-        if named not in (0, images):
+        mentioned = 0 if isinstance(text, str) else images_in(messages_of(text))
+        if mentioned not in (0, images):
             raise ValueError(
                 f"expected as many images as image parts in the messages, got {images} images and "
-                f"{named} parts"
+                f"{mentioned} parts; pass the same number of both"
             )
         written = text_part(
             text,
@@ -116,7 +118,7 @@ def _cut(ids: list[int], images: int, config, *, voco: bool) -> Plan:
             f"expected a tokenizer that knows {IMAGE_TOKEN} as {config.image_token_id}, got "
             f"{len(places)} of it for {images} images; pass the processor that was given to enable"
         )
-    # A segment ends behind its VoCo tokens; a plain image's, behind the image.
+    # A segment ends with its VoCo tokens, or with the image in a plain prompt.
     stops = []
     for start, stop in zip(places, [*places[1:], len(ids)], strict=True):
         inside = [index for index in range(start, stop) if ids[index] == config.voco_token_id]

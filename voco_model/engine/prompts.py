@@ -1,4 +1,4 @@
-"""From a request whose images are there to a prompt: which token goes into which slot."""
+"""``prompt_of``: assigns the tokens and entries of a request to cache slots and positions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from voco_model.engine.images import ImageJob
+from voco_model.engine.image_job import ImageJob
 from voco_model.engine.plan import Plan
 from voco_model.engine.programs import length_bucket
 from voco_model.engine.request import RequestError, Sampling
@@ -18,13 +18,13 @@ from voco_model.engine.ticket import Ticket
 
 @dataclass(eq=False)
 class Work:
-    """A request that waits or is being answered.
+    """A request that is waiting or being answered.
 
     Attributes:
-        sampling: with its number of tokens and its seed decided.
-        prompt_tokens: once it is known.
-        from_store: images whose entries were there when it came.
-        interruptions: how often the thread that was at it was interrupted.
+        sampling: with max_new_tokens and seed set.
+        prompt_tokens: set by ``prompt_of``.
+        from_store: number of images whose entries were already in the store.
+        interruptions: how often the thread working on it was interrupted.
     """
 
     ticket: Ticket
@@ -43,12 +43,13 @@ class Work:
 def prompt_of(
     work: Work, max_prompt_tokens: int, join: Callable[[Sequence[Sequence[int] | Tensor]], Tensor]
 ) -> Prompt:
-    """The prompt of a request whose images are there, and what it has written so far.
+    """The prompt of a request whose images are ready, followed by the tokens generated so far.
 
-    An entry takes a slot a token; position ids go on behind it as if its whole image stood there.
+    An entry takes one slot for each of its tokens. The position ids after it continue as if the whole
+    image were there.
 
     Args:
-        join: makes embeddings ``[T, H]`` of ids and of what is embedded already.
+        join: concatenates token ids and embeddings ``[n, H]`` to embeddings ``[T, H]``.
 
     Raises:
         RequestError: it takes more than ``max_prompt_tokens`` slots.
@@ -76,7 +77,7 @@ def prompt_of(
             add_text(place.before)
             pieces.append(job.features)
             count = job.features.shape[0]
-            ids.extend([0] * count)  # read from the embeddings
+            ids.extend([0] * count)  # unused: the embeddings are read
             slots.extend(range(slot, slot + count))
             positions.extend(range(position, position + count))
             slot, position = slot + count, position + count
@@ -89,7 +90,7 @@ def prompt_of(
     add_text(work.plan.text)
     check_length(slot, max_prompt_tokens)
     work.prompt_tokens = slot
-    written = tuple(work.ticket.tokens)  # before it lost its row to an interrupt
+    written = tuple(work.ticket.tokens)  # before an interrupt took its row
     add_text(written)
     embedded = any(isinstance(piece, Tensor) for piece in pieces)
     return Prompt(
@@ -113,34 +114,32 @@ def prompt_of(
 
 
 def check_length(slots: int, at_most: int) -> None:
-    """Raise ``RequestError`` for a prompt that takes too many slots."""
+    """Raises RequestError for a prompt that takes too many slots."""
     if slots > at_most:
         raise RequestError(
             "prompt",
             f"expected a prompt of at most {at_most} tokens, got {slots}; shorten it, or make the "
-            "engine with more max_prompt_tokens",
+            "engine with a larger max_prompt_tokens",
         )
 
 
 def kind_of(prompt: Prompt) -> tuple:
-    """Prompts of one kind are read together."""
+    """Prompts with the same result can be read in one batch."""
     moved = prompt.entry_positions is not None
     return (prompt.causal, prompt.features is not None, moved, length_bucket(len(prompt.slots)))
 
 
 def failure_of(error: Exception, doing: str) -> RequestError:
-    """What a request is told of an error that it met."""
+    """The RequestError for an error that occurred while doing something for a request."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, torch.OutOfMemoryError):
         failure = RequestError(
             "memory",
-            f"expected memory for {doing}, got {error}; make the engine with a smaller max_batch, "
+            f"{doing} ran out of memory: {error}; make the engine with a smaller max_batch, "
             "max_images or max_prompt_tokens",
         )
     else:
-        failure = RequestError(
-            "internal", f"expected no error in {doing}, got {type(error).__name__}: {error}"
-        )
+        failure = RequestError("internal", f"{doing} failed: {type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure

@@ -1,10 +1,11 @@
-"""What is asked of the engine and what comes back."""
+"""``Request``, ``Sampling`` and ``Answer``: what the engine is asked, and what it returns."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
 from voco_model.arguments import is_whole
@@ -12,11 +13,12 @@ from voco_model.vlm.prompt import Turns
 
 
 class RequestError(RuntimeError):
-    """One request that can't be answered; the others go on.
+    """A request that can't be answered. Other requests are not affected.
 
     Attributes:
-        reason: "image" (it can't be read), "prompt" (too long, or ill-formed), "memory" (the device's is
-            exhausted), "store" (it raised), "cancelled", "interrupted" (submit it again), or "internal".
+        reason: "image" (it can't be read), "prompt" (too long, or malformed), "memory" (the device has
+            none left), "store" (it raised an error), "cancelled", "interrupted" (submit the request
+            again), or "internal".
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -26,15 +28,19 @@ class RequestError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen and when they end.
+    """How tokens are chosen, and when an answer ends.
 
     Attributes:
-        max_new_tokens: at most; None is the engine's.
+        max_new_tokens: at most; None for the engine's limit.
         temperature: 0 takes the likeliest token.
-        top_p: in (0, 1]; with a temperature only.
+        top_p: in (0, 1]. Below 1 it requires a temperature.
         seed: the same seed gives the same answer, whatever else the engine is doing. None draws one.
-        stop: strings that end an answer, and are not part of its text.
-        ignore_eos: go on to ``max_new_tokens``, for benchmarks.
+        stop: strings that end an answer. They are not part of its text.
+        ignore_eos: continue to ``max_new_tokens``, for benchmarks.
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError: an option out of range, or one that would have no effect.
     """
 
     max_new_tokens: int | None = None
@@ -44,6 +50,14 @@ class Sampling:
     stop: Sequence[str] = ()
     ignore_eos: bool = False
 
+    def __new__(cls, *args: Any, **options: Any) -> Sampling:
+        # Before the dataclass's own __init__, whose message doesn't name the options that there are.
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise TypeError(_unknown(name, known))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         new = self.max_new_tokens
         if new is not None and not (is_whole(new) and new >= 1):
@@ -52,6 +66,11 @@ class Sampling:
             raise ValueError(f"expected temperature >= 0 (0 is greedy), got {self.temperature!r}")
         if not (_is_finite(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"expected top_p in (0, 1], got {self.top_p!r}")
+        if self.top_p < 1 and self.temperature == 0:
+            raise ValueError(
+                f"expected a temperature above 0 with top_p {self.top_p!r}, got 0, which ignores it and "
+                "takes the likeliest token; pass temperature=1.0, or leave top_p out"
+            )
         if self.seed is not None and not (is_whole(self.seed) and 0 <= self.seed < 2**63):
             raise ValueError(f"expected a seed from 0 to 2**63 - 1, got {self.seed!r}")
         if not isinstance(self.ignore_eos, bool):
@@ -64,9 +83,15 @@ class Sampling:
                 f"expected stop strings of at least one character in a list, got {self.stop!r}"
             )
         object.__setattr__(self, "stop", tuple(stop))
-        for name in ("max_new_tokens", "seed"):  # NumPy's integers as ints
+        for name in ("max_new_tokens", "seed"):  # NumPy integers become ints
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else int(value))
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    likely = get_close_matches(name, known, n=1)
+    hint = f"did you mean {likely[0]}?" if likely else "for others use voco_model.generate"
+    return f"expected sampling options among {', '.join(known)}, got {name}; {hint}"
 
 
 def _is_finite(value: Any) -> bool:
@@ -78,18 +103,18 @@ class Request:
     """A question about images.
 
     Attributes:
-        images: one image, several, or the frames of a video (a list, or an array with a dimension more
-            than an image's); None for a question without any. In any form that
-            ``voco_model.pictures.decode`` takes: PIL images, paths, URLs, bytes, arrays, tensors, ...
-        text: a question, messages as in Transformers (the last one the user's), or the token ids of what
-            follows the images.
+        images: one image, several, or the frames of a video (a list, or an array with one dimension more
+            than an image); None for a question without images. In any form that
+            ``voco_model.pictures.decode`` accepts: PIL images, paths, URLs, bytes, arrays, tensors, ...
+        text: a question, messages as in Transformers (the last one the user's), or the token ids that
+            follow the images.
         sampling: None is greedy.
-        keys: one a image, 64 lower-case hex digits, for who knows his images by name: their pixels are
-            then not hashed, and not even read where the store has the entry. A ``salt`` doesn't change
-            them.
+        keys: a key for each image, 64 lower-case hex digits, if you identify your images yourself: their
+            pixels are then not hashed, and not even read if the store has the entry. The engine's
+            ``salt`` doesn't affect these keys.
 
     Raises:
-        TypeError: a ``sampling`` that is none.
+        TypeError: a ``sampling`` that isn't a ``Sampling``.
     """
 
     images: Any
@@ -110,13 +135,13 @@ class Answer:
 
     Attributes:
         text: without special tokens and stop strings.
-        tokens: as written, the end-of-sequence token included.
+        tokens: all generated tokens, including the end-of-sequence token.
         finish_reason: "stop" (end of sequence, or a stop string), "length" or "error".
-        prompt_tokens: slots that the prompt takes in the cache.
-        from_store: how many of its images were compressed before it came.
+        prompt_tokens: cache slots that the prompt takes.
+        from_store: number of its images whose entries were already in the store.
         seconds: from ``submit`` to the last token.
         seconds_to_first: from ``submit`` to the first token.
-        error: of a request that failed.
+        error: why the request failed; None if it didn't.
     """
 
     text: str = ""

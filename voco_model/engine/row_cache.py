@@ -1,8 +1,8 @@
-"""``RowCache``: one static key/value cache whose rows are filled, read and freed one by one.
+"""``RowCache``: a static key/value cache whose rows are filled, read and freed individually.
 
-Transformers' ``StaticCache`` counts its tokens for all rows together. Here each token says in which row
-and slot its keys and values go, so that requests of any length share a batch, join it and leave it.
-What a token sees is its row's slots up to its own: stale slots behind need not be cleared.
+Transformers' ``StaticCache`` has one length for all rows. Here each token comes with the row and slot
+for its keys and values, so requests of any length can share a batch, join it and leave it. A token
+attends to its row's slots up to its own, so stale slots after that need not be cleared.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from voco_kernels.kv import cache_view
 
 @dataclass
 class Step:
-    """Where the tokens of the forward pass that is about to run go, and what they look at.
+    """Where the tokens of the next forward pass are stored, and what they attend to.
 
     Attributes:
         rows: int64 ``[b]``, each sequence's row.
         slots: int64 ``[b, T]``, each token's slot.
-        span: slots that attention looks at, from the first on; None where the tokens see only each
-            other, causally.
-        consecutive: rows are 0, 1, 2, ...: they are looked at in place, not gathered.
+        span: number of slots that attention reads, from the first on; None if the tokens only attend to
+            each other, causally.
+        consecutive: rows are 0, 1, 2, ..., so they are read in place instead of gathered.
     """
 
     rows: Tensor
@@ -48,12 +48,12 @@ class RowLayer(CacheLayerMixin):
         self._owner = owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the tensors are there from the start."""
+        """Does nothing: the tensors exist from the start."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Writes ``[b, Hkv, T, D]`` where the step says; returns the keys and values to look at."""
+        """Stores ``[b, Hkv, T, D]`` as the step says. Returns the keys and values to attend to."""
         step = self._owner.step
         rows = step.rows[:, None]
         self.keys[rows, :, step.slots] = key_states.transpose(1, 2)
@@ -66,11 +66,11 @@ class RowLayer(CacheLayerMixin):
         return keys.index_select(0, step.rows), values.index_select(0, step.rows)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Asked of nobody: the engine brings its own mask."""
+        """Never called: the engine makes its own mask."""
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """0: there is no one length; the engine passes positions."""
+        """0, because rows have different lengths; the engine passes positions."""
         return 0
 
     def get_max_length(self) -> int:
@@ -80,15 +80,15 @@ class RowLayer(CacheLayerMixin):
 
 
 class RowCache(Cache):
-    """Keys and values of all layers in one allocation, zeros at first.
+    """Keys and values of all layers in one allocation, initially zeros.
 
     Args:
         num_layers, rows, kv_heads, slots, head_dim: shape ``[L, 2, rows, Hkv, slots, D]``.
         dtype, device: of the model.
 
     Attributes:
-        step: set before each forward pass.
-        views: for ``load_into`` and ``extract``; the tensors stay where they are.
+        step: to be set before each forward pass.
+        views: for ``load_into`` and ``extract``, valid as long as the cache.
     """
 
     def __init__(
@@ -109,11 +109,11 @@ class RowCache(Cache):
         self.views = cache_view.views(self)
 
     def copy_row(self, source: int, target: int, slots: int) -> None:
-        """Makes the first slots of one row those of another, in all layers."""
+        """Copies the first slots of one row to another, in all layers."""
         self.memory[:, :, target, :, :slots] = self.memory[:, :, source, :, :slots]
 
     def clear_row(self, row: int) -> None:
-        """Zeros."""
+        """Fills a row with zeros, in all layers."""
         self.memory[:, :, row] = 0
 
     @property

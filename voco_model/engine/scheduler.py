@@ -1,4 +1,4 @@
-"""The queue of requests, and what happens to it step by step."""
+"""``Scheduler``: the queue of requests, and the steps that answer them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import TypeVar
 import torch
 
 from voco_model.engine.first_pass import FirstPass
-from voco_model.engine.images import ImageJob, Images
+from voco_model.engine.image_job import ImageJob
+from voco_model.engine.images import Images
 from voco_model.engine.prompts import Work, failure_of, kind_of, prompt_of
 from voco_model.engine.request import RequestError
 from voco_model.engine.second_pass import BROKEN, Prompt, SecondPass
@@ -25,27 +26,26 @@ logger = logging.getLogger("voco_model.engine")
 
 T = TypeVar("T")
 
-# Interrupts that a request survives. One that raises more than an Exception by itself, such as a
-# tokenizer's panic, must not keep all others from being answered.
+# Interrupts after which a request is retried. If it causes them itself, as by a tokenizer's panic, it
+# must not keep the others from being answered.
 _MAX_INTERRUPTIONS = 3
-# Seconds that close() waits for another thread's step.
+# Seconds for which close() waits for another thread's step.
 _CLOSING = 5.0
-_CANCELLED = "expected a request that is waited for, got one that was cancelled; submit it again"
+_CANCELLED = "the request was cancelled; submit it again"
 _CLOSED = "expected an open engine, got one that was closed; make another"
-_NO_NUMBERS = (
-    "expected finite keys and values of an image, got NaN or infinity; look for an overflow of the "
-    "model's dtype"
+_ENTRY_NOT_FINITE = (
+    "the image's keys and values contain NaN or infinity; check whether the model's dtype overflows"
 )
-_NOT_FINITE = (
-    "expected finite logits, got NaN or infinity; look for it in the image's entry in the store, or for "
-    "an overflow of the model's dtype"
+_LOGITS_NOT_FINITE = (
+    "the logits contain NaN or infinity; check the image's entry in the store, and whether the model's "
+    "dtype overflows"
 )
 _INTERRUPTED = (
-    f"the thread that worked on this request was interrupted more than {_MAX_INTERRUPTIONS} times; if "
-    "nobody interrupts it, the request itself may be at fault"
+    f"the thread working on this request was interrupted more than {_MAX_INTERRUPTIONS} times; if not "
+    "by a signal or Ctrl-C, the request itself may be at fault"
 )
 _FORKED = (
-    "the process was forked while this request was open: the parent answers it; submit it again"
+    "the process was forked while this request was open, and its parent answers it; submit it again"
 )
 _FORKED_DEVICE = (
     "expected an engine made in this process, got one on {device} from before a fork, after which "
@@ -53,8 +53,8 @@ _FORKED_DEVICE = (
     'with multiprocessing\'s "spawn"'
 )
 _NESTED = (
-    "expected no call inside a step of the engine, got one in the thread that drives it, from a signal "
-    "handler or a finalizer; call the engine in another thread"
+    "expected no call from within a step of the engine, got one from a signal handler or finalizer in "
+    "the thread that drives it; call the engine in another thread"
 )
 
 
@@ -63,14 +63,14 @@ class EngineStats:
     """What an engine has done since it was made.
 
     Attributes:
-        answered, failed: requests.
+        answered, failed: numbers of requests.
         images_read: by pass 1.
-        images_from_store: that a request found there.
-        put_failures: entries that the store didn't take.
+        images_from_store: found there for a request.
+        put_failures: entries that could not be stored.
         prefills, decode_steps: forward passes of pass 2.
-        new_tokens: written.
+        new_tokens: generated.
         graphs: CUDA graphs recorded.
-        cache_bytes: of the key/value caches: pass 2's, and pass 1's from the first image on.
+        cache_bytes: size of the key/value caches: pass 2's and, from the first image on, pass 1's.
     """
 
     answered: int = 0
@@ -86,21 +86,21 @@ class EngineStats:
 
 
 class Scheduler:
-    """Reads images, lets requests into free rows, and has one token written for each row, in turn.
+    """Reads images, admits requests into free rows, and generates one token for each row, in turn.
 
-    ``_open`` has every request from ``add`` until its ticket is done; what waits is what is open and has
-    no row. A step may be cut short at any point, by Ctrl-C or a signal handler that raises. It then
-    leaves ``_in_hand`` behind, and whoever drives next takes all rows back first: requests that had one
-    are read into a row again, together with what they have written.
+    ``_open`` has every request from ``add`` until its ticket is done; the waiting ones are those without
+    a row. Ctrl-C, or a signal handler that raises, may interrupt a step at any point. It then leaves
+    ``_in_hand`` set, and the next step first frees all rows: requests that had one are read into a row
+    again, with the tokens generated so far.
 
     Args:
-        first_pass, second_pass, images: of the engine.
-        keeps_entries: whether the first pass makes entries; otherwise images are only embedded.
-        max_prompt_tokens: slots of a prompt, at most.
-        stop_ids: that end an answer.
-        on_stream: what device work is done inside of.
+        first_pass, second_pass, images: the engine's.
+        keeps_entries: whether pass 1 makes entries; otherwise images are only embedded.
+        max_prompt_tokens: slots that a prompt may take.
+        stop_ids: tokens that end an answer.
+        on_stream: context for device work.
         device: of the model.
-        check_model: raises if the model isn't what the images' keys say.
+        check_model: raises if the model has changed since the images' keys were computed.
     """
 
     def __init__(
@@ -125,8 +125,8 @@ class Scheduler:
         self._on_stream = on_stream
         self._check_model = check_model
         self._device = device
-        # Ordered. Single reads and writes of it are atomic, so that nobody who submits, in a signal
-        # handler for instance, waits for the thread that drives.
+        # Used as an ordered set. Single reads and writes are atomic, so submitting, perhaps in a signal
+        # handler, never waits for the thread that drives.
         self._open: dict[Work, None] = {}
         self._arrived: deque[tuple[Work, int]] = deque()
         # The requests that the step is working on; None between steps.
@@ -138,11 +138,11 @@ class Scheduler:
         after_fork(self, Scheduler._renew)
 
     def _make_locks(self) -> None:
-        # Reentrant, the one since its release() tells whether it is held, the other since a signal
-        # handler may submit a request while its thread is counting.
+        # Reentrant: the first because its release() tells whether this thread holds it, the second
+        # because a signal handler may submit a request while its thread is counting.
         self._turn = threading.RLock()
         self._counting = threading.RLock()
-        self._driver: int | None = None  # the thread that has the turn
+        self._driver: int | None = None  # id of the thread that holds _turn
 
     @property
     def _waiting(self) -> list[Work]:
@@ -150,7 +150,8 @@ class Scheduler:
         return [work for work in list(self._open) if work not in running]
 
     def check_usable(self) -> None:
-        """After a fork: OpenMP's threads are not in the child, where an operator would wait for them.
+        """After a fork, limits torch to one thread: OpenMP's threads don't exist in the child, where an
+        operator would wait for them.
 
         Raises:
             RuntimeError: an engine on a GPU, in a process that was forked from the engine's.
@@ -161,7 +162,7 @@ class Scheduler:
             raise RuntimeError(_FORKED_DEVICE.format(device=self._device))
         if torch.get_num_threads() > 1:
             logger.warning(
-                "this process was forked: torch runs on one thread in it, since OpenMP's are not here"
+                "this process was forked, without OpenMP's threads: torch runs on one thread in it"
             )
             torch.set_num_threads(1)
         self._forked = False
@@ -179,23 +180,23 @@ class Scheduler:
             self._count(failed=1)
 
     def read(self, jobs: Sequence[ImageJob]) -> bool:
-        """Pass 1 of those of these images that need it, up to a batch; whether there were any."""
+        """Runs pass 1 on those of these images that need it, up to a batch. Returns whether any did."""
         return (
             self._drive(lambda: self._read_images([job for job in jobs if job.missing]))
             is not False
         )
 
     def step(self, patience: float = -1.0) -> bool:
-        """A little of everything; whether there was anything to do.
+        """Reads images, admits requests and generates tokens once. Returns whether there was work.
 
         Args:
-            patience: seconds to wait for another thread that is driving; if it is still at it then, the
-                result is True. -1 waits for as long as its step takes.
+            patience: seconds to wait for another thread that is driving; if it still is, the result is
+                True. -1 waits until its step ends.
         """
         return self._drive(self._step, patience) is not False
 
     def warm_decode(self, rows: int, greedy: bool) -> None:
-        """Record decoding of this many rows, if nobody is being answered."""
+        """Records decoding of this many rows, unless requests are being answered."""
 
         def warm() -> None:
             if not self._second.busy:
@@ -204,8 +205,8 @@ class Scheduler:
         self._drive(warm)
 
     def close(self, timeout: float | None = None) -> None:
-        """Gives up what waits and what comes. If another thread is in a step for longer than ``timeout``
-        (5 seconds at most), or this one is, that thread gives it up when it has done so."""
+        """Fails all open and future requests. If a step runs for longer than ``timeout`` (at most 5
+        seconds) in another thread, or is running in this one, it fails them when it ends."""
         self._closed = True
         if self._driver == threading.get_ident() or (self._forked and self._device.type != "cpu"):
             return
@@ -220,13 +221,13 @@ class Scheduler:
                 cache_bytes=self._first.cache_bytes + self._second.cache.nbytes,
             )
 
-    # ---- whose turn it is
+    # ---- driving
 
     def _drive(self, work: Callable[[], T], patience: float = -1.0) -> T | None:
-        """``work()`` in this thread while no other drives; None if another did for all of ``patience``.
+        """Runs ``work()`` while no other thread drives; None if another one did for all of ``patience``.
 
         Raises:
-            RuntimeError: this thread is in it already, or the process was forked from a GPU engine's.
+            RuntimeError: this thread is driving already, or the process was forked from a GPU engine's.
         """
         me = threading.get_ident()
         if self._driver == me:
@@ -234,15 +235,15 @@ class Scheduler:
         self.check_usable()
         grad, kind = torch.is_grad_enabled(), self._device.type
         autocast = torch.is_autocast_enabled(kind)
-        # Python runs signal handlers after calls: between acquire() and the next line, for instance. So
-        # the lock itself is asked whether this thread has it, and no call comes before the release.
+        # Python runs signal handlers after calls, for instance between acquire() and the next line. So
+        # the lock itself tells whether this thread holds it, and nothing is called before the release.
         try:
             if not self._turn.acquire(timeout=patience):
                 return None
             self._driver = me
-            # Not the caller's autocast: a step is for the requests of all threads.
-            whole = torch.autocast(kind, enabled=False)
-            with torch.no_grad(), whole, self._on_stream():
+            # Not the caller's autocast: a step serves the requests of all threads.
+            plain = torch.autocast(kind, enabled=False)
+            with torch.no_grad(), plain, self._on_stream():
                 if self._in_hand is not None:
                     self._recover()
                 self._in_hand = ()
@@ -254,21 +255,21 @@ class Scheduler:
                 self._driver = None
             try:
                 self._turn.release()
-            except RuntimeError:  # it never was this thread's
+            except RuntimeError:  # it was never acquired
                 pass
-            finally:  # an interrupt that struck while they were restored has left them off
+            finally:  # the contexts' own exits may have been interrupted
                 torch.set_grad_enabled(grad)
                 torch.set_autocast_enabled(kind, autocast)
 
     def _recover(self) -> None:
-        """After a step that was cut short: all that is open waits again, or is at its end."""
+        """After an interrupted step: makes all open requests wait again, or end."""
         for work in self._in_hand:
             work.interruptions += 1
         self._in_hand = ()
         self._arrived.clear()
         try:
             self._second.reset()
-        except Exception as error:  # the device is lost
+        except Exception as error:  # the device has failed
             for work in list(self._open):
                 self._give_up(work, failure_of(error, "freeing rows after an interrupt"))
         for work in list(self._open):
@@ -281,12 +282,12 @@ class Scheduler:
                 try:
                     self._conclude_if_over(work)
                 except Exception as error:
-                    self._give_up(work, failure_of(error, "writing an answer down"))
+                    self._give_up(work, failure_of(error, "recording an answer"))
             self._in_hand = ()
 
     def _renew(self) -> None:
-        """In a child process: what is open belongs to the parent, a thread of which may have been in the
-        middle of a step."""
+        """In a forked child: open requests belong to the parent, which may have been in the middle of a
+        step."""
         self._make_locks()
         self._forked, self._in_hand = True, ()
         for work in list(self._open):
@@ -303,7 +304,7 @@ class Scheduler:
                 [job for work in waiting for job in work.jobs if job.missing]
             )
             progressed |= self._let_in()
-            self._hand_out()  # first tokens don't wait for a decoding step
+            self._hand_out()  # first tokens needn't wait for a decoding step
         if self._second.busy:
             progressed = True
             self._write()
@@ -328,7 +329,7 @@ class Scheduler:
                 setattr(self._stats, name, getattr(self._stats, name) + amount)
 
     def _read_images(self, missing: Sequence[ImageJob]) -> bool:
-        """Pass 1 of the first of these, up to a batch; whether there were any."""
+        """Runs pass 1 on the first of these, up to a batch. Returns whether there were any."""
         batch = list(dict.fromkeys(missing))[: self._first.max_images]
         if not batch:
             return False
@@ -337,7 +338,7 @@ class Scheduler:
         ]
         try:
             self._read_batch(batch)
-        except Exception:  # no memory for all of them, or one is bad
+        except Exception:  # perhaps only one is bad, or they don't fit into memory together
             for job in batch:
                 if job.missing:
                     self._read_alone(job)
@@ -357,17 +358,17 @@ class Scheduler:
                 job.features, job.pixels = feature.clone(), None
         else:
             entries = self._first.entries(features, [job.slot for job in batch])
-            self._check_model()  # once more: these are kept for good
+            self._check_model()  # again, because these entries are stored
             sound = torch.stack([entry.kv.isfinite().all() for entry in entries]).tolist()
             for job, entry, is_sound in zip(batch, entries, sound, strict=True):
                 if is_sound:
                     self._images.keep(job, entry)
                 else:
-                    self._images.fail(job, RequestError("image", _NO_NUMBERS))
+                    self._images.fail(job, RequestError("image", _ENTRY_NOT_FINITE))
         self._count(images_read=len(batch))
 
     def _let_in(self) -> bool:
-        """Give free rows to requests whose images are there, first come, first served."""
+        """Admits requests whose images are ready into free rows, in their order."""
         chosen: list[tuple[Work, Prompt]] = []
         for work in self._waiting:
             if len(chosen) == self._second.free_rows:
@@ -381,7 +382,7 @@ class Scheduler:
                 if error is None:
                     prompt = prompt_of(work, self._max_prompt_tokens, self._first.join)
             except Exception as raised:
-                error = failure_of(raised, "putting the prompt together")
+                error = failure_of(raised, "building the prompt")
             if error is None:
                 chosen.append((work, prompt))
             else:
@@ -398,7 +399,7 @@ class Scheduler:
         except Exception as error:
             if len(group) == 1:
                 work = group[0][0]
-                for job in work.jobs:  # their entries may be at fault
+                for job in work.jobs:  # the entries may be at fault
                     self._images.forget(job)
                 self._give_up(work, failure_of(error, "reading the prompt"))
                 return
@@ -427,20 +428,20 @@ class Scheduler:
             try:
                 self._take(work, token)
             except Exception as error:
-                self._give_up(work, failure_of(error, "writing an answer down"))
+                self._give_up(work, failure_of(error, "recording an answer"))
 
     def _take(self, work: Work, token: int) -> None:
         if token == BROKEN:
             for job in work.jobs:
                 self._images.forget(job)
-            self._give_up(work, RequestError("internal", _NOT_FINITE))
+            self._give_up(work, RequestError("internal", _LOGITS_NOT_FINITE))
             return
         work.ticket.add(token)
         self._count(new_tokens=1)
         self._conclude_if_over(work)
 
     def _conclude_if_over(self, work: Work) -> None:
-        """Ends an answer with its last token."""
+        """Ends the answer if the latest token completes it."""
         ticket, sampling = work.ticket, work.sampling
         ended = ticket.tokens[-1] in self._stop_ids and not sampling.ignore_eos
         if ended or ticket.stopped():

@@ -1,8 +1,8 @@
-"""Pass 2: rows of one static cache that are filled, decoded together, and freed.
+"""``SecondPass``: fills the rows of a static cache with prompts, and decodes them together.
 
-The state of a row (its token, its slot, how much it may still write) lives on the device. The host never
-waits for the step that it has just launched: tokens come back ``lag`` steps later, and a row that has
-ended in between stands still.
+The state of a row (its token, its slot, how many tokens are left) is kept on the device. The host
+doesn't wait for the step that it has just launched: tokens arrive ``lag`` steps later, and a row that
+has ended by then generates nothing.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from voco_model.engine.sampling import choose, uniform
 
 # A row's state, by column.
 TOKEN, SLOT, POSITION, LEFT, SEED, DRAWN, ENDS = range(7)
-# What a prefill is told of a row beside its tokens: row, last token, six columns of its state, and
+# A prefill's inputs for each row besides its tokens: row, last token, six columns of its state, and
 # temperature and top_p as the bits of float64.
 _FACTS = 10
-# What a row writes in place of a token when it has ended, and when its logits are no numbers.
+# Outputs of a row instead of a token: it has ended, or its logits are NaN or infinite.
 NOTHING, BROKEN = -1, -2
-# Decoding looks at powers of two of slots, from this many on: each is a graph of its own.
+# Decoding reads a power of two of slots, at least this many; each is a graph of its own.
 _LEAST_SPAN = 128
 
 
@@ -39,14 +39,15 @@ class Prompt:
     """A prompt that is ready to be read into a row.
 
     Attributes:
-        ids, slots, positions: of the tokens that the second pass reads; those of ``features`` are any.
-        features: None, or embeddings ``[T, H]`` of all tokens in place of ids.
-        entries, entry_slots, entry_positions: what is loaded first, and where it goes; positions None
-            leaves keys as they were rotated.
+        ids, slots, positions: of the tokens that pass 2 reads; ids are ignored if there are
+            ``features``.
+        features: None, or embeddings ``[T, H]`` of all tokens, used instead of ids.
+        entries, entry_slots, entry_positions: what is loaded first, and where; positions None leaves
+            keys as they were rotated.
         next_slot, next_position: of the first new token.
         max_new_tokens, temperature, top_p, seed, ignore_eos: see ``Sampling``.
-        owner: whatever the caller knows it by.
-        drawn: how many tokens of the answer are among ``ids`` already.
+        owner: the caller's handle for this prompt.
+        drawn: number of tokens at the end of ``ids`` that belong to the answer.
     """
 
     ids: Sequence[int]
@@ -68,7 +69,7 @@ class Prompt:
 
     @property
     def causal(self) -> bool:
-        """Whether its tokens see only each other."""
+        """Whether its tokens attend only to each other."""
         return not self.entries
 
 
@@ -77,12 +78,12 @@ class _Row:
     owner: Any
     slots_used: int  # an upper bound: the device may have stopped earlier
     greedy: bool
-    left: bool = False  # tokens that still come for it are dropped
+    left: bool = False  # tokens that still arrive for it are dropped
 
 
 @dataclass
 class _Flight:
-    """Tokens on their way to the host, and the rows they are for."""
+    """Tokens on their way to the host, and their rows."""
 
     tokens: Tensor
     event: torch.cuda.Event | None
@@ -90,21 +91,21 @@ class _Flight:
 
 
 class SecondPass:
-    """The cache of the second pass and the programs that run on it.
+    """The key/value cache of pass 2, and the programs that run on it.
 
     Args:
-        language: of the model.
-        rows: requests that decode together, at most.
-        slots: of a row, prompt and new tokens.
-        stop_ids: that end an answer.
-        suppressed: token ids that are never written.
-        lag: how many steps the host is behind, at most.
+        language: the language model.
+        rows: number of requests that can decode together.
+        slots: of a row, for prompt and new tokens.
+        stop_ids: tokens that end an answer.
+        suppressed: tokens that are never generated.
+        lag: number of steps that the host may be behind.
         graphs: whether to record CUDA graphs.
-        clock: of the engine.
+        clock: the engine's.
 
     Attributes:
-        cache: of ``rows`` and ``slots``, and one more of each.
-        programs: also for the first pass: they share a memory pool.
+        cache: with one more row and one more slot than given.
+        programs: also used by pass 1, so that both share a memory pool.
     """
 
     def __init__(
@@ -124,9 +125,9 @@ class SecondPass:
         self._lag = lag
         self._clock = clock
         self._max_rows = rows
-        # Masks whose rows begin at multiples of 16 elements suit every attention kernel.
+        # Every attention kernel accepts masks whose rows start at multiples of 16 elements.
         slots = -(-slots // 16) * 16
-        # The last row and the last slot are scrap: padding is written there.
+        # The last row and the last slot take what is written for padding.
         self.cache = language.new_cache(rows + 1, slots + 1)
         self._scrap_row, self._scrap_slot = rows, slots
         self._state = torch.zeros(rows + 1, 7, dtype=torch.int64, device=device)
@@ -140,8 +141,8 @@ class SecondPass:
         self.programs = Programs(device, graphs, (self._state, self._floats))
         self._buffers: dict[Any, Tensor] = {}
         self._rows: list[_Row | None] = [None] * rows
-        # Whether a free row is known to hold finite numbers only. A masked slot counts for nothing,
-        # unless what it holds is no number.
+        # Whether a free row is known to contain only finite numbers. A masked slot has no effect unless
+        # it contains NaN or infinity.
         self._clean = [True] * rows
         self._flights: deque[_Flight] = deque()
 
@@ -154,14 +155,17 @@ class SecondPass:
         return bool(self._flights) or self.free_rows < self._max_rows
 
     def owners(self) -> list[Any]:
-        """Of the rows that are taken."""
+        """The owners of the occupied rows."""
         return [row.owner for row in self._rows if row is not None]
 
     # ---- prompts in
 
     def enter(self, prompts: Sequence[Prompt]) -> None:
-        """Load and read prompts, all alike in ``causal`` and ``features``, and choose their first
-        tokens.
+        """Loads and reads prompts, and chooses their first tokens.
+
+        Args:
+            prompts: with the same ``causal``, and either all or none with ``features``; no more than
+                ``free_rows``.
 
         Raises:
             torch.OutOfMemoryError: the rows are free again.
@@ -180,7 +184,7 @@ class SecondPass:
             self._send(tokens[: len(prompts)], rows)
         except BaseException:
             for index, row in zip(taken, rows, strict=True):
-                row.left = True  # its first token may be on its way already
+                row.left = True  # its first token may be on its way
                 self._rows[index] = None
             self._state[taken, LEFT] = 0
             raise
@@ -222,7 +226,7 @@ class SecondPass:
         embeds = None
         if embedded:
             embeds = self._embeds(count, width)
-            embeds.zero_()  # what an earlier prompt left may be no number
+            embeds.zero_()  # an earlier prompt may have left NaN
             for row, prompt in enumerate(prompts):
                 embeds[row, : prompt.features.shape[0]] = prompt.features
         return self.programs.run(
@@ -233,8 +237,8 @@ class SecondPass:
     def _pack(
         self, prompts: Sequence[Prompt], rows: Sequence[int], count: int, width: int
     ) -> Tensor:
-        """Everything that a prefill needs to know, int64 ``[count, 3 * width + _FACTS]``: ids, slots and
-        positions, then row, last token, and the state that the row begins with."""
+        """All inputs of a prefill, int64 ``[count, 3 * width + _FACTS]``: ids, slots and positions, then
+        row, last token, and the initial state of the row."""
         packed = torch.zeros(count, 3 * width + _FACTS, dtype=torch.int64)
         tokens, rest = packed[:, : 3 * width].view(count, 3, width), packed[:, 3 * width :]
         tokens[:, 1] = self._scrap_slot
@@ -244,7 +248,7 @@ class SecondPass:
             for line, values in enumerate((prompt.ids, prompt.slots, prompt.positions)):
                 tokens[index, line, :length] = torch.tensor(values)
             state = (
-                prompt.next_slot - 1,  # the first new token moves on by one
+                prompt.next_slot - 1,  # choosing the first token adds one
                 prompt.next_position - 1,
                 prompt.max_new_tokens,
                 prompt.seed,
@@ -274,7 +278,7 @@ class SecondPass:
     # ---- tokens out
 
     def step(self) -> bool:
-        """Launch one more token for every row that is taken; whether there is any."""
+        """Launches one more token for every occupied row. Returns whether there is one."""
         self._close_ranks()
         taken = [index for index, row in enumerate(self._rows) if row is not None]
         if not taken:
@@ -292,7 +296,7 @@ class SecondPass:
         return True
 
     def warm_decode(self, rows: int, greedy: bool) -> None:
-        """Record decoding of this many rows for every span, while nobody is in."""
+        """Records decoding of this many rows for every span, while all rows are free."""
         count, span = min(bucket(rows), self._max_rows), _LEAST_SPAN
         while True:
             span = min(span, self._scrap_slot)
@@ -316,7 +320,7 @@ class SecondPass:
         return self._choose(hidden[:, -1], rows, greedy)
 
     def _choose(self, hidden: Tensor, rows: Tensor, greedy: bool) -> Tensor:
-        """The next token of each row, int64 ``[b]``, or NOTHING or BROKEN; rows move on."""
+        """The next token of each row, int64 ``[b]``, or NOTHING or BROKEN. Advances the rows' state."""
         logits = self._language.logits(hidden)
         sound = logits.amax(-1).isfinite()
         if self._bias is not None:
@@ -348,17 +352,20 @@ class SecondPass:
         self._flights.append(_Flight(host, event, rows))
 
     def arrived(self) -> list[tuple[Any, int]]:
-        """(owner, token or BROKEN) of what has come back for rows that are still taken, oldest first.
-        Waits only where the host is ``lag`` steps ahead, or has nothing else to do."""
-        come = []
+        """Pairs of owner and token (or BROKEN) that have arrived for occupied rows, oldest first.
+
+        Waits only if the host is more than ``lag`` steps ahead, or has nothing else to do.
+        """
+        pairs = []
         idle = self.free_rows == self._max_rows
         while self._flights and (idle or len(self._flights) > self._lag or self._ready()):
             flight = self._flights.popleft()
             if flight.event is not None:
                 flight.event.synchronize()
-            pairs = zip(flight.rows, flight.tokens.tolist(), strict=True)
-            come += [(row.owner, token) for row, token in pairs if row is not None and not row.left]
-        return [(owner, token) for owner, token in come if token != NOTHING]
+            for row, token in zip(flight.rows, flight.tokens.tolist(), strict=True):
+                if row is not None and not row.left and token != NOTHING:
+                    pairs.append((row.owner, token))
+        return pairs
 
     def _ready(self) -> bool:
         event = self._flights[0].event
@@ -367,7 +374,7 @@ class SecondPass:
     # ---- rows out
 
     def leave(self, owner: Any, *, sound: bool = False) -> None:
-        """Free the row of an owner that has one; of a sound one, all logits were numbers to the end."""
+        """Frees the row of an owner, if it has one. ``sound``: all of its logits were finite."""
         for index, row in enumerate(self._rows):
             if row is not None and row.owner is owner:
                 row.left = True
@@ -376,15 +383,15 @@ class SecondPass:
                 self._clean[index] = sound
 
     def reset(self) -> None:
-        """Free every row and drop the tokens that are on their way, whatever state an exception has left
-        them in."""
+        """Frees every row and drops the tokens on their way, whatever state an exception has left them
+        in."""
         self._flights.clear()
         self._rows = [None] * self._max_rows
         self._clean = [False] * self._max_rows
         self._state[:, LEFT] = 0
 
     def _close_ranks(self) -> None:
-        """Move rows to the front where a smaller batch then holds them all."""
+        """Moves rows to the front if that makes the batch smaller."""
         taken = [index for index, row in enumerate(self._rows) if row is not None]
         if not taken or bucket(len(taken)) >= bucket(taken[-1] + 1):
             return
@@ -399,7 +406,7 @@ class SecondPass:
                 self._rows[target], self._rows[source] = row, None
 
     def _embeds(self, count: int, width: int) -> Tensor:
-        """``[count, width, H]``, the front of one buffer for all shapes."""
+        """``[count, width, H]``, at the start of a buffer shared by all shapes."""
         size = self._language.hidden_size
         widest = length_bucket(self._scrap_slot)
         whole = self._buffer(

@@ -1,4 +1,4 @@
-"""``StoreWriter``: writes entries to a store, in a thread of its own."""
+"""``StoreWriter``: writes entries to a store in a background thread."""
 
 from __future__ import annotations
 
@@ -8,34 +8,32 @@ import threading
 import weakref
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from voco_model.engine.image_job import ImageJob
 from voco_model.kv_store.base import Store, after_fork
-
-if TYPE_CHECKING:
-    from voco_model.engine.images import ImageJob
 
 logger = logging.getLogger("voco_model.engine")
 
-# Entries that wait to be written, at most; any more are dropped. From half as many on, new images wait
-# for the store, up to _PATIENCE seconds each.
+# At most so many entries wait to be written; further ones are dropped. From half as many on, each new
+# image waits for the store, up to _PATIENCE seconds.
 _MAX_UNWRITTEN = 64
 _PATIENCE = 5.0
-# A store that has finished no entry for so many seconds is taken to hang.
+# A store that has finished no entry for this many seconds counts as hanging.
 _STALLED = 60.0
 
 _writers: weakref.WeakSet[StoreWriter] = weakref.WeakSet()
 
 
 class StoreWriter:
-    """Entries on their way to a store.
+    """A queue of entries to be written to a store.
 
-    The thread is a daemon that ends whenever the queue is empty: a store that hangs keeps no process
-    from exiting (``ThreadPoolExecutor`` would), and a fork or an interrupted start leaves nothing behind
-    that the next entry can't mend.
+    The thread is a daemon that ends when the queue is empty. So a hanging store doesn't keep the process
+    from exiting (with ``ThreadPoolExecutor`` it would), and after a fork or an interrupted start the
+    next entry simply starts a new thread.
 
     Attributes:
-        failures: entries that were not stored.
+        failures: number of entries that were not stored.
     """
 
     def __init__(self, store: Store) -> None:
@@ -51,29 +49,29 @@ class StoreWriter:
         after_fork(self, StoreWriter._renew)
 
     def write(self, job: ImageJob) -> None:
-        """Queues a job's entry. The job itself is kept until the entry is in the store, so that others
-        who ask for the image find it."""
+        """Queues a job's entry. The job is kept alive until its entry is stored, so that other requests
+        for the image find it."""
         with self._lock:
             if self._closed:
                 self._not_stored(job, "the engine is closed")
             elif len(self._pending()) >= _MAX_UNWRITTEN:
-                self._not_stored(job, "the store is behind")
+                self._not_stored(job, "the store is too slow")
             else:
                 self._queue.append((Future(), job))
                 self._start()
 
     def catch_up(self) -> None:
-        """Waits a little for a store that is behind."""
+        """Waits briefly if many entries are unwritten."""
         pending = self._pending()
         if len(pending) >= _MAX_UNWRITTEN // 2:
             wait(pending[:1], _PATIENCE)
 
     def flush(self, timeout: float | None = None, *, stalled: float = _STALLED) -> bool:
-        """Waits until every entry is written or has failed; whether it came to that.
+        """Waits until every entry is written or has failed. Returns whether that was in time.
 
         Args:
-            timeout: seconds, at most. None waits for as long as the store finishes an entry every
-                ``stalled`` seconds.
+            timeout: seconds. None waits as long as the store finishes an entry every ``stalled``
+                seconds.
         """
         with self._lock:
             self._start()
@@ -93,7 +91,7 @@ class StoreWriter:
         return True
 
     def close(self, timeout: float | None = None) -> bool:
-        """Flushes, drops what is then still queued, and takes no more; whether all was written."""
+        """Flushes, drops what is still queued, and accepts no more. Returns whether all was written."""
         self._closed = True
         done = self.flush(timeout)
         with self._lock:
@@ -130,7 +128,7 @@ class StoreWriter:
                 self._writing.add(future)
             try:
                 self._store.put(job.entry)
-            except BaseException as error:  # nothing above could be told; the answer stands
+            except BaseException as error:  # there is no caller to raise it to
                 self._not_stored(job, error)
             with self._lock:
                 self._writing.discard(future)
@@ -141,7 +139,7 @@ class StoreWriter:
         logger.warning("the entry of image %s could not be stored: %s", job.key, why)
 
     def _renew(self) -> None:
-        # What was queued when the process forked is written by the parent.
+        # The parent writes what was queued before the fork.
         self._lock = threading.RLock()
         self._queue, self._writing, self._thread = deque(), set(), None
 

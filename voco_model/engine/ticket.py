@@ -1,4 +1,4 @@
-"""``Ticket``: a request that is being answered, as its sender sees it."""
+"""``Ticket``: a submitted request, to wait for or to stream its answer."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import replace
 
 from voco_model.engine.request import Answer, RequestError
 
-# Seconds after which a thread that waits for another to drive looks at its own answer again.
+# Seconds after which a thread that waits for another one to drive checks its own answer again.
 _LOOK_AGAIN = 0.02
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class Ticket:
-    """Iterate over it for the answer's text as it comes, or wait for ``result()``.
+    """Iterate over it for the answer's text as it is generated, or call ``result()``.
 
-    There is no thread behind it: whoever waits drives the engine, for all requests. Tickets may be
-    waited for in different threads.
+    The engine has no thread of its own: a thread that waits for a ticket drives it, for all requests.
+    Different threads may wait for different tickets.
 
     Attributes:
-        tokens: written so far.
+        tokens: generated so far.
     """
 
     def __init__(self, drive: Callable[[float], bool], decode: Callable[[list[int]], str]) -> None:
@@ -38,16 +38,16 @@ class Ticket:
         return self._answer is not None
 
     def cancel(self) -> None:
-        """Gives up the request; its row is freed at the next step. A finished one stays as it is."""
+        """Cancels the request; its row is freed in the next step. No effect if it is finished."""
         self.cancelled = True
 
     def result(self, timeout: float | None = None) -> Answer:
-        """The answer, when it is complete.
+        """Waits for the complete answer.
 
         Raises:
-            RequestError: there is none.
-            TimeoutError: not within ``timeout`` seconds, or one step more where this thread was driving.
-                The request goes on.
+            RequestError: the request failed.
+            TimeoutError: not complete within ``timeout`` seconds, plus one step if this thread is
+                driving. The request continues.
         """
         answer = self.wait(timeout)
         if answer.error is not None:
@@ -55,23 +55,23 @@ class Ticket:
         return answer
 
     def wait(self, timeout: float | None = None) -> Answer:
-        """As ``result``, but a request that failed gives an ``Answer`` with ``error``."""
+        """As ``result``, but for a failed request it returns an ``Answer`` with ``error``."""
         began = time.perf_counter()
         while self._answer is None:
             left = _LOOK_AGAIN if timeout is None else began + timeout - time.perf_counter()
             if left < 0:
                 raise TimeoutError(
-                    f"expected an answer within {timeout} s, got {len(self.tokens)} tokens so far; wait "
+                    f"no complete answer within {timeout} s, got {len(self.tokens)} tokens so far; wait "
                     "longer, or cancel()"
                 )
             self._drive_once(min(left, _LOOK_AGAIN))
         return self._answer
 
     def __iter__(self) -> Iterator[str]:
-        """Pieces of the answer's text, each at least one character.
+        """Yields pieces of the answer's text, each at least one character.
 
         Raises:
-            RequestError: behind the pieces that came before.
+            RequestError: the request failed, perhaps after some pieces.
         """
         sent = 0
         while self._answer is None:
@@ -93,7 +93,7 @@ class Ticket:
         self.tokens.append(token)
 
     def stopped(self) -> bool:
-        """Whether one of the stop strings has been written."""
+        """Whether the text contains a stop string."""
         return bool(self.stop) and bool(self._places(self._decode(self.tokens)))
 
     def finish(self, reason: str, **facts) -> None:
@@ -103,14 +103,14 @@ class Ticket:
         self._conclude(Answer(text, tuple(self.tokens), reason, **facts))
 
     def fail(self, error: RequestError) -> bool:
-        """Whether it had no answer yet."""
+        """Fails the request. Returns False if it had an answer already."""
         if self._answer is not None:
             return False
         self._conclude(Answer(tokens=tuple(self.tokens), finish_reason="error", error=error))
         return True
 
     def _places(self, text: str) -> list[int]:
-        """Where stop strings begin."""
+        """Where stop strings begin in a text."""
         return [text.find(each) for each in self.stop if each in text]
 
     def _conclude(self, answer: Answer) -> None:
@@ -123,12 +123,12 @@ class Ticket:
 
     def _drive_once(self, patience: float = _LOOK_AGAIN) -> None:
         if not self._drive(patience):
-            time.sleep(0.0005)  # another thread prepares the image, or the device is at it
+            time.sleep(0.0005)  # another thread is preparing the image, or the device is busy
 
     def _safe_text(self) -> str:
-        """The text so far, without what the next token may still change or turn into a stop string."""
+        """The text so far, without an end that later tokens may change or complete to a stop string."""
         text = self._decode(self.tokens).rstrip(_UNFINISHED)
-        if stopped := self._places(text):  # and finish() is about to say so
+        if stopped := self._places(text):  # and finish() is about to be called
             return text[: min(stopped)]
         held_back = max(map(len, self.stop), default=1) - 1
         return text[: len(text) - held_back] if held_back else text

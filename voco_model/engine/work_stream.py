@@ -1,4 +1,4 @@
-"""``WorkStream``: everything that an engine does on a GPU, in one order, whoever drives it."""
+"""``WorkStream``: the CUDA stream on which an engine does all its work."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 class WorkStream:
-    """A stream of the engine's own on its model's device; nothing on a CPU.
+    """A stream of the engine's own on its model's device; no effect on a CPU.
 
-    Threads have current streams and devices of their own: two that drive an engine in turn would
-    otherwise touch its cache in no order.
+    Each thread has its own current stream and device, so without it the work of two threads that drive
+    an engine in turn would be unordered.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,14 +21,15 @@ class WorkStream:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Work inside comes after what the caller has launched, and before what he launches next."""
+        """Context whose work follows what the caller has launched, and precedes what it launches
+        next."""
         if self._stream is None:
             yield
             return
-        callers = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(callers)
+        caller = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(caller)
         try:
             with torch.cuda.stream(self._stream):  # and its device
                 yield
         finally:
-            callers.wait_stream(self._stream)
+            caller.wait_stream(self._stream)

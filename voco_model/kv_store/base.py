@@ -1,4 +1,4 @@
-"""What every store of compact entries can do."""
+"""``Store``: the interface of every store of compact entries, and what its implementations share."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ logger = logging.getLogger("voco_model.kv_store")
 
 @dataclass
 class StoreStats:
-    """What a store holds, and what this handle of it did since it was opened.
+    """What a store holds, and what this handle has done since it was opened.
 
     Attributes:
-        entries, bytes: in the store, all processes' together; None where it can't say.
-        max_bytes: its bound; None without one.
-        hits, misses: of ``get``, ``get_many`` and ``reader``. An entry that isn't served is a miss.
-        failures: misses that weren't plain absence, by reason: those of ``EntryError`` and
-            "unreadable", and whatever else a kind of store may meet.
-        puts, deletes: that succeeded.
+        entries, bytes: in the store, put there by any process; None if the store can't tell.
+        max_bytes: the store's capacity; None if it has no limit.
+        hits, misses: results of ``get``, ``get_many`` and ``reader``. An entry that is there but isn't
+            served counts as a miss.
+        failures: misses other than plain absence, by reason: those of ``EntryError``, "unreadable", and
+            others that a kind of store documents.
+        puts, deletes: successful ones.
         put_failures: puts that raised.
-        bytes_read, bytes_written: of entries served and of entries kept.
+        bytes_read, bytes_written: total size of the entries served and of the entries put.
     """
 
     entries: int | None = None
@@ -47,13 +48,38 @@ class StoreStats:
     bytes_written: int = 0
 
 
+@dataclass
+class VerifyReport:
+    """What ``Store.verify`` found and repaired.
+
+    Attributes:
+        entries, bytes: intact entries, and their total size.
+        bad: for each entry that is no longer served, its key (a file's name, if that isn't a key) and
+            the reason, as in ``StoreStats.failures``.
+        added: keys of entries that an index lacked, or had with another size.
+        dropped: keys in an index that had no entry.
+    """
+
+    entries: int = 0
+    bytes: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing had to be repaired."""
+        return not (self.bad or self.added or self.dropped)
+
+
 _renewals: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
 
 
 def after_fork(owner: Any, renew: Callable[[Any], None]) -> None:
-    """Calls ``renew(owner)`` in each process forked from now on, for as long as ``owner`` lives.
+    """Calls ``renew(owner)`` in every process forked from now on, for as long as ``owner`` lives.
 
-    A lock that a thread of the parent held stays locked in the child, where that thread doesn't run.
+    Needed for locks: one that another thread of the parent held stays locked in the child, where that
+    thread doesn't exist.
     """
     _renewals[owner] = renew
 
@@ -62,18 +88,18 @@ def _renew_all() -> None:
     for owner, renew in list(_renewals.items()):
         try:
             renew(owner)
-        except Exception:  # os.fork prints it and goes on; so do the others
-            logger.exception("%r could not be made ready for use after a fork", type(owner))
+        except Exception:  # os.fork would print it and carry on; the other owners must be renewed
+            logger.exception("renewing a %s after a fork failed", type(owner).__name__)
 
 
 os.register_at_fork(after_in_child=_renew_all)
 
 
 class Tally:
-    """A handle's counters, added to from any thread.
+    """A handle's counters. Thread-safe.
 
     Args:
-        stats: the counters, all as they begin; a subclass of ``StoreStats`` for a store that has more.
+        stats: their initial values; a subclass of ``StoreStats`` for a store with more of them.
     """
 
     def __init__(self, stats: StoreStats) -> None:
@@ -85,7 +111,7 @@ class Tally:
         self._lock = threading.Lock()
 
     def add(self, failure: str | None = None, **amounts: int) -> None:
-        """Adds to counters by their names, and 1 to the failures of a reason."""
+        """Adds to the named counters, and 1 to ``failures`` for a reason."""
         with self._lock:
             for name, amount in amounts.items():
                 setattr(self._stats, name, getattr(self._stats, name) + amount)
@@ -94,53 +120,56 @@ class Tally:
                 failures[failure] = failures.get(failure, 0) + 1
 
     def read(self, **present: int | None) -> Any:
-        """A copy of the counters, with what only the store itself knows at present."""
+        """A copy of the counters, completed with the values that only the store knows."""
         with self._lock:
             return replace(self._stats, failures=dict(self._stats.failures), **present)
 
 
 class StoreUnavailable(OSError):  # noqa: N818
-    """A store that can't be reached or can't answer now. Later it may."""
+    """The store can't be reached or can't answer at the moment; a later call may succeed."""
 
 
 class Store(ABC):
-    """Entries by key. Safe to share among threads.
+    """A mapping from keys to compact entries. Thread-safe.
 
-    A key is 64 lower-case hex digits (``voco_model.image_key``); any other is a ValueError. ``get`` and
-    ``get_many`` serve intact entries only, and raise for nothing that a disk or a peer may do: what is
-    corrupt, truncated, foreign, of another version or model, or can't be reached is a miss, counted in
-    ``stats`` and logged under "voco_model.kv_store". ``put`` returns when the entry is kept, and raises
-    OSError when it couldn't be; who puts behind an answer catches that.
+    A key is 64 lower-case hex digits (``voco_model.image_key``); any other raises ValueError.
+
+    ``get`` and ``get_many`` return intact entries only and never raise because of a disk or a server: an
+    entry that is corrupt, truncated, foreign, of another version or model, or out of reach is a miss,
+    counted in ``stats`` and logged under "voco_model.kv_store".
+
+    ``put`` returns once the entry is stored, and raises OSError if it can't be. A caller that already
+    has its answer should catch that.
     """
 
     durable: ClassVar[bool] = True  # whether entries outlive this process
-    fingerprint: str | None = None  # of the model whose entries it takes; None takes any
+    fingerprint: str | None = None  # of the model whose entries are accepted; None accepts any
 
     @abstractmethod
     def put(self, entry: CompactKV, key: str | None = None) -> None:
-        """Keeps an entry, in place of one that had its key.
+        """Stores an entry, replacing the one under its key, if any.
 
         Args:
-            entry: on any device; it is stored as it is, on the CPU.
-            key: ``entry.key`` by default.
+            entry: on any device; stored unchanged, on the CPU.
+            key: by default ``entry.key``.
 
         Raises:
             ValueError: no key, one that isn't 64 lower-case hex digits, or an entry of another model
-                than the store is for.
-            OSError: it couldn't be kept. Other entries are not harmed.
+                than the store's.
+            OSError: the entry can't be stored. Other entries are unaffected.
         """
 
     @abstractmethod
     def get(self, key: str) -> CompactKV | None:
-        """The entry of a key, on the CPU; None if there is none that may be served."""
+        """The entry under a key, on the CPU; None if there is no intact one."""
 
     @abstractmethod
     def delete(self, key: str) -> bool:
-        """Removes an entry; whether there was one."""
+        """Removes an entry. Returns whether there was one."""
 
     @abstractmethod
     def stats(self) -> StoreStats:
-        """What the store holds and what this handle did."""
+        """What the store holds and what this handle has done."""
 
     @abstractmethod
     def __contains__(self, key: object) -> bool:
@@ -148,27 +177,27 @@ class Store(ABC):
 
     @abstractmethod
     def __iter__(self) -> Iterator[str]:
-        """The keys, in no particular order; entries that come or go meanwhile may be among them."""
+        """The keys, in no particular order; keys added or removed meanwhile may be among them."""
 
     def get_many(self, keys: Iterable[str]) -> list[CompactKV | None]:
-        """``get`` of each key, in their order."""
+        """``get`` for each key, in order."""
         return [self.get(key) for key in keys]
 
     def load_into(
         self, cache: Any, keys: str | Sequence[str | Sequence[str]], **placement
     ) -> list[str]:
-        """Puts the entries of keys into a key/value cache, all or none.
+        """Loads the entries under these keys into a key/value cache, all or none.
 
         Args:
-            cache, **placement: as in ``voco_kernels.load_into``.
-            keys: in the place of entries: for each row a key, or a sequence of them.
+            cache, **placement: as for ``voco_kernels.load_into``.
+            keys: for each row a key, or a sequence of keys.
 
         Returns:
-            The keys that are missing. If there are any, the slots may hold anything and the cache's
-            length is what it was: compress these images, put their entries, and load again.
+            The missing keys. If there are any, the cache's length is unchanged and the contents of the
+            slots are undefined: compress these images, put their entries, and call this again.
 
         Raises:
-            ValueError: a key that is none; and as ``voco_kernels.load_into``.
+            ValueError: an invalid key, or as ``voco_kernels.load_into``.
         """
         rows = rows_of_keys(keys)
         flat = [key for row in rows for key in row]
@@ -178,13 +207,28 @@ class Store(ABC):
             load_into(cache, [[found[key] for key in row] for row in rows], **placement)
         return missing
 
-    def prefetch(self, keys: Iterable[str]) -> None:  # noqa: B027  (nothing is a fair answer)
-        """Says that these will be asked for soon. Returns at once."""
+    def verify(self) -> VerifyReport:
+        """Reads every entry, and removes from service those that aren't intact.
+
+        By default through ``get``, which counts as a use of each entry.
+        """
+        report = VerifyReport()
+        for key in self:
+            entry = self.get(key)
+            if entry is not None:
+                report.entries += 1
+                report.bytes += entry.nbytes
+            elif key in self:  # otherwise deleted since the keys were listed
+                report.bad[key] = "unreadable"
+        return report
+
+    def prefetch(self, keys: Iterable[str]) -> None:  # noqa: B027  (doing nothing is allowed)
+        """Announces that these keys will be read soon. Returns immediately."""
 
     def hold(self, key: str) -> AbstractContextManager[bool]:
-        """Keeps an entry from being evicted while the context lasts; gives whether it is there.
+        """Context in which an entry isn't evicted; its value is whether the entry is there.
 
-        It is the entry that is there now: one put in its place meanwhile is not held.
+        This applies to the entry that is there now, not to one that replaces it.
         """
         return nullcontext(key in self)
 
@@ -193,8 +237,8 @@ class Store(ABC):
         for key in list(self):
             self.delete(key)
 
-    def close(self) -> None:  # noqa: B027  (not every store has something to let go of)
-        """Lets go of files and connections. Entries stay; tensors that were served stay valid."""
+    def close(self) -> None:  # noqa: B027  (not every store has something to release)
+        """Releases files and connections. Entries stay; tensors from ``get`` stay valid."""
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -210,7 +254,7 @@ class Store(ABC):
 
 
 def rows_of_keys(keys: str | Sequence[str | Sequence[str]]) -> list[list[str]]:
-    """For each row its keys, checked."""
+    """The keys of each row, validated."""
     rows = [
         [row] if isinstance(row, str) else list(row)
         for row in ([keys] if isinstance(keys, str) else keys)
@@ -222,7 +266,7 @@ def rows_of_keys(keys: str | Sequence[str | Sequence[str]]) -> list[list[str]]:
 
 
 def key_of(entry: CompactKV, key: str | None, fingerprint: str | None) -> str:
-    """The key to put an entry under, once entry and key are fit for a store.
+    """The key under which to put an entry, after checking both.
 
     Raises:
         TypeError, ValueError: as ``Store.put``.
@@ -231,25 +275,34 @@ def key_of(entry: CompactKV, key: str | None, fingerprint: str | None) -> str:
         raise TypeError(f"expected a CompactKV, got {type(entry).__name__}; make one with compress")
     if fingerprint is not None and entry.fingerprint != fingerprint:
         raise ValueError(
-            f"expected an entry of the model with fingerprint {fingerprint!r}, got one of "
-            f"{entry.fingerprint!r}; open a store for that model, or one without fingerprint"
+            f"expected an entry of the model with fingerprint {fingerprint!r}, got "
+            + _wrong_model(entry.fingerprint)
         )
     key = key or entry.key
     if not key:
         raise ValueError(
-            "expected a key, got an entry without one and none beside it; make one with "
+            "expected a key, got none with the entry and none as an argument; make one with "
             "voco_model.image_key"
         )
     return check_key(key)
 
 
+def _wrong_model(fingerprint: str) -> str:
+    if fingerprint:
+        return f"one of {fingerprint!r}; open a store for that model, or one without a fingerprint"
+    return (
+        "one without a fingerprint; if that model made it, put dataclasses.replace(entry, "
+        "fingerprint=store.fingerprint), or let compress(..., store=store) fill it in"
+    )
+
+
 def may_serve(store: Any, entry: CompactKV, key: str, tally: Tally) -> bool:
-    """Whether an intact entry is of the store's model; another model's is counted and logged."""
+    """Whether an intact entry is of the store's model; if not, that is counted and logged."""
     if store.fingerprint in (None, entry.fingerprint):
         return True
     tally.add("model")
     logger.warning(
-        "%s: entry %s is not served, it is of the model with fingerprint %r; left where it is",
+        "%s: entry %s is not served: it belongs to the model with fingerprint %r; it was left in place",
         store,
         key,
         entry.fingerprint,

@@ -1,7 +1,7 @@
-"""Calls that end in time: workers with a deadline, and a breaker that stays away after failures.
+"""Calls with a deadline, and a circuit breaker that stays away from a server after failures.
 
-A timeout of a socket bounds one ``recv``, and a name server isn't bounded by it at all. What has to be
-bounded is the whole call; so it runs in another thread, and who asked stops waiting at the deadline.
+A socket's timeout limits a single ``recv``, and doesn't apply to the name lookup at all. To limit a
+whole call, it runs in another thread, and the caller stops waiting at the deadline.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 
 from voco_model.kv_store.base import after_fork
 
-_IDLE_SECONDS = 10.0  # a worker without work ends after this long: nobody has to stop it
+_IDLE_SECONDS = 10.0  # after which a worker without work ends, so that it needn't be stopped
 
 
 class BusyError(TimeoutError):
-    """No worker came free before the deadline: the call never began."""
+    """No worker was free before the deadline: the call was never made."""
 
 
 class Deadline:
-    """A moment up to which somebody waits; it moves on as a call learns how many bytes it moves.
+    """The time by which a call must end; extended as the call learns how many bytes it transfers.
 
     Args:
         seconds: from now.
@@ -36,12 +36,12 @@ class Deadline:
         self._seconds += seconds
 
     def left(self) -> float:
-        """Seconds, below 0 once it is over."""
+        """Seconds until the deadline; negative once it has passed."""
         return self._began + self._seconds - time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """From its beginning, extensions included."""
+        """From the start, including extensions."""
         return self._seconds
 
 
@@ -53,15 +53,15 @@ class _Task:
         self.done = threading.Event()
         self.error: BaseException | None = None
         self.result: Any = None
-        self.state = "queued"  # then "running", or "abandoned" by who asked
+        self.state = "queued"  # then "running", or "abandoned" by the caller
 
 
 class Workers:
     """Up to ``limit`` daemon threads that run calls with a deadline.
 
-    A call that outlasts its deadline keeps its worker until it ends by itself, and the others serve on.
-    Threads begin when they are needed, end when they are idle, and never keep an interpreter from
-    exiting. After a fork the child begins with none.
+    A call that outlasts its deadline occupies its worker until it ends by itself. Threads start when
+    they are needed, end when they are idle, and never keep the interpreter from exiting. A forked child
+    starts without any.
     """
 
     def __init__(self, limit: int, name: str) -> None:
@@ -81,16 +81,16 @@ class Workers:
     def run(
         self, call: Callable[[], Any], deadline: Deadline, give_up: Callable[[], None] | None = None
     ) -> Any:
-        """What ``call()`` returns or raises, if it does so before the deadline.
+        """The result of ``call()``, or its exception, if it ends before the deadline.
 
         Args:
-            call: runs in a worker.
-            deadline: for all of it, the wait for a worker included.
-            give_up: called here when the wait is over before the call is: to cut off what it waits for.
+            call: run by a worker.
+            deadline: includes the wait for a worker.
+            give_up: called in this thread if the wait ends before the call, to cut it off.
 
         Raises:
-            TimeoutError: it didn't. What it does later is lost.
-            BusyError: it didn't even begin.
+            TimeoutError: the call didn't end in time. Its later result is discarded.
+            BusyError: the call didn't even begin.
         """
         task = _Task(call)
         self._submit(task)
@@ -98,18 +98,18 @@ class Workers:
             while not task.done.wait(max(deadline.left(), 0)):
                 if deadline.left() <= 0:
                     raise self._too_late(task, deadline)
-        except BaseException:  # an interrupt too: the worker is wanted back
+        except BaseException:  # also an interrupt: the worker is needed for other calls
             if give_up is not None:
                 give_up()
             raise
-        # Taken away from the task, of which the worker may be the last to let go: see _work.
+        # Moved out of the task, because the worker may be the last to release it: see _work.
         error, result = task.error, task.result
         task.error = task.result = None
         if error is not None:
             try:
                 raise error
             finally:
-                del error  # no cycle through the traceback
+                del error  # avoids a reference cycle through the traceback
         return result
 
     def _too_late(self, task: _Task, deadline: Deadline) -> TimeoutError:
@@ -117,10 +117,8 @@ class Workers:
             began = task.state != "queued"
             task.state = "abandoned"
         if began:
-            return TimeoutError(f"expected an answer in {deadline.seconds:.3g} s, got none")
-        return BusyError(
-            f"expected one of {self._limit} workers to be free in {deadline.seconds:.3g} s, got none"
-        )
+            return TimeoutError(f"no answer within {deadline.seconds:.3g} s")
+        return BusyError(f"none of {self._limit} workers was free within {deadline.seconds:.3g} s")
 
     def _submit(self, task: _Task) -> None:
         with self._lock:
@@ -131,7 +129,7 @@ class Workers:
             self._idle += 1  # until it takes a task
         try:
             threading.Thread(target=self._work, name=self._name, daemon=True).start()
-        except RuntimeError:  # no thread to be had: the others take the task, or it never begins
+        except RuntimeError:  # out of threads: another worker takes the task, or it never begins
             with self._lock:
                 self._threads -= 1
                 self._idle -= 1
@@ -143,7 +141,7 @@ class Workers:
             except queue.Empty:
                 with self._lock:
                     if not self._queue.empty():
-                        continue  # put there just now, by who counted on this thread
+                        continue  # just submitted by a caller that counted on this thread
                     self._threads -= 1
                     self._idle -= 1
                     return
@@ -155,10 +153,10 @@ class Workers:
             if wanted:
                 try:
                     task.result = task.call()
-                except BaseException as error:  # whatever it is belongs to who asked
+                except BaseException as error:  # for the caller, whatever it is
                     task.error = error
-                # Nothing of the caller's may die here once the caller goes on, perhaps to the end of the
-                # program: torch aborts the process if a daemon thread frees a tensor then.
+                # Release the caller's objects before it continues, perhaps to the end of the program:
+                # torch aborts the process if a daemon thread frees a tensor during interpreter shutdown.
                 task.call = None
                 task.done.set()
             del task
@@ -167,10 +165,10 @@ class Workers:
 
 
 class Breaker:
-    """Whether to ask somebody who may be down: after a failure not before some time has passed.
+    """Decides whether to call a server that may be down.
 
-    After a failure everybody stays away for ``first`` seconds; then one caller probes, and the time
-    doubles, up to ``most``, with each probe that fails. The first success ends it.
+    After a failure, no calls are allowed for ``first`` seconds; then a single one probes, and the pause
+    doubles with each probe that fails, up to ``most``. The first success ends it.
 
     Args:
         first, most: seconds.
@@ -181,20 +179,20 @@ class Breaker:
         self, first: float = 1.0, most: float = 30.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         if not 0 <= first <= most:
-            raise ValueError(f"expected 0 <= first back-off <= most, got {first} and {most}")
+            raise ValueError(f"expected back_off with 0 <= first <= most, got {first} and {most}")
         self._first, self._most, self._clock = first, most, clock
         self._unlock()
         after_fork(self, Breaker._unlock)
-        self._wait = 0.0  # 0: nothing is known against asking
+        self._wait = 0.0  # 0 unless the last call failed
         self._until = 0.0
         self._open = False
 
     def _unlock(self) -> None:
         self._lock = threading.Lock()
-        self._probing = False  # whoever does isn't in this process
+        self._probing = False  # the prober isn't in a forked child
 
     def allow(self) -> bool:
-        """Whether to ask now. ``succeeded``, ``failed`` or ``asked_nothing`` must follow True."""
+        """Whether to call now. If so, call ``succeeded``, ``failed`` or ``asked_nothing`` afterwards."""
         with self._lock:
             if not self._open:
                 return True
@@ -204,7 +202,7 @@ class Breaker:
             return True
 
     def left(self) -> float:
-        """Seconds until the next probe; 0 where one may be made."""
+        """Seconds until the next probe; 0 if one is allowed now."""
         with self._lock:
             return max(self._until - self._clock(), 0.0) if self._open else 0.0
 
@@ -214,16 +212,16 @@ class Breaker:
             self._wait = 0.0
 
     def asked_nothing(self) -> None:
-        """The call that was allowed never reached them; nothing is known."""
+        """The allowed call never reached the server, so nothing is known about it."""
         with self._lock:
             if self._probing:
                 self._probing = False
                 self._until = self._clock() + self._wait
 
     def failed(self) -> float:
-        """Stay away. Returns for how many seconds."""
+        """The server failed. Returns the seconds to stay away."""
         with self._lock:
-            # The calls that were under way when the first one failed say nothing new.
+            # Calls that were running when the first one failed add nothing.
             if not self._open or self._probing:
                 self._wait = min(max(2 * self._wait, self._first), self._most)
                 self._until = self._clock() + self._wait

@@ -1,8 +1,8 @@
-"""Memory to read entries into, used again when nobody looks at it any more.
+"""``BufferPool``: memory to read entries into, reused once unreferenced.
 
-What makes a read fast is memory that was written before: the first touch of a page costs the kernel more
-than the copy into it (and pinning it costs 100 times that). It is aligned to a page, because a read to
-an address of 16 modulo 32, as malloc gives them, takes three times as long.
+Reads are fast into memory that was written before: the first touch of a page costs the kernel more than
+the copy into it (and pinning it costs 100 times as much). Buffers are page-aligned, because a read to an
+address of 16 modulo 32, which malloc returns, takes three times as long.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ _HUGE_PAGE = 2 * 1024 * 1024
 
 
 class BufferPool:
-    """Page-aligned host memory, pinned where there is CUDA.
+    """Page-aligned host memory, pinned if CUDA is available.
 
-    ``lease`` gives a memoryview; when it is gone, and every tensor made over it by ``torch.frombuffer``
-    with it, its memory is given to a later lease. Only these count: a slice of the memoryview, or a
-    memoryview of it, doesn't keep its memory from being given away.
+    ``lease`` returns a memoryview. Its memory is reused once it has been garbage-collected, along with
+    every tensor made from it by ``torch.frombuffer``. Only these references count: a slice of the
+    memoryview, or a memoryview of it, doesn't keep the memory from being reused.
 
-    A copy to a GPU that was started from such a tensor may still be reading when the tensor is gone.
-    Who starts one keeps the tensor until the copy is done (an event says when).
+    An asynchronous copy from such a tensor to a GPU doesn't keep the memory either: keep the tensor
+    until the copy is done, which an event tells.
 
-    A forked child begins with a pool of its own, and without pinned memory: CUDA doesn't survive a fork.
+    A forked child starts with an empty pool without pinned memory: CUDA doesn't survive a fork.
 
     Args:
-        limit: bytes that the pool keeps, in use and free together. A lease that doesn't fit gets memory
-            of its own, which is given back to the system after use; ``unpooled`` counts these.
-        pin: whether to pin; None: where CUDA is available.
+        limit: bytes that the pool keeps, used and free together. A lease that doesn't fit gets memory of
+            its own, which is returned to the system after use; ``unpooled`` counts these.
+        pin: whether to pin the memory; None pins it if CUDA is available.
     """
 
     def __init__(self, limit: int = 256 * 2**20, *, pin: bool | None = None) -> None:
         if limit < 0:
-            raise ValueError(f"expected a limit of 0 bytes or more, got {limit}")
+            raise ValueError(f"expected limit >= 0 bytes, got {limit}")
         self.limit = limit
         self._pin = pin
         self._begin()
@@ -54,18 +54,18 @@ class BufferPool:
         self._lock = threading.Lock()
         self._held = 0  # bytes, leased and free
         self._free: dict[int, deque[memoryview]] = {}  # by size
-        self._leases: dict[int, _Lease] = {}  # by id; keeps them alive, or they'd never be called
+        self._leases: dict[int, _Lease] = {}  # by id; a weak reference must live to be called
 
     def _begin_in_child(self) -> None:
-        # Leases of the parent's find their own absence here, and their memory is simply let go.
+        # The parent's leases are no longer registered, so their memory is simply freed.
         self._begin()
         self._pin = False
 
     def lease(self, size: int) -> memoryview:
-        """``size`` bytes, at least 1, of any content.
+        """``size`` bytes (at least 1) with undefined contents.
 
         Raises:
-            OSError, MemoryError: the system has none.
+            OSError, MemoryError: the system is out of memory.
         """
         block = self._block(_rounded(size))
         if block is None:
@@ -79,14 +79,14 @@ class BufferPool:
 
     @property
     def held(self) -> int:
-        """Bytes that the pool keeps, in use and free together."""
+        """Bytes that the pool keeps, used and free together."""
         return self._held
 
     def _block(self, size: int) -> memoryview | None:
-        """Free memory of this size, or new memory if the limit allows it."""
+        """A free block of this size, or a new one if the limit allows it; otherwise None."""
         free = self._free.get(size)
         try:
-            return free.pop()  # the warmest; without a lock, which returns must never wait for
+            return free.pop()  # the most recently used; without the lock: see _return
         except (AttributeError, IndexError):
             pass
         with self._lock:
@@ -104,7 +104,7 @@ class BufferPool:
             raise
 
     def _drop_one(self) -> bool:
-        """Gives a free block back to the system, if there is one."""
+        """Returns a free block to the system. False if there is none."""
         for size in sorted(self._free, reverse=True):
             try:
                 self._free[size].popleft()
@@ -115,8 +115,8 @@ class BufferPool:
         return False
 
     def _return(self, lease: _Lease) -> None:
-        # The garbage collector may call this at any moment in any thread, also in one that holds our
-        # lock: nothing here waits. pop and append are atomic.
+        # The garbage collector may call this at any time in any thread, even in one that holds the lock,
+        # so this takes no lock. pop and append are atomic.
         if self._leases.pop(id(lease), None) is not None:
             self._free[len(lease.block)].append(lease.block)
 
@@ -129,19 +129,21 @@ class BufferPool:
                 return memoryview(pinned.numpy())
             except RuntimeError as error:
                 self._pin = False
-                logger.warning("reading into pageable memory, which is slower: %s", error)
-        # Private, or a forked child would write into its parent's entries.
+                logger.warning(
+                    "pinning failed; reading into pageable memory, which is slower: %s", error
+                )
+        # Private, so that a forked child can't write into its parent's entries.
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
             try:
                 memory.madvise(mmap.MADV_HUGEPAGE)
             except OSError:
-                pass  # a kernel without them
+                pass  # a kernel without huge pages
         return memoryview(memory)
 
 
 class _Lease(weakref.ref):
-    """Tells the pool when a memoryview is gone; remembers what memory it was of."""
+    """Notifies the pool when a memoryview is garbage-collected, and remembers its block."""
 
     __slots__ = ("block",)
 
@@ -149,7 +151,7 @@ class _Lease(weakref.ref):
 
 
 def _rounded(size: int) -> int:
-    """The size class: eight of them between powers of two, so that at most a ninth is wasted."""
+    """The size class: eight between powers of two, so that at most a ninth is wasted."""
     if size <= _SMALLEST:
         return _SMALLEST
     step = 1 << ((size - 1).bit_length() - 4)

@@ -1,13 +1,13 @@
-"""An entry as bytes: version 1 of the format, a safetensors file that leaves nothing to choose.
+"""Encoding and decoding of entries: version 1 of the format, a safetensors file with one valid spelling.
 
 | bytes | what |
 |---|---|
 | 8 | N, the length of the header, unsigned, little-endian |
 | N | JSON in ASCII, padded with spaces to the next multiple of 4096 (in Redis: 8) of 8 + N |
-| the rest | the payload: ``kv``, ``scales``, ``positions``, ``inv_freq``, without holes |
+| the rest | the payload: ``kv``, ``scales``, ``positions``, ``inv_freq``, without gaps |
 
-All numbers are little-endian. The JSON has no spaces and its fields in this order, so that an entry has
-one spelling and the digest one place, bytes 37 to 68::
+All numbers are little-endian. The JSON has no spaces and its fields in this order, so every entry has
+exactly one encoding, with the digest at bytes 37 to 68::
 
     {"__metadata__":{"xxh3_128":"<32 hex>","format":"voco-kv","version":"1","key":"<64 hex>",
      "fingerprint":"<string>","next_position":"<decimal>","rope_interleaved":"true" or "false"},
@@ -16,11 +16,11 @@ one spelling and the digest one place, bytes 37 to 68::
      "positions":{"dtype":"I64","shape":[n],"data_offsets":[<start>,<end>]},
      "inv_freq":{"dtype":"F32","shape":[rotary_dim / 2],"data_offsets":[<start>,<end>]}}
 
-``scales`` is there where kv is I8 or F8_E4M3; ``inv_freq`` and ``rope_interleaved`` where the entry
-knows its rope. The digest is xxh3-128 of all bytes of the file, with its own 32 digits taken as ``0``:
-no bit is outside it. A reader can hash as it reads: length, header, payload.
+``scales`` is present if kv is I8 or F8_E4M3; ``inv_freq`` and ``rope_interleaved`` if the entry's rope
+is known. The digest is xxh3-128 over all bytes of the file, with its own 32 digits taken as ``0``, so it
+covers every bit. A reader can hash as it reads: length, header, payload.
 
-xxh3 finds accidents, it doesn't stop an attacker: who may write a store is a matter of its permissions.
+xxh3 detects accidents, not attacks: protect a store from other writers by its permissions.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from voco_kernels.kv.entry import QUANTIZED_MAX, CompactKV, Rope
 
 VERSION = 1
 ALIGNMENT = 4096  # of the payload; 8 + N is a multiple of it
-# In Redis, where pages don't matter and memory is dear. What was written there before has the other one.
+# In Redis, where pages don't matter and memory is precious. Older values there have the other alignment.
 COMPACT = 8
-MAX_HEADER = 65536  # bytes, the length word included
+MAX_HEADER = 65536  # bytes, including the length word
 MAX_FINGERPRINT = 4096  # characters
-# Why an entry isn't served.
+# Reasons for not serving an entry.
 REASONS = ("truncated", "corrupt", "foreign", "version", "model")
 
 _DTYPES = {
@@ -64,9 +64,10 @@ _DIGEST_DIGITS = 32
 _DIGEST_AT = _LENGTH_BYTES + len(_START)
 _ZERO_DIGEST = b"0" * _DIGEST_DIGITS
 
-# The one spelling of a header is two patterns, what differs among entries and what most of a store
-# share: what doesn't match was not written by this format; no JSON parser ever sees nested, doubled or
-# absurd input. A size has no sign, no leading zero, no fraction, and is below 2**53.
+# A header must match two patterns, one for what differs between entries and one for what most of a
+# store's entries share. Anything else was not written by ``encode``, and no JSON parser ever sees
+# nested, duplicate or absurd input. A size has no sign, no leading zero, no fraction, and is below
+# 2**53.
 _METADATA = re.compile(
     rb'\{"__metadata__":\{"xxh3_128":"([0-9a-f]{32})","format":"voco-kv","version":"1",'
     rb'"key":"([0-9a-f]{64})","fingerprint":"((?:[ !#-\[\]-\x7f]|\\.)*)",'
@@ -87,12 +88,12 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 
 
 class EntryError(Exception):
-    """Bytes that must not be served as the entry asked for.
+    """These bytes must not be served as the entry that was asked for.
 
     Attributes:
-        reason: one of ``REASONS``: "truncated" (shorter than it says), "corrupt" (the digest or the
-            layout is wrong), "foreign" (not this format, or the entry of another key), "version" (of
-            the format), "model" (made by another model than asked for).
+        reason: one of ``REASONS``: "truncated" (shorter than the header says), "corrupt" (wrong digest
+            or layout), "foreign" (not this format, or another key's entry), "version" (of the format),
+            "model" (another model's entry).
         detail: what was expected, and what was found.
     """
 
@@ -106,17 +107,17 @@ class EntryError(Exception):
 
 
 class Header(NamedTuple):
-    """What an entry's first bytes say, checked against each other and against its size.
+    """An entry's header, consistent in itself and with the entry's size.
 
     Attributes:
-        size: bytes of length word and header; ``kv`` begins here, a multiple of the alignment.
+        size: bytes of length word and header; ``kv`` starts here, at a multiple of the alignment.
         tail: offset of what follows ``kv`` (scales, positions, inv_freq), from the start.
         file_size: bytes of the whole entry.
-        digest: xxh3-128 of it, 32 hex digits, not checked yet.
+        digest: its xxh3-128, 32 hex digits, not verified yet.
         key, fingerprint, next_position: as in ``CompactKV``.
         dtype, shape: of ``kv``, ``[L, 2, Hkv, n, D]``.
-        rotary_half: the length of ``inv_freq``; 0 where the rope isn't known.
-        interleaved: of the rope.
+        rotary_half: length of ``inv_freq``; 0 if the rope isn't known.
+        interleaved: whether the rope is.
     """
 
     size: int
@@ -137,9 +138,11 @@ class Header(NamedTuple):
         return (self.tail - self.size) // self.shape[0]
 
     def check(self, key: str | None, fingerprint: str | None) -> None:
-        """Raises EntryError unless the entry is of this key and this model (None: of any)."""
+        """Raises EntryError unless the entry has this key and this model's fingerprint (None: any)."""
         if key is not None and self.key != key:
-            raise EntryError("foreign", f"expected the entry of key {key}, got that of {self.key}")
+            raise EntryError(
+                "foreign", f"expected the entry of key {key}, got that of key {self.key}"
+            )
         if fingerprint is not None and self.fingerprint != fingerprint:
             raise EntryError(
                 "model",
@@ -149,7 +152,7 @@ class Header(NamedTuple):
 
 
 def check_key(key: str) -> str:
-    """``key``, if it can name an entry (and therefore a file).
+    """Returns ``key`` if it is valid. Keys are used as file names.
 
     Raises:
         ValueError: anything but 64 lower-case hex digits.
@@ -162,26 +165,31 @@ def check_key(key: str) -> str:
     return key
 
 
+def is_key(key: str) -> bool:
+    """Whether ``check_key`` accepts it."""
+    return _KEY.fullmatch(key) is not None
+
+
 def encode(entry: CompactKV, key: str, alignment: int = ALIGNMENT) -> list[bytes | memoryview]:
     """An entry as the parts of a file, in order: header, ``kv``, what follows it.
 
-    The second part is the memory of ``entry.kv`` itself where that is contiguous and on the CPU; a copy
-    otherwise.
+    The second part is the memory of ``entry.kv`` itself if that is contiguous and on the CPU; otherwise
+    a copy.
 
     Args:
-        entry: of any device.
+        entry: on any device.
         key: 64 lower-case hex digits, written into the header.
         alignment: of the payload, ``ALIGNMENT`` or ``COMPACT``.
 
     Raises:
-        ValueError: a key or a fingerprint that doesn't fit into a header.
-        TypeError: a dtype that the format doesn't know.
+        ValueError: an invalid key, or a fingerprint or position that doesn't fit into a header.
+        TypeError: a dtype that the format doesn't have.
     """
     check_key(key)
     if len(entry.fingerprint) > MAX_FINGERPRINT:
         raise ValueError(
             f"expected a fingerprint of up to {MAX_FINGERPRINT} characters, got "
-            f"{len(entry.fingerprint)}; pass a digest of it"
+            f"{len(entry.fingerprint)}; use a digest of it"
         )
     if entry.dtype not in _DTYPE_NAMES:
         raise TypeError(
@@ -189,7 +197,9 @@ def encode(entry: CompactKV, key: str, alignment: int = ALIGNMENT) -> list[bytes
             "entry.to(dtype=...)"
         )
     if entry.next_position >= 2**63:
-        raise ValueError(f"expected next_position below 2**63, got {entry.next_position}")
+        raise ValueError(
+            f"expected next_position below 2**63, got {entry.next_position}; check the entry"
+        )
     tensors = {"kv": entry.kv}
     if entry.scales is not None:
         tensors["scales"] = entry.scales
@@ -211,7 +221,7 @@ def header_size(start: bytes | memoryview, alignment: int = ALIGNMENT) -> int:
     """Bytes of length word and header, from the first 8 bytes of an entry.
 
     Raises:
-        EntryError: fewer bytes, or a length that isn't one of this format.
+        EntryError: fewer bytes, or a length that this format doesn't have.
     """
     if len(start) < _LENGTH_BYTES:
         raise EntryError("truncated", f"expected a length of 8 bytes, got {len(start)} bytes")
@@ -219,8 +229,7 @@ def header_size(start: bytes | memoryview, alignment: int = ALIGNMENT) -> int:
     if size % alignment or not _LENGTH_BYTES < size <= MAX_HEADER:
         raise EntryError(
             "foreign",
-            f"expected a header that ends at a multiple of {alignment} up to {MAX_HEADER}, got one "
-            f"that ends at {size}",
+            f"expected a header whose end is a multiple of {alignment} up to {MAX_HEADER}, got {size}",
         )
     return size
 
@@ -228,16 +237,16 @@ def header_size(start: bytes | memoryview, alignment: int = ALIGNMENT) -> int:
 def parse_header(start: bytes | memoryview, file_size: int, alignment: int = ALIGNMENT) -> Header:
     """The header of an entry, from its first bytes.
 
-    Everything it says about sizes is checked here, against ``file_size`` too, so that a reader may
-    allocate by it. The digest isn't: see ``Digest``.
+    All its sizes are checked, against ``file_size`` as well, so it is safe to allocate memory by them.
+    The digest is not: see ``Digest``.
 
     Args:
-        start: the first ``header_size(start)`` bytes, or more.
+        start: at least the first ``header_size(start)`` bytes.
         file_size: bytes of the whole entry.
-        alignment: ``COMPACT`` takes a header that is padded to ``ALIGNMENT``, too.
+        alignment: ``COMPACT`` also accepts a header padded to ``ALIGNMENT``.
 
     Raises:
-        EntryError: anything but a header that ``encode`` could have written for a file of that size.
+        EntryError: a header that ``encode`` can't have written for a file of that size.
     """
     size = header_size(start, alignment)
     if len(start) < size:
@@ -253,7 +262,9 @@ def parse_header(start: bytes | memoryview, file_size: int, alignment: int = ALI
         raise EntryError("corrupt", f"expected up to {most} spaces, got {text[end:][:1024]}")
     layout = _parse_layout(text[metadata.end() : end])
     if (layout.rotary_half == 0) != (interleaved is None) or int(next_position) >= 2**63:
-        raise EntryError("corrupt", f"expected metadata that fit the tensors, got {text[:1024]}")
+        raise EntryError(
+            "corrupt", f"expected metadata consistent with the tensors, got {text[:1024]}"
+        )
     if size + layout.nbytes != file_size:
         raise EntryError(
             "truncated" if file_size < size + layout.nbytes else "corrupt",
@@ -275,7 +286,7 @@ def parse_header(start: bytes | memoryview, file_size: int, alignment: int = ALI
 
 
 class _Layout(NamedTuple):
-    """What the table of tensors says: of ``kv``, of ``inv_freq``, and of the payload."""
+    """Contents of the table of tensors: dtype and shape of ``kv``, and the sizes that follow from it."""
 
     dtype: torch.dtype
     shape: tuple[int, int, int, int, int]
@@ -284,7 +295,7 @@ class _Layout(NamedTuple):
     nbytes: int
 
 
-@functools.lru_cache(maxsize=64)  # half of the time of a header, and few differ within a store
+@functools.lru_cache(maxsize=64)  # takes half the time of a header, and a store has few layouts
 def _parse_layout(text: bytes) -> _Layout:
     match = _LAYOUT.fullmatch(text.decode("ascii", "replace"))
     if match is None or match[1] not in _DTYPES:
@@ -294,7 +305,7 @@ def _parse_layout(text: bytes) -> _Layout:
     layers, heads, tokens, head_dim, kv_nbytes, *rest = sizes
     scales, positions, inv_freq = rest[:5], rest[5:8], rest[8:]
 
-    # There is one right place for each tensor, without holes.
+    # Each tensor has exactly one place, without gaps.
     rows = layers * 2 * heads * tokens
     at = rows * head_dim * dtype.itemsize
     expected = [at]
@@ -312,17 +323,15 @@ def _parse_layout(text: bytes) -> _Layout:
     else:
         expected += [None] * len(inv_freq)
     if [kv_nbytes, *scales, *positions, *inv_freq] != expected or 2 * rotary_half > head_dim:
-        raise EntryError(
-            "corrupt", f"expected shapes and offsets that fit together, got {text[:1024]}"
-        )
+        raise EntryError("corrupt", f"expected consistent shapes and offsets, got {text[:1024]}")
     return _Layout(dtype, (layers, 2, heads, tokens, head_dim), kv_nbytes, rotary_half, at)
 
 
 class Digest:
-    """The digest of an entry, as its bytes come: the header first, then the payload in order.
+    """The digest of an entry, updated with its bytes in order: the header first, then the payload.
 
     Args:
-        start: the ``header.size`` first bytes.
+        start: the first ``header.size`` bytes.
     """
 
     __slots__ = ("_state", "update")
@@ -334,7 +343,7 @@ class Digest:
         self.update(start[_DIGEST_AT + _DIGEST_DIGITS :])
 
     def check(self, header: Header) -> None:
-        """Raises EntryError unless all bytes are those that were written."""
+        """Raises EntryError unless all bytes are as they were written."""
         got = self._state.hexdigest()
         if got != header.digest:
             raise EntryError("corrupt", f"expected xxh3-128 {header.digest}, got {got}")
@@ -350,13 +359,13 @@ def decode(
     """An entry from all its bytes.
 
     Args:
-        buffer: a bytes-like object, C-contiguous. The tensors of the entry are views of it where its
-            memory is aligned for their dtypes, and keep it alive; so don't write to either.
-        key, fingerprint: what the entry must be of; None: any.
+        buffer: a bytes-like object, C-contiguous. The entry's tensors are views of it if its memory is
+            aligned for their dtypes, and keep it alive; don't write to either.
+        key, fingerprint: that the entry must have; None accepts any.
         alignment: as for ``parse_header``.
 
     Raises:
-        EntryError: anything but an intact entry of that key and model.
+        EntryError: not an intact entry with that key and fingerprint.
     """
     view = memoryview(buffer).cast("B")
     header = parse_header(view[:MAX_HEADER], len(view), alignment)
@@ -370,24 +379,24 @@ def decode(
 
 
 def entry_over(buffer, header: Header) -> CompactKV:
-    """An entry from all its bytes, writable ones, whose header and digest were checked.
+    """An entry from all its bytes in a writable buffer, after header and digest were verified.
 
     Raises:
-        EntryError: positions that no entry can have.
+        EntryError: invalid positions.
     """
     kv = tensor_over(buffer, header.dtype, math.prod(header.shape), header.size)
     return assemble(header, kv.view(header.shape), buffer, header.tail)
 
 
 def assemble(header: Header, kv: Tensor, buffer, tail: int = 0) -> CompactKV:
-    """An entry of a header, its ``kv`` on any device, and what follows ``kv`` in the file.
+    """An entry from its header, ``kv`` on any device, and what follows ``kv`` in the file.
 
     Args:
-        buffer: holds what follows; the tensors of the entry keep it alive.
-        tail: its offset there.
+        buffer: holds what follows ``kv``; the entry's tensors keep it alive.
+        tail: offset of that in the buffer.
 
     Raises:
-        EntryError: positions that no entry can have.
+        EntryError: invalid positions.
     """
     at, scales, rope = tail, None, None
     if header.dtype in QUANTIZED_MAX:
@@ -413,24 +422,25 @@ def assemble(header: Header, kv: Tensor, buffer, tail: int = 0) -> CompactKV:
         raise EntryError("corrupt", str(error)) from error
 
 
-@functools.lru_cache(maxsize=64)  # one model's entries share it
+@functools.lru_cache(maxsize=64)  # a model's entries share one
 def _rope(inv_freq: bytes, interleaved: bool) -> Rope:
     return Rope(tensor_over(bytearray(inv_freq), torch.float32), interleaved)
 
 
 def tensor_over(buffer, dtype: torch.dtype, count: int = -1, offset: int = 0) -> Tensor:
-    """A flat tensor of ``count`` values (-1: all) from byte ``offset`` on, which keeps ``buffer`` alive.
+    """A flat tensor of ``count`` values (-1: all), starting at byte ``offset``. It keeps ``buffer``
+    alive.
 
-    It is a copy where they aren't aligned for its dtype.
+    It is a copy if the values aren't aligned for the dtype.
     """
     tensor = torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset)
     return tensor.clone() if tensor.data_ptr() % dtype.itemsize else tensor
 
 
 class _Writable:
-    """A read-only buffer declared writable, for torch warns of those that aren't.
+    """Presents a read-only buffer as writable, because torch warns about read-only ones.
 
-    Nothing writes to it: entries are values. numpy keeps this object, and so the buffer, alive.
+    Nothing writes to it: entries are values. NumPy keeps this object alive, and so the buffer.
     """
 
     __slots__ = ("__array_interface__", "_buffer")
@@ -442,13 +452,13 @@ class _Writable:
 
 
 def _memory(tensor: Tensor) -> memoryview:
-    """A tensor's bytes: its own memory where it is contiguous and on the CPU."""
+    """A tensor's bytes: its own memory if it is contiguous and on the CPU, otherwise a copy."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())
 
 
 def _render_header(entry: CompactKV, key: str, tensors: dict[str, Tensor], alignment: int) -> bytes:
-    """Length word, JSON and padding, with a digest of zeros."""
+    """Length word, JSON and padding, with zeros for the digest."""
     metadata = {
         "xxh3_128": _ZERO_DIGEST.decode(),
         "format": "voco-kv",

@@ -1,7 +1,7 @@
-"""The index of a folder of entries: how large they are, and in which order they were last used.
+"""``Index``: the sizes and last uses of a folder's entries, in an SQLite file.
 
-An SQLite file that can be made again from the entries at any time, so whatever is wrong with it is put
-right without a word from the user: a damaged, foreign or too new one is renamed and a new one is made.
+It can be rebuilt from the entries at any time, so problems are repaired without the user: an index that
+is damaged, foreign or of a newer version is renamed, and a new one is built.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _SCHEMA = f"""
 CREATE TABLE entries (
     key TEXT PRIMARY KEY,
     size INTEGER NOT NULL,      -- bytes of its file
-    last_used INTEGER NOT NULL  -- nanoseconds, at least (use_clock.py); the file's mtime may be newer
+    last_used INTEGER NOT NULL  -- nanoseconds (use_clock.py); the file's mtime may be later
 ) WITHOUT ROWID;
 CREATE INDEX by_last_used ON entries (last_used, key, size);
--- One row, kept by the triggers, so that nobody counts.
+-- One row, maintained by the triggers, so that totals need no scan.
 CREATE TABLE totals (entries INTEGER NOT NULL, bytes INTEGER NOT NULL);
 INSERT INTO totals VALUES (0, 0);
 CREATE TRIGGER counted AFTER INSERT ON entries BEGIN
@@ -51,14 +51,13 @@ _UPSERT = (
     "last_used = excluded.last_used"
 )
 _PAGE = 1000
-_PROBE = b"\0" * (1 << 16)  # a page of SQLite's at most
-# That a fork waits for a change under way in another thread.
-_FORK_PATIENCE = 5.0  # seconds
+_PROBE = b"\0" * (1 << 16)  # as large as the largest page of SQLite
+_FORK_PATIENCE = 5.0  # seconds that a fork waits for a change in another thread
 Result = TypeVar("Result")
 
 
 class Row(NamedTuple):
-    """An entry, as the index knows it."""
+    """What the index has about an entry: key, bytes of its file, last use in nanoseconds."""
 
     key: str
     size: int
@@ -66,11 +65,11 @@ class Row(NamedTuple):
 
 
 class Unusable(Exception):  # noqa: N818
-    """An index file that isn't one, isn't ours, or isn't there any more."""
+    """The index file is no index, isn't ours, or was removed."""
 
 
 class Transaction:
-    """What may be done with the index while nobody else changes it."""
+    """Operations on the index within a transaction, which excludes other writers."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
@@ -89,11 +88,11 @@ class Transaction:
         self._connection.execute("UPDATE entries SET last_used = ? WHERE key = ?", (last_used, key))
 
     def totals(self) -> tuple[int, int]:
-        """How many entries, and of how many bytes."""
+        """The number of entries, and their total bytes."""
         return self._connection.execute("SELECT entries, bytes FROM totals").fetchone()
 
     def oldest(self) -> Iterator[Row]:
-        """Rows by last use, as they are before anything is changed."""
+        """The rows in the order of their last uses, read in pages."""
         after = (-(2**63), "")
         while rows := self._connection.execute(
             "SELECT key, size, last_used FROM entries WHERE (last_used, key) > (?, ?) "
@@ -108,16 +107,21 @@ class Transaction:
 class Index:
     """The index of one folder, for any number of threads and processes.
 
+    Every method raises StoreUnavailable if others keep the index locked for ``timeout`` seconds, and
+    OSError if the disk is full or can't be written.
+
     Args:
         path: of the SQLite file.
-        scan: gives the rows of all entries there are, from their files; asked only where the index is
-            missing or unusable.
+        scan: returns the rows of all entries from their files; called only if the index is missing or
+            unusable.
         timeout: seconds to wait for other threads and processes.
-        sync: whether a change survives a power cut.
+        sync: whether a change survives a power failure.
+
+    Attributes:
+        rebuilt: how often this handle had to rebuild the index.
 
     Raises:
-        StoreUnavailable: (methods) others kept the index locked for ``timeout`` seconds.
-        OSError: its folder can't be written, or the disk is full.
+        OSError: the folder can't be written, or the disk is full.
     """
 
     def __init__(
@@ -129,27 +133,27 @@ class Index:
         sync: bool = True,
     ) -> None:
         self.path = path
-        self.rebuilt = 0  # how often this handle had to
+        self.rebuilt = 0
         self._scan = scan
         self._timeout = timeout
         self._sync = sync
         self._connection: sqlite3.Connection | None = None
         self._inode: tuple[int, int] | None = None
         self._lock = threading.Lock()
-        self._owner = 0  # the thread that has the lock
+        self._owner = 0  # id of the thread that holds the lock
         self._unusable_child = False
         _indexes.add(self)
         try:
-            self.totals()  # opens it, and makes it where it's missing
+            self.totals()  # opens it, and builds it if it is missing
         except StoreUnavailable as error:
-            logger.warning("%s; entries can be read meanwhile", error)
+            logger.warning("%s; entries can be read nevertheless", error)
 
     @contextmanager
     def _locked(self, timeout: float) -> Iterator[None]:
-        """Keeps other threads out.
+        """Holds the lock that excludes other threads.
 
         Raises:
-            StoreUnavailable: they have it for ``timeout`` seconds.
+            StoreUnavailable: they held it for ``timeout`` seconds.
         """
         if not self._lock.acquire(timeout=timeout):
             raise StoreUnavailable(
@@ -163,16 +167,16 @@ class Index:
             lock.release()
 
     def _renew(self, quiet: bool) -> None:
-        """In a forked child: ``quiet`` says that no thread was at work in the parent."""
+        """In a forked child. ``quiet`` tells that no thread of the parent was using the index."""
         self._lock = threading.Lock()
         self._owner = 0
         if self._connection is not None:
-            # SQLite forbids a child to use its parent's connection. Even closing it, as the garbage
-            # collector would, may undo a change of the parent's that is under way.
+            # SQLite forbids using the parent's connection in a child. Even closing it, as the garbage
+            # collector would, could roll back a change that the parent is making. So it is never freed.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
             self._connection = None
-        # SQLite keeps its locks in memory too, by file: those of the parent's change would be taken for
-        # ours in this process.
+        # SQLite also keeps its locks in memory, by file. Those of a change by another thread of the
+        # parent would count as this process's own.
         self._unusable_child = self._unusable_child or not quiet
 
     def close(self) -> None:
@@ -184,12 +188,12 @@ class Index:
             connection, self._connection = self._connection, None
             connection.close()
 
-    # --- what it knows
+    # --- contents
 
     def change(self, do: Callable[[Transaction], Result]) -> Result:
-        """``do(transaction)``: all of its changes happen, or none, and nobody else's in between.
+        """Runs ``do(transaction)`` atomically, and returns its result.
 
-        It may be called again, should the index turn out to be unusable.
+        ``do`` may be called a second time if the index turns out to be unusable.
         """
         return self._run(lambda connection: self._transact(connection, do))
 
@@ -208,7 +212,8 @@ class Index:
         return result
 
     def try_change(self, do: Callable[[Transaction], Any], wait: float) -> bool:
-        """``change``, if others let us within ``wait`` seconds; whether it was done."""
+        """As ``change``, but gives up after ``wait`` seconds, or on any error. Returns whether it was
+        done."""
         try:
             with self._locked(wait):
                 if self._connection is None:
@@ -220,14 +225,14 @@ class Index:
                     self._connection.execute(f"PRAGMA busy_timeout = {int(1000 * self._timeout)}")
                 return True
         except (sqlite3.Error, Unusable, OSError):
-            return False  # whoever needs the index next finds out why
+            return False  # the next change will find and report the cause
 
     def totals(self) -> tuple[int, int]:
-        """How many entries, and of how many bytes."""
+        """The number of entries, and their total bytes."""
         return self._select("SELECT entries, bytes FROM totals")[0]
 
     def keys(self) -> Iterator[str]:
-        """All keys, in order; a page at a time, so that nobody waits for a slow reader."""
+        """All keys, in order; read in pages, so that a slow consumer keeps no lock."""
         after = ""
         while page := self._select(
             f"SELECT key FROM entries WHERE key > ? ORDER BY key LIMIT {_PAGE}", after
@@ -236,16 +241,16 @@ class Index:
                 yield after
 
     def newest(self) -> int:
-        """The latest use that it knows of; 0 where it is empty."""
+        """The latest use in the index; 0 if it is empty."""
         return self._select("SELECT COALESCE(MAX(last_used), 0) FROM entries")[0][0]
 
     def check(self) -> None:
-        """Reads all of the index; makes a new one if it is damaged."""
+        """Checks the whole index, and rebuilds it if it is damaged."""
 
         def run(connection: sqlite3.Connection) -> None:
             answers = connection.execute("PRAGMA integrity_check(1)").fetchall()
             if answers != [("ok",)]:
-                raise sqlite3.DatabaseError(f"integrity_check said {answers}")
+                raise sqlite3.DatabaseError(f"integrity_check returned {answers}")
 
         self._run(run)
 
@@ -256,14 +261,15 @@ class Index:
 
         return self._run(run)
 
-    # --- opening, and opening again
+    # --- opening and rebuilding
 
     def _run(self, do: Callable[[sqlite3.Connection], Result]) -> Result:
-        """``do(connection)``; once more with a new index if this one turns out to be unusable."""
+        """Runs ``do(connection)``, and once more with a new index if this one turns out to be
+        unusable."""
         if self._unusable_child:
             raise StoreUnavailable(
-                f"this process was forked while another thread changed the index {self.path}, whose "
-                "locks it can't tell from its own; start processes before, or by spawn"
+                f"this process was forked while another thread was changing the index {self.path}, "
+                "whose locks SQLite can't tell from its own; fork earlier, or start processes by spawn"
             )
         with self._locked(self._timeout):
             for last in (False, True):
@@ -282,24 +288,28 @@ class Index:
                     break
                 self._open(problem)
             raise StoreUnavailable(
-                f"expected a usable index {self.path}, got twice: {problem}"
+                f"the index {self.path} is still unusable after being rebuilt: {problem}"
             ) from problem
 
     def _check_in_place(self) -> None:
-        """Whether the file that is open is still the one others find under this name."""
+        """Raises ``Unusable`` unless the open file is still the one under this path."""
         try:
             status = os.stat(self.path)
         except FileNotFoundError as error:
             raise Unusable("it was removed") from error
         if (status.st_dev, status.st_ino) != self._inode:
-            raise Unusable("another process made a new one")
+            raise Unusable("another process has replaced it")
 
     def _open(self, problem: Exception | None = None) -> None:
-        """Opens the index; makes it anew where it is missing or unusable, or was, by ``problem``."""
+        """Opens the index, and rebuilds it if it is missing or unusable.
+
+        Args:
+            problem: by which it turned out to be unusable.
+        """
         damaged = self._inode if problem is not None and _is_damage(problem) else None
         with alone(self.path.with_suffix(".lock"), timeout=self._timeout):
             try:
-                # What was damaged when we met it may have been replaced before we held the lock.
+                # Others may have replaced the damaged file before this process got the lock.
                 if damaged is not None and _inode(self.path) == damaged:
                     raise Unusable(str(problem))
                 self._connect()
@@ -310,7 +320,7 @@ class Index:
                 existed = self._set_aside(error)
                 self._rebuild()
                 self._connect()
-                # A new store has nothing to make an index of.
+                # A new store has no entries to rebuild from.
                 if existed or self._connection.execute("SELECT entries FROM totals").fetchone()[0]:
                     self.rebuilt += 1
 
@@ -324,30 +334,30 @@ class Index:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if (application_id, version) != (APPLICATION_ID, SCHEMA_VERSION):
             raise Unusable(
-                f"expected application_id {APPLICATION_ID:#x} and version {SCHEMA_VERSION}, got "
-                f"{application_id:#x} and {version}"
+                f"its application_id is {application_id:#x} and its version {version}, not "
+                f"{APPLICATION_ID:#x} and {SCHEMA_VERSION}"
             )
         if len(self._connection.execute("SELECT * FROM totals").fetchall()) != 1:
-            raise Unusable("expected one row of totals")
-        # A rollback journal has no shared memory that a crash could leave behind, as WAL has. DELETE is
-        # the default, but a file may say else.
+            raise Unusable("its table of totals doesn't have exactly one row")
+        # Unlike WAL, a rollback journal has no shared memory that a crash could leave behind. DELETE is
+        # the default, but the file may say otherwise.
         self._connection.execute("PRAGMA journal_mode = DELETE")
         self._connection.execute(f"PRAGMA synchronous = {'NORMAL' if self._sync else 'OFF'}")
 
     def _connect_to(self, path: Path) -> sqlite3.Connection:
-        # In autocommit; and from any thread, one at a time.
+        # Autocommit; usable from any thread, one at a time.
         return sqlite3.connect(
             path, timeout=self._timeout, isolation_level=None, check_same_thread=False
         )
 
     def _set_aside(self, problem: Exception) -> bool:
-        """Renames the index, its journal first: SQLite would roll that back into the next one.
+        """Renames the index, and its journal first: SQLite would roll that back into the next one.
 
         Returns:
             Whether there was an index.
         """
         for older in self.path.parent.glob(f"{self.path.name}.set-aside-*"):
-            older.unlink(missing_ok=True)  # one is enough to look at
+            older.unlink(missing_ok=True)  # keep one for inspection
         existed = False
         name = f"{self.path.name}.set-aside-{secrets.token_hex(4)}"
         for suffix in ("-journal", "-wal", "-shm", ""):
@@ -359,7 +369,7 @@ class Index:
         return existed
 
     def _rebuild(self) -> None:
-        """Makes the index from the files, under another name until it is whole."""
+        """Builds the index from the files, under another name until it is complete."""
         for left_behind in self.path.parent.glob(f"{self.path.name}.new-*"):
             left_behind.unlink(missing_ok=True)
         new = self.path.with_name(f"{self.path.name}.new-{secrets.token_hex(4)}")
@@ -379,13 +389,13 @@ class Index:
         message = str(error)
         if "locked" in message or "busy" in message:
             return StoreUnavailable(
-                f"expected the index {self.path} within {self._timeout} s, got: {message}"
+                f"the index {self.path} was not available within {self._timeout} s: {message}"
             )
         if "readonly" in message:
             return PermissionError(errno.EACCES, message, str(self.path))
         if "full" in message:
             return OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {message}", str(self.path))
-        # SQLite says the same of a quota, of inodes and of files that have run out as of a broken disk.
+        # SQLite reports an exhausted quota, or a lack of inodes or descriptors, like a broken disk.
         cause = _why_not_written(self.path.parent)
         if cause is None:
             return OSError(errno.EIO, message, str(self.path))
@@ -393,7 +403,7 @@ class Index:
 
 
 def _why_not_written(folder: Path) -> OSError | None:
-    """What the system says to a new file in a folder; None where it takes one."""
+    """The system's error for writing a new file in a folder; None if that works."""
     path = folder / f"index.probe-{secrets.token_hex(4)}"
     try:
         with open(path, "xb", buffering=0) as file:
@@ -408,7 +418,7 @@ def _why_not_written(folder: Path) -> OSError | None:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether a new index is the answer; not so where others are busy or the disk is."""
+    """Whether rebuilding the index helps. It doesn't if the index is locked or the disk fails."""
     if not isinstance(error, sqlite3.DatabaseError):
         return False
     if not isinstance(error, sqlite3.OperationalError):
@@ -427,11 +437,11 @@ def _inode(path: Path) -> tuple[int, int] | None:
 # --- forks
 
 _indexes: weakref.WeakSet[Index] = weakref.WeakSet()
-_quiet: list[tuple[Index, threading.Lock | None]] = []  # while a thread forks
+_quiet: list[tuple[Index, threading.Lock | None]] = []  # filled while a thread forks
 
 
 def _before_fork() -> None:
-    """Waits for the changes under way: a child can't make sense of half of one."""
+    """Waits for running changes, because a child couldn't use the index in the middle of one."""
     end = time.monotonic() + _FORK_PATIENCE
     for index in list(_indexes):
         lock: threading.Lock | None = index._lock

@@ -1,4 +1,4 @@
-"""Lock files, among threads and processes, waited for up to a limit."""
+"""Lock files with a timeout, between threads and processes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pathlib import Path
 
 from voco_model.kv_store.base import StoreUnavailable
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 1e-4, 1e-2  # seconds between two tries
-_held: dict[object, int] = {}  # the file of each lock of this process
+_FIRST_PAUSE, _LONGEST_PAUSE = 1e-4, 1e-2  # seconds between two attempts
+_held: dict[object, int] = {}  # descriptors of the locks that this process holds
 
 
 @contextmanager
 def alone(path: Path, mode: int = fcntl.LOCK_EX, *, timeout: float) -> Iterator[None]:
     """Holds the lock file ``path``, exclusively, or shared with ``fcntl.LOCK_SH``.
 
-    The kernel releases it for a process that dies. One that is stopped keeps it, hence the limit.
+    The kernel releases it when its process dies. A stopped process keeps it, hence the timeout.
 
     Args:
         timeout: seconds.
 
     Raises:
         StoreUnavailable: others held it for that long.
-        OSError: it can't be opened or made.
+        OSError: the file can't be opened or created.
     """
     token = object()
     _held[token] = _acquire(path, mode, timeout)
@@ -34,12 +34,13 @@ def alone(path: Path, mode: int = fcntl.LOCK_EX, *, timeout: float) -> Iterator[
         yield
     finally:
         fd = _held.pop(token, None)
-        if fd is not None:  # not a lock of the parent's, from before a fork
+        if fd is not None:  # None in a child forked in this context: the lock is the parent's
             close_locked(fd)
 
 
 def close_locked(fd: int) -> None:
-    """Unlocks and closes. A child forked meanwhile has a copy of fd, which would keep the lock."""
+    """Unlocks and closes a file. Closing alone isn't enough: a forked child's copy would keep the
+    lock."""
     with suppress(OSError):
         fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)
@@ -62,7 +63,7 @@ def _acquire(path: Path, mode: int, timeout: float) -> int:
         os.close(fd)
         if time.monotonic() >= end:
             raise StoreUnavailable(
-                f"others held the lock {path} for {timeout} s; is a process stopped that has it?"
+                f"others held the lock {path} for {timeout} s; check for a stopped process"
             )
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
@@ -78,7 +79,7 @@ def _open(path: Path) -> int:
 
 
 def _is_at(path: Path, fd: int) -> bool:
-    """Whether the lock file wasn't removed or replaced: others would lock another one."""
+    """Whether the lock file is still in place: if it was removed, others lock another one."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(fd))
     except FileNotFoundError:
@@ -86,8 +87,8 @@ def _is_at(path: Path, fd: int) -> bool:
 
 
 def _let_go_in_child() -> None:
-    # Closed and not unlocked: the lock belongs to the open file, which parent and child share. A parent
-    # that is killed must not leave it locked by its child.
+    # Close without unlocking: the lock belongs to the open file, which parent and child share. If the
+    # child kept it open, the lock would outlive a parent that is killed.
     for fd in _held.values():
         os.close(fd)
     _held.clear()

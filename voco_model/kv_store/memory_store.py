@@ -1,4 +1,4 @@
-"""``MemoryStore``: the entries used last, in host memory that a GPU reads directly."""
+"""``MemoryStore``: the most recently used entries, in host memory that a GPU reads directly."""
 
 from __future__ import annotations
 
@@ -13,41 +13,47 @@ import torch
 from torch import Tensor
 
 from voco_kernels.kv.entry import CompactKV
-from voco_model.kv_store.base import Store, StoreStats, Tally, after_fork, key_of, logger
+from voco_model.kv_store.base import (
+    Store,
+    StoreStats,
+    Tally,
+    VerifyReport,
+    after_fork,
+    key_of,
+    logger,
+)
 from voco_model.kv_store.format import check_key
+from voco_model.kv_store.sizes import byte_count
 
 
 class MemoryStore(Store):
-    """Entries in the memory of this process, least recently used first to go.
+    """Entries in the memory of this process, evicted least recently used first.
 
-    ``put`` copies, so that nothing that happens to the tensors put in happens to the store. ``get``
-    gives out the store's own tensors, to everybody the same: they are to be read. They stay valid when
-    their entry is evicted, replaced or deleted, because memory isn't used again while a tensor of it
-    lives. An entry that torch has written to in place since it was put is not served, but dropped with
-    the reason "overwritten".
+    ``put`` copies, so later changes to the caller's tensors don't affect the store. ``get`` returns the
+    store's own tensors, the same to every caller: don't write to them. They stay valid when their entry
+    is evicted, replaced or deleted. An entry that was modified in place since it was put is not served
+    but dropped, with the reason "overwritten".
 
     Args:
-        max_bytes: of all entries together, 0 or more.
-        fingerprint: of the model whose entries are kept; None: of any.
-        pin: whether to pin; None: where CUDA is available.
+        max_bytes: total size of the entries, 0 or more, as an int or text such as "2GB".
+        fingerprint: of the model whose entries are stored; None accepts any.
+        pin: whether to pin the memory; None pins it if CUDA is available.
 
     Raises:
-        ValueError: max_bytes below 0; or ``pin`` where there is no CUDA.
+        TypeError, ValueError: an invalid max_bytes; ``pin`` without CUDA.
     """
 
     durable = False
 
     def __init__(
-        self, max_bytes: int, *, fingerprint: str | None = None, pin: bool | None = None
+        self, max_bytes: int | str, *, fingerprint: str | None = None, pin: bool | None = None
     ) -> None:
-        if max_bytes < 0:
-            raise ValueError(f"expected max_bytes of 0 or more, got {max_bytes}")
         if pin and not torch.cuda.is_available():
             raise ValueError("expected CUDA for pin=True, got none; leave pin out")
-        self._max_bytes = max_bytes
+        self._max_bytes = byte_count("max_bytes", max_bytes, at_least=0)
         self.fingerprint = fingerprint
         self._pin = torch.cuda.is_available() if pin is None else pin
-        # By key, the one used last at the end: the entry, its size, the versions of its tensors.
+        # By key, the most recently used last: the entry, its size, the versions of its tensors.
         self._entries: OrderedDict[str, tuple[CompactKV, int, list[int]]] = OrderedDict()
         self._bytes = 0
         self._tally = Tally(StoreStats())
@@ -56,7 +62,7 @@ class MemoryStore(Store):
 
     def _begin_in_child(self) -> None:
         self._lock = threading.Lock()
-        # Another thread of the parent may have been between an entry and the sum.
+        # Another thread of the parent may have changed the entries but not yet the sum.
         self._bytes = sum(size for _, size, _ in self._entries.values())
         self._pin = False  # CUDA doesn't survive a fork
 
@@ -64,22 +70,23 @@ class MemoryStore(Store):
         return f"MemoryStore({self._bytes} of {self._max_bytes} B{', pinned' if self._pin else ''})"
 
     def put(self, entry: CompactKV, key: str | None = None) -> None:
-        """As ``Store.put``; an entry larger than ``max_bytes`` is a ValueError too, and memory that the
-        system doesn't have an OSError."""
+        """As ``Store.put``; also raises ValueError for an entry larger than ``max_bytes``, and OSError
+        if the system has no memory."""
         key = key_of(entry, key, self.fingerprint)
         size = sum(tensor.nbytes for tensor in _tensors(entry))
         if size > self._max_bytes:
             self._tally.add(put_failures=1)
             raise ValueError(
-                f"expected an entry of up to max_bytes {self._max_bytes}, got one of {size} bytes"
+                f"expected an entry of up to max_bytes = {self._max_bytes} bytes, got {size}; open the "
+                "store with more, or quantize the entry"
             )
-        # Room first: a copy that waits for room isn't in the memory that max_bytes allows.
+        # Make room before copying: max_bytes limits the copy as well.
         with self._lock:
             self._drop(key)
             self._evict(self._max_bytes - size)
         try:
             copy = self._copy(entry, key)
-        except (MemoryError, RuntimeError) as error:  # torch's, of memory or of pinning it
+        except (MemoryError, RuntimeError) as error:  # torch's, for allocating or pinning
             self._tally.add(put_failures=1)
             raise OSError(errno.ENOMEM, f"{os.strerror(errno.ENOMEM)}: {error}") from error
         with self._lock:
@@ -105,7 +112,7 @@ class MemoryStore(Store):
         if not intact:
             self._tally.add("overwritten", misses=1)
             logger.warning(
-                "%s: entry of %s not served: somebody wrote to its tensors; clone what you change",
+                "%s: entry %s is not served: its tensors were written to; clone what you change",
                 self,
                 key,
             )
@@ -125,6 +132,19 @@ class MemoryStore(Store):
             return self._tally.read(
                 entries=len(self._entries), bytes=self._bytes, max_bytes=self._max_bytes
             )
+
+    def verify(self) -> VerifyReport:
+        """Drops entries whose tensors were written to. Doesn't count as a use of the others."""
+        report = VerifyReport()
+        with self._lock:
+            for key, (entry, size, versions) in list(self._entries.items()):
+                if _versions(entry) == versions:
+                    report.entries += 1
+                    report.bytes += size
+                else:
+                    report.bad[key] = "overwritten"
+                    self._drop(key)
+        return report
 
     def __contains__(self, key: object) -> bool:
         return check_key(key) in self._entries
@@ -153,7 +173,7 @@ class MemoryStore(Store):
             self._drop(next(iter(self._entries)))
 
     def _copy(self, entry: CompactKV, key: str) -> CompactKV:
-        # Tensors made in inference mode have no version, which tells whether they were written to.
+        # Tensors made in inference mode have no version counter, by which writes are detected.
         with torch.inference_mode(False):
             rope = entry.rope
             if rope is not None:

@@ -1,4 +1,4 @@
-"""``open_store``: a store by its URL."""
+"""``open_store``: opens the store that a URL names."""
 
 from __future__ import annotations
 
@@ -14,37 +14,35 @@ from voco_model.kv_store.disk import KVStore
 from voco_model.kv_store.memory_store import MemoryStore
 from voco_model.kv_store.objects import ObjectStore, without_password
 from voco_model.kv_store.redis_store import RedisStore
+from voco_model.kv_store.sizes import parse_size
 from voco_model.kv_store.tiered import TieredStore
-
-_UNITS = {unit: 1000**power for power, unit in enumerate(["", "k", "m", "g", "t", "p"])}
-_UNITS.update({f"{unit}i": 1024**power for power, unit in enumerate(["", "k", "m", "g", "t", "p"])})
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgtp]i?)?b?", re.IGNORECASE)
 
 
 def open_store(url: str | os.PathLike | Sequence, **options: Any) -> Store:
-    """The store that a URL names.
+    """Opens the store that a URL names.
 
     | URL | store |
     |---|---|
-    | a path, ``file:///path`` | ``KVStore``: a folder |
-    | ``memory://`` | ``MemoryStore``: this process |
+    | a path, ``file:///path`` | ``KVStore``, in a folder |
+    | ``memory://`` | ``MemoryStore``, in this process |
     | ``redis://[user:password@]host[:port][/db]``, ``rediss://``, ``unix://path`` | ``RedisStore`` |
-    | ``s3://``, ``gs://``, ``abfs://``, ``sftp://``, ... | ``ObjectStore``, through fsspec |
-    | several, joined by ``|`` or as a sequence | ``TieredStore``, the first one uppermost |
+    | ``s3://``, ``gs://``, ``abfs://``, ``sftp://``, ... | ``ObjectStore``, by fsspec |
+    | several, joined by ``|`` or in a sequence | ``TieredStore``, the first one uppermost |
 
-    Options of the store's constructor stand in the query of the URL, as in
+    Options of the store's constructor go into the query of the URL, as in
     ``memory://?max_bytes=1GB|file:///var/cache/voco?max_bytes=100GB|redis://cache/0?ttl=86400``, or are
-    keyword arguments. Bytes may be written as ``10GB`` (10**9 each) or ``10GiB`` (2**30).
+    keyword arguments. Sizes may be text: ``10GB`` is 10 * 10**9 bytes, ``10GiB`` 10 * 2**30.
 
     Args:
-        url: as above; in a sequence also stores that are open already. A path as a string that has
-            ``?``, ``|`` or ``://`` in it wants to be a ``pathlib.Path``.
-        options: of the one store; of several, ``fingerprint`` goes to each, the rest to ``TieredStore``.
+        url: as above; a sequence may also contain open stores. Pass a path that contains ``?``, ``|`` or
+            ``://`` as a ``pathlib.Path``.
+        options: for the store; with several, ``fingerprint`` is for each and the rest for
+            ``TieredStore``.
 
     Raises:
-        ValueError, TypeError: an unknown scheme or option, or a value that doesn't fit.
-        ImportError: what the store needs isn't installed.
-        OSError: a folder that can't be made.
+        ValueError, TypeError: an unknown scheme or option, or an invalid value.
+        ImportError: a package that the store needs isn't installed.
+        OSError: a folder can't be created.
     """
     if isinstance(url, os.PathLike):
         return KVStore(Path(url), **_keywords("a path", options, _DISK))
@@ -53,20 +51,6 @@ def open_store(url: str | os.PathLike | Sequence, **options: Any) -> Store:
             return _open_one(url, options)
         url = url.split("|")
     return _open_tiers(list(url), options)
-
-
-def parse_size(value: Any) -> int:
-    """Bytes: 1000, "1000", "10GB" (10**9 each), "1.5 GiB" (2**30).
-
-    Raises:
-        ValueError: anything else.
-    """
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError("a number of bytes such as 1000, 10GB or 10GiB")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
 
 
 def _switch(value: Any) -> bool:
@@ -87,7 +71,7 @@ def _seconds(value: Any) -> float:
 
 def _count(value: Any) -> int:
     if not re.fullmatch(r"\d+", str(value)):
-        raise ValueError("a whole number")
+        raise ValueError("an integer")
     return int(value)
 
 
@@ -120,7 +104,7 @@ _REMOTE = {
     "back_off": _pair,
 }
 _REDIS = {**_REMOTE, "ttl": _seconds, "prefix": str, "quarantine_ttl": _seconds}
-# What redis-py reads from the query of a URL, and does something useful with here.
+# Options in a URL's query that are for redis-py.
 _REDIS_PY = re.compile(r"db|username|password|client_name|ssl_\w+")
 _OBJECTS = {**_REMOTE, "storage_options": _as_it_is}
 _TIERED = {"max_waiting_bytes": parse_size, "close_timeout": _seconds}
@@ -132,19 +116,23 @@ def _open_one(url: str, options: dict[str, Any]) -> Store:
     if not separator:
         if "?" in url or not url:
             raise ValueError(
-                f"expected a path, got {url!r}; with options it is file:///path?max_bytes=10GB, and "
-                "a path that has ? in it wants to be a pathlib.Path"
+                f"expected a path, got {url!r}; with options write file:///path?max_bytes=10GB, and "
+                "pass a path that contains ? as a pathlib.Path"
             )
         return KVStore(url, **_keywords("a path", options, _DISK))
     if scheme == "file":
         parts, query = _split(url)
         if parts.netloc not in ("", "localhost") or not parts.path.strip("/"):
-            raise ValueError(f"expected an absolute path as in file:///path, got {url!r}")
+            raise ValueError(
+                f"expected an absolute path as in file:///path, got {url!r}; or pass a path alone"
+            )
         return KVStore(unquote(parts.path), **_keywords(scheme, options, _DISK, query))
     if scheme == "memory":
         parts, query = _split(url)
         if parts.netloc or parts.path:
-            raise ValueError(f"expected memory:// without a name, got {url!r}")
+            raise ValueError(
+                f"expected memory:// without a name, got {url!r}; each call opens a store of its own"
+            )
         return MemoryStore(**_keywords(scheme, options, _MEMORY, query))
     if scheme in ("redis", "rediss", "unix"):
         parts, query = _split(url)
@@ -159,7 +147,8 @@ def _open_one(url: str, options: dict[str, Any]) -> Store:
         if "not known" not in str(error):
             raise
         raise ValueError(
-            f"expected a path, file, memory, redis, rediss, unix or a scheme of fsspec, got {scheme}://"
+            "expected a path, file, memory, redis, rediss, unix or a scheme of fsspec, got "
+            f"{scheme}://"
         ) from None
 
 
@@ -184,13 +173,13 @@ def _open_tiers(urls: list, options: dict[str, Any]) -> TieredStore:
 
 
 def _split(url: str) -> tuple[Any, dict[str, str]]:
-    """A URL and its query, in which no name comes twice."""
+    """A URL split into its parts, and its query, without duplicate names."""
     parts = urlsplit(url)
     if parts.scheme in ("redis", "rediss") and "@" in url and "@" not in parts.netloc:
-        # A password that looks like port, path or query must not be cited as one.
+        # The message must not quote a password that looks like a port, path or query.
         raise ValueError(
             f"expected {parts.scheme}://user:password@host with /, ? and # of the password "
-            "percent-encoded, got one that ends before its @"
+            "percent-encoded, got a URL whose host ends before its @"
         )
     query: dict[str, str] = {}
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
@@ -205,7 +194,7 @@ def _split(url: str) -> tuple[Any, dict[str, str]]:
 
 
 def _join(parts: Any, query: str = "") -> str:
-    """A URL with another query; urlunsplit takes the // from one without a host."""
+    """A URL with another query. (urlunsplit would remove the // of one without a host.)"""
     return f"{parts.scheme}://{parts.netloc}{parts.path}{query and '?' + query}"
 
 
@@ -215,16 +204,18 @@ def _keywords(
     known: dict[str, Callable[[Any], Any]],
     query: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Arguments of a store's constructor from a URL's query and from keyword arguments."""
+    """Arguments for a store's constructor, from a URL's query and from keyword arguments."""
     query = query or {}
     unknown = sorted({*options, *query} - set(known)) + sorted(_NOT_IN_A_URL & set(query))
     if unknown:
         raise ValueError(
             f"expected options of {scheme} among {', '.join(known)}, got {', '.join(unknown)}"
-            + "; a server's bound is set there: maxmemory" * (unknown == ["max_bytes"])
+            + "; limit a server by its own maxmemory" * (unknown == ["max_bytes"])
         )
     if twice := sorted(set(options) & set(query)):
-        raise ValueError(f"expected {', '.join(twice)} in the URL or beside it, got both")
+        raise ValueError(
+            f"expected {', '.join(twice)} either in the URL or as an argument, got both"
+        )
     keywords = {}
     for name, value in {**query, **options}.items():
         try:

@@ -1,4 +1,4 @@
-"""Reading an entry from its file, whole or a few layers at a time, with its checksum on the way."""
+"""``EntryReader``: reads an entry from its file, a few layers at a time, and verifies its checksum."""
 
 from __future__ import annotations
 
@@ -30,41 +30,41 @@ from voco_model.kv_store.format import (
 )
 from voco_model.kv_store.locks import close_locked
 
-# Bytes that are hashed while they are still in the cache that the read brought them into.
+# Bytes to read at a time, so that they are still in the CPU's cache when they are hashed.
 CHUNK = 2**20
-_MOST_MEMORIES = 1024  # of one preadv: IOV_MAX on Linux
-# Without O_NONBLOCK, opening a pipe would wait for its writer. An entry is a file: what a symbolic link
-# leads to may be another store's, or change.
+_MOST_MEMORIES = 1024  # for one preadv: IOV_MAX on Linux
+# Without O_NONBLOCK, opening a pipe would wait for its writer. O_NOFOLLOW, because the target of a
+# symbolic link may belong to another store, or change.
 OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
-# An evictor locks a file only to unlink it, which takes microseconds.
+# Eviction locks a file only while it unlinks it, which takes microseconds.
 _LOCK_PATIENCE = 1.0
 
 
 class EntryReader:
-    """One entry of one file. Nobody evicts it while the reader is open.
+    """Reads one entry from its file, which is not evicted while the reader is open.
 
-    In this order::
+    Use it in this order::
 
         with EntryReader(path) as reader:
             header = reader.start(key=key)
             for first_layer, chunk in reader.layers():
                 ...  # use chunk, but don't rely on it yet
-            entry = reader.finish(kv)  # now the checksum has been compared
+            entry = reader.finish(kv)  # the checksum is verified now
 
-    Not for several threads at a time. A child that was forked by the thread that opened it has a lock of
-    its own; any other child uses the file without one.
-
-    Attributes:
-        fd: the open file.
-        header: after ``start``.
+    Not thread-safe. A child forked by the thread that opened the reader gets a lock of its own; any
+    other child uses the file without one.
 
     Args:
         path: of a file that doesn't change, but may be replaced or unlinked.
-        buffers: where ``layers`` finds memory; None: it allocates it.
+        buffers: memory for ``layers``; None allocates it.
+
+    Attributes:
+        fd: the open file.
+        header: set by ``start``.
 
     Raises:
-        FileNotFoundError: there is none.
-        EntryError: a symbolic link.
+        FileNotFoundError: there is no such file.
+        EntryError: it is a symbolic link.
         OSError: it can't be opened.
     """
 
@@ -79,17 +79,17 @@ class EntryReader:
         self._tail_hashed = False
 
     def _renew(self) -> None:
-        """In a forked child: a lock of its own, since parent and child share that of the open file, and
-        unlocking it here would end the parent's."""
+        """In a forked child: gets a lock of its own. Parent and child share the lock of the open file,
+        so unlocking that here would end the parent's as well."""
         if self.fd < 0:
             return
         self._locked = False
         if self._thread != threading.get_ident():
-            return  # of a thread that this process doesn't have
+            return  # the thread that uses it doesn't exist in this process
         try:
             fd = os.open(f"/proc/self/fd/{self.fd}", OPEN_FLAGS & ~os.O_NOFOLLOW)
         except OSError:
-            return  # no such folder on this system
+            return  # a system without /proc
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
@@ -99,10 +99,10 @@ class EntryReader:
         self.fd, self._locked = fd, True
 
     def start(self, *, key: str | None = None, fingerprint: str | None = None) -> Header:
-        """Reads all but ``kv``, and checks everything but the checksum.
+        """Reads everything but ``kv``, and checks everything but the checksum.
 
         Args:
-            key, fingerprint: what the entry must be of; None: any.
+            key, fingerprint: that the entry must have; None accepts any.
 
         Raises:
             EntryError: it isn't that entry. See ``EntryError.reason``.
@@ -123,39 +123,40 @@ class EntryReader:
         return header
 
     def read(self, first_layer: int, count: int, into: memoryview) -> Tensor:
-        """Reads layers into memory, and adds them to the checksum: so each once, in order.
+        """Reads layers and adds them to the checksum. Each layer must be read once, in order.
 
         Args:
-            first_layer: where the last read stopped.
-            count: how many layers.
-            into: writable, at least ``count * header.layer_nbytes`` bytes; fast if it is 32-byte
-                aligned and was written before.
+            first_layer: where the last read ended.
+            count: number of layers.
+            into: writable memory of at least ``count * header.layer_nbytes`` bytes; fast if it is
+                32-byte aligned and was written before.
 
         Returns:
-            ``[count, 2, Hkv, n, D]``, a view of ``into`` (a copy only if that isn't aligned for the
-            dtype).
+            ``[count, 2, Hkv, n, D]``, a view of ``into`` (a copy if that isn't aligned for the dtype).
 
         Raises:
             ValueError: layers out of order, or too little memory.
-            EntryError: the file was cut off meanwhile.
+            EntryError: the file was truncated meanwhile.
             OSError: the disk failed.
         """
         header = self.header
         size = count * header.layer_nbytes
         if len(into) < size:
-            raise ValueError(f"expected memory of {size} bytes or more, got {len(into)}")
+            raise ValueError(
+                f"expected memory of at least {size} bytes, got {len(into)}; read fewer layers"
+            )
         self.read_bytes(first_layer * header.layer_nbytes, into[:size])
-        # Of `into` itself, whose life may stand for that of its memory (BufferPool).
+        # A view of `into` itself and not of a slice, because BufferPool reuses its memory with its end.
         tensor = tensor_over(into, header.dtype, size // header.dtype.itemsize)
         return tensor.view(count, *header.shape[1:])
 
     def read_bytes(self, at: int, into: memoryview) -> None:
-        """As ``read``, but any number of bytes of ``kv``, from ``at``, where the last read stopped."""
+        """As ``read``, but for any number of bytes of ``kv``, from ``at``, where the last read ended."""
         kv_nbytes = self.header.tail - self.header.size
         if at != self._next_byte or not 0 < len(into) <= kv_nbytes - at:
             raise ValueError(
                 f"expected bytes from {self._next_byte} up to {kv_nbytes}, got {len(into)} from {at}; "
-                "a checksum needs each once, in order"
+                "read each byte once, in order, for the checksum"
             )
         for start in range(0, len(into), CHUNK):
             chunk = into[start : start + CHUNK]
@@ -164,10 +165,12 @@ class EntryReader:
         self._next_byte += len(into)
 
     def read_scattered(self, into: Sequence[memoryview]) -> None:
-        """As ``read_bytes``, all of ``kv``, one memory after another."""
+        """As ``read_bytes``, for all of ``kv`` at once, into several memories one after another."""
         at, first, last = 0, 0, len(into)
         if self._next_byte or sum(map(len, into)) != self.header.tail - self.header.size:
-            raise ValueError("expected memory for all of kv, before any other read")
+            raise ValueError(
+                "expected memory for all of kv, before any other read, got another size or a later call"
+            )
         while first < last:
             stop, size = first, 0
             while stop < last and stop - first < _MOST_MEMORIES and (not size or size < CHUNK):
@@ -175,7 +178,7 @@ class EntryReader:
                 stop += 1
             chunk = into[first:stop]
             if os.preadv(self.fd, chunk, self.header.size + at) < size:
-                # Seldom: again, in parts, of which each is read until it is full.
+                # A short read, which is rare: read again, each memory until it is full.
                 where = self.header.size + at
                 for memory in chunk:
                     _read_fully(self.fd, memory, where)
@@ -188,18 +191,17 @@ class EntryReader:
     def layers(
         self, into: memoryview | None = None, *, chunk_nbytes: int = 2 * CHUNK
     ) -> Iterator[tuple[int, Tensor]]:
-        """All layers in order, and at the end the checksum.
+        """Reads all layers in order, and then verifies the checksum.
 
         Args:
-            into: as large as ``kv``, and filled from its beginning; or None, and then a chunk is
-                overwritten by the next one.
-            chunk_nbytes: how much to read at a time; at least one layer.
+            into: memory as large as ``kv``; if None, each chunk overwrites the one before.
+            chunk_nbytes: bytes to read at a time; at least one layer is.
 
         Yields:
             The index of the first layer, and ``[layers, 2, Hkv, n, D]``.
 
         Raises:
-            EntryError: after the last chunk, if anything that came before wasn't as it was written.
+            EntryError: after the last chunk, if anything in the file is not as it was written.
         """
         nbytes, total = self.header.layer_nbytes, self.header.shape[0]
         count = min(max(1, chunk_nbytes // nbytes), total)
@@ -211,8 +213,8 @@ class EntryReader:
         self.check()
 
     def outline(self) -> tuple[CompactKV, Tensor | None]:
-        """The entry as ``start`` knows it, with its tensors on the meta device; and its real scales. Not
-        to be relied on before ``check``."""
+        """The entry after ``start``, with its tensors on the meta device, and its actual scales. Not
+        reliable before ``check``."""
         header = self.header
         kv = torch.empty(header.shape, dtype=header.dtype, device="meta")
         shell = assemble(header, kv, self._tail, 0)
@@ -222,16 +224,17 @@ class EntryReader:
         return shell, scales.view(shell.scales.shape)
 
     def check(self) -> None:
-        """Compares the checksum, once all layers are read.
+        """Verifies the checksum, once all layers have been read.
 
         Raises:
-            EntryError: something isn't as it was written.
+            ValueError: some haven't.
+            EntryError: something in the file is not as it was written.
         """
         kv_nbytes = self.header.tail - self.header.size
         if self._next_byte != kv_nbytes:
             raise ValueError(
-                f"expected all {kv_nbytes} bytes of kv read before the checksum is compared, got "
-                f"{self._next_byte}"
+                f"expected all {kv_nbytes} bytes of kv to be read before the checksum is verified, got "
+                f"{self._next_byte}; read the others first"
             )
         if not self._tail_hashed:
             self._digest.update(self._tail)
@@ -239,7 +242,7 @@ class EntryReader:
         self._digest.check(self.header)
 
     def finish(self, kv: Tensor) -> CompactKV:
-        """The entry, after ``check``; with ``kv`` ``[L, 2, Hkv, n, D]`` wherever it was read to."""
+        """The entry, after ``check``. ``kv`` ``[L, 2, Hkv, n, D]`` is what was read, on any device."""
         self.check()
         return assemble(self.header, kv, self._tail)
 
@@ -264,14 +267,14 @@ class EntryReader:
 def read_entry(
     fd: int, buffers: BufferPool, key: str, fingerprint: str | None
 ) -> tuple[CompactKV, int]:
-    """An entry as a whole, by as few calls as it takes: for one of 0.5 MB they cost as much as the copy.
+    """Reads a whole entry with few system calls: for 0.5 MB, calls can take as long as the copy.
 
     Returns:
-        The entry, and how many bytes its file has.
+        The entry, and the bytes of its file.
 
     Raises:
-        EntryError: it isn't an intact entry of this key and model.
-        OSError, MemoryError: the disk or the memory failed.
+        EntryError: not an intact entry with this key and fingerprint.
+        OSError, MemoryError: the disk failed, or there is no memory.
     """
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
@@ -293,18 +296,18 @@ def read_entry(
 
 
 def mark_used(fd: int, now: int) -> None:
-    """Makes a file the last that eviction would take: by its mtime, in nanoseconds of a ``UseClock``."""
+    """Marks a file as used at ``now``, in nanoseconds of a ``UseClock``, by its modification time."""
     try:
         os.utime(fd, ns=(now, now))
     except OSError:
-        pass  # another user's file, or a disk that is read-only
+        pass  # another user's file, or a read-only disk
 
 
 def open_entry(path: Path | str) -> int:
-    """Opens a file of an entry.
+    """Opens an entry's file for reading.
 
     Raises:
-        EntryError: a symbolic link.
+        EntryError: it is a symbolic link.
         OSError: it can't be opened.
     """
     try:
@@ -325,7 +328,7 @@ def _read_fully(fd: int, into: memoryview, at: int) -> None:
 
 
 def _open_shared(path: Path | str) -> tuple[int, os.stat_result]:
-    """An open file with a lock that keeps eviction away."""
+    """Opens a file and locks it (shared), which keeps eviction away."""
     deadline = None
     while True:
         fd = open_entry(path)
@@ -339,12 +342,10 @@ def _open_shared(path: Path | str) -> tuple[int, os.stat_result]:
         except BaseException:
             os.close(fd)
             raise
-        # Unlinked between open and lock, or about to be. Perhaps another one has its name by now.
+        # Unlinked between open and lock, or about to be. Another file may have its name by now.
         close_locked(fd)
         if deadline is None:
             deadline = time.monotonic() + _LOCK_PATIENCE
         elif time.monotonic() > deadline:
-            raise BlockingIOError(
-                f"expected a shared lock on {path}, got none in {_LOCK_PATIENCE} s"
-            )
+            raise BlockingIOError(f"no shared lock on {path} within {_LOCK_PATIENCE} s")
         time.sleep(0.0001)

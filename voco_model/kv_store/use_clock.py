@@ -1,4 +1,4 @@
-"""The clock by which a folder of entries knows which of them was used last."""
+"""``UseClock``: the times of uses, by which the least recently used entries are found."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from voco_model.kv_store.base import after_fork
 
 
 class UseClock:
-    """Nanoseconds that only rise, whatever the system's clock does, for all processes of a folder.
+    """A clock in nanoseconds that never goes back, shared by all processes that use a folder.
 
-    It is the system's clock where that is ahead of every use there was. Where it isn't, because it was
-    put back or another process's is ahead, this one continues from the latest use at the usual speed.
-    Processes share the modification time of a file. Uses by one process are in order, and so are those
-    by processes whose clocks differ, unless they coincide.
+    It follows the system's clock while that is ahead of every use so far. Otherwise, because the
+    system's clock was set back or another process's is ahead, it continues from the latest use at normal
+    speed. Processes share the modification time of a file. Uses by one process are in order, and so are
+    uses by processes whose clocks differ, unless they are simultaneous.
 
     Args:
-        path: of that file, which is made again if it is gone.
+        path: of the shared file, which is created again if it is removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,34 +33,34 @@ class UseClock:
         self._lock = threading.Lock()
 
     def now(self) -> int:
-        """The present, later than every time that this or another process was given before."""
-        told = self._told()
+        """The current time, later than any that this or another process has been given."""
+        shared = self._read()
         with self._lock:
             system = time.time_ns()
-            if system > self._last and system > told:
+            if system > self._last and system > shared:
                 self._ahead, now = 0, system
             else:
-                now = max(system + self._ahead, told + 1, self._last + 1)
+                now = max(system + self._ahead, shared + 1, self._last + 1)
                 self._ahead = now - system
             self._last = now
-        self._tell(now)
+        self._write(now)
         return now
 
     def observe(self, used: int) -> None:
-        """Notes the time of a use, which ``now`` is to be later than."""
+        """Makes ``now`` later than the time of a use."""
         with self._lock:
             if used > self._last:
                 self._ahead = max(self._ahead, used - time.time_ns())
                 self._last = used
 
-    def _told(self) -> int:
+    def _read(self) -> int:
         try:
             return os.stat(self._path).st_mtime_ns
         except OSError:
             return 0
 
-    def _tell(self, now: int) -> None:
-        # Where this fails (a read-only disk, another user's file), uses can't be marked either.
+    def _write(self, now: int) -> None:
+        # If this fails (a read-only disk, another user's file), uses can't be marked either.
         try:
             try:
                 os.utime(self._path, ns=(now, now))

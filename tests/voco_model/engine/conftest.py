@@ -1,4 +1,4 @@
-"""An enabled tiny model of each kind, questions about its pictures, and what ``generate`` answers."""
+"""Tiny enabled models, questions about pictures, and the answers of ``generate``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from voco_model import Request, Sampling
 from voco_model.vlm.prompt import image_part, text_part
 
 NUM_VOCO, NEW_TOKENS = 2, 10
-# Beside so few ids the image has a say in every token of the answer; a sentence of bytes drowns it.
+# So few ids that the image influences every token of the answer; with a sentence of bytes it doesn't.
 SHORT, LONG = [70, 90], [80 + i % 60 for i in range(23)]
 SENTENCE = "Is there a flag in the picture?"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A request, and the tokens that one masked pass of ``generate`` answers."""
+    """A request, and its answer's tokens from one masked pass of ``generate``."""
 
     request: Request
     tokens: tuple[int, ...]
@@ -33,7 +33,7 @@ def images_of(request: Request) -> list:
 
 
 def ids_of(processor, request: Request, mode: str) -> list[int]:
-    """A prompt's token ids, each image's token repeated for its features."""
+    """A prompt's token ids, with each image token repeated for its features."""
     images = images_of(request)
     as_ids = isinstance(request.text, list) and isinstance(request.text[0], int)
     if mode == "voco":
@@ -47,7 +47,7 @@ def ids_of(processor, request: Request, mode: str) -> list[int]:
 
 
 def inputs_of(processor, requests, mode: str = "voco") -> dict:
-    """What ``generate`` takes for requests, padded on the left."""
+    """The inputs of ``generate`` for requests, padded on the left."""
     rows = [ids_of(processor, request, mode) for request in requests]
     width = max(map(len, rows))
     padded = torch.tensor([[tiny.PAD] * (width - len(row)) + row for row in rows])
@@ -67,7 +67,7 @@ def generated(model, processor, request: Request, mode: str = "voco") -> tuple[i
 
 
 def requests_of(seed: int) -> list[Request]:
-    # Few, large patches: noise looks the same to a model, whatever its seed.
+    # Few, large patches: a model can't tell noise of different seeds apart.
     pictures = [
         tiny.picture(seed + index, (3, 3)).resize(size[::-1])
         for index, size in enumerate(tiny.SIZES)
@@ -84,9 +84,9 @@ def requests_of(seed: int) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def world(kind):
-    """``model``, ``processor``, ``cases``; the model stops at tokens that its answers do contain."""
+    """``model``, ``processor``, ``cases``. The model's stop tokens occur in some of its answers."""
     model, processor = tiny.tiny_llava(kind), tiny.tiny_processor(kind)
-    with torch.no_grad():  # images that a VoCo token can't overlook
+    with torch.no_grad():  # make images affect the VoCo tokens strongly
         model.model.multi_modal_projector.linear_2.weight.mul_(4.0)
     with voco_model.enable(model, processor, num_voco=NUM_VOCO, isolated=True):
         for seed in range(0, 60, 3):
@@ -96,7 +96,7 @@ def world(kind):
                 break
         else:
             raise AssertionError("no three pictures have answers of their own")
-        # Tokens that few answers contain, and not as their first: some answers stop, some don't.
+        # Tokens in a few answers, but not at their start, so that some answers stop and some don't.
         rare = sorted(
             {token for tokens in free for token in tokens[2:]},
             key=lambda token: (sum(token in tokens for tokens in free), token),
@@ -110,7 +110,7 @@ def world(kind):
 
 @pytest.fixture
 def engine_of(world):
-    """Makes engines of this module's model."""
+    """Makes engines of the world's model."""
 
     def make(store=None, **options):
         options = {"max_new_tokens": NEW_TOKENS, "max_prompt_tokens": 400, **options}

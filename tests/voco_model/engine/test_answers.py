@@ -1,4 +1,4 @@
-"""The engine's tokens are those of ``generate`` in one masked pass, whatever else it is doing."""
+"""The engine's answers equal those of ``generate`` in one masked pass, whatever else it is doing."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ arrivals = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6)), min_size=1,
     lag=st.integers(0, 3),
     given_up=st.sets(st.integers(0, 8), max_size=2),
 )
-def test_answers_do_not_depend_on_who_comes_when(
+def test_answers_do_not_depend_on_when_requests_come(
     world, arrivals, max_batch, max_images, lag, given_up
 ):
-    """Requests join while others decode, and some are given up half-way."""
+    """Requests join while others decode, and some are cancelled half-way."""
     engine = voco_model.TwoPassEngine(
         world.model,
         world.processor,
@@ -146,7 +146,7 @@ def test_entries_come_from_the_store_the_second_time(world, engine_of):
     assert tokens_of(again) == expected
     assert engine.stats().images_read == 0
     assert [answer.from_store for answer in again] == [len(images_of(each)) for each in requests]
-    # An image that stands first is under the key that compress gives it.
+    # The first image of a prompt has the key that compress gives it.
     voco_model.compress(
         world.model, world.cases[0].request.images, processor=world.processor, store=store
     )
@@ -225,7 +225,7 @@ def test_stop_strings_end_an_answer_and_are_not_part_of_it(world, engine_of):
     assert streamed == whole[:at], "no piece of a stop string is sent"
 
 
-def test_goes_on_behind_the_end_of_sequence_where_asked(world, engine_of):
+def test_ignore_eos_continues_after_the_end_of_sequence(world, engine_of):
     case = next(case for case in world.cases[:6] if len(case.tokens) < NEW_TOKENS)
     answer = engine_of().answer(case.request.images, case.request.text, ignore_eos=True)
     assert len(answer.tokens) == NEW_TOKENS and answer.finish_reason == "length"
@@ -272,7 +272,7 @@ def test_casts_the_model_where_asked(kind, dtype):
 
 
 def test_names_in_place_of_pixels(world, engine_of):
-    """With a key, an image that the store has is not even looked at."""
+    """With a key, an image whose entry is in the store is not even opened."""
     request, tokens = world.cases[0].request, world.cases[0].tokens
     store = MemoryStore(1 << 26)
     engine = engine_of(store)
@@ -307,7 +307,7 @@ def test_warming_up_leaves_no_trace(world, engine_of):
 
 
 def test_warming_up_meets_the_shapes_that_requests_have(world, engine_of):
-    """Each would be a CUDA graph, recorded in the midst of somebody's answer."""
+    """Each would be a CUDA graph, recorded in the middle of an answer."""
     engine = engine_of(max_batch=3, max_new_tokens=200)
     programs, met = engine._second.programs, set()
     real = programs.run
@@ -324,7 +324,8 @@ def test_warming_up_meets_the_shapes_that_requests_have(world, engine_of):
 
 @pytest.mark.parametrize("least", [2, 8, 128])
 def test_answers_that_cross_the_slots_that_are_looked_at(world, engine_of, monkeypatch, least):
-    """Decoding looks at a power of two of slots, and then at the next; among few each counts."""
+    """Decoding reads a power of two of slots, and later the next one; at the start every slot
+    matters."""
     monkeypatch.setattr(second_pass, "_LEAST_SPAN", least)
     engine = engine_of(max_batch=1)
     for case in world.cases[:6:2]:
@@ -389,7 +390,7 @@ def test_a_file_that_is_open_may_come_in_several_requests(world, engine_of, tmp_
 
 
 def test_a_piece_is_never_half_a_character(world, engine_of):
-    """Of a character's bytes, each a token here, none is sent before the last."""
+    """Each byte is a token here; a character's bytes are sent once the last has arrived."""
     engine = engine_of()
     written = world.processor.tokenizer("né€", add_special_tokens=False)["input_ids"]
     ticket = engine.submit(world.cases[0].request)
@@ -401,7 +402,7 @@ def test_a_piece_is_never_half_a_character(world, engine_of):
 
 
 def test_rows_close_ranks_when_most_have_left(world, engine_of):
-    """Four requests decode in a batch of four; when one is left in the last row, it goes on alone."""
+    """Of four requests in a batch, the last one left, in the last row, continues in a batch of one."""
     engine = engine_of(max_batch=4)
     short = [
         replace(world.cases[i].request, sampling=Sampling(max_new_tokens=2)) for i in (0, 2, 4)

@@ -1,8 +1,10 @@
-"""One request that goes wrong gets a clear error; the others are answered."""
+"""A request that fails gets a clear error, and the others are answered."""
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 import threading
 from dataclasses import replace
 
@@ -21,7 +23,7 @@ from voco_model.kv_store.memory_store import MemoryStore
 
 
 class BrokenStore(MemoryStore):
-    """Raises where it is told to."""
+    """Raises the errors that it is given."""
 
     def __init__(self, *, get: Exception | None = None, put: Exception | None = None) -> None:
         super().__init__(1 << 26)
@@ -39,7 +41,7 @@ class BrokenStore(MemoryStore):
 
 
 def others_are_answered(world, engine, bad: Request, reason: str, message: str) -> None:
-    """The bad request in the middle of good ones."""
+    """Checks a bad request among good ones."""
     good = world.cases[:3]
     requests = [good[0].request, bad, good[1].request, good[2].request]
     answers = engine.answer_many(requests)
@@ -71,7 +73,7 @@ def test_a_missing_image(world, engine_of):
 
 
 def test_an_image_that_the_model_cannot_read(world, engine_of, monkeypatch):
-    """Found only in the middle of a batch: the others of the batch are read again, each by itself."""
+    """An error that shows up within a batch: its images are then read one by one."""
     engine = engine_of(max_images=4)
     first = engine._scheduler._first
     real = first.features
@@ -172,7 +174,7 @@ def test_no_memory_for_an_image(world, engine_of, monkeypatch):
 
 
 def test_no_memory_for_one_prompt(world, engine_of, monkeypatch):
-    """Out of memory only where this prompt is among those that are read."""
+    """Runs out of memory only when this prompt is read."""
     bad = Request(world.cases[0].request.images, [71] * 40)
     engine = engine_of(max_batch=4)
     real = engine._second._prefill
@@ -181,11 +183,11 @@ def test_no_memory_for_one_prompt(world, engine_of, monkeypatch):
         return out_of_memory() if (packed[:, :40] == 71).all(1).any() else real(packed, *rest)
 
     monkeypatch.setattr(engine._second, "_prefill", prefill)
-    others_are_answered(world, engine, bad, "memory", "expected memory for reading the prompt")
+    others_are_answered(world, engine, bad, "memory", "reading the prompt ran out of memory")
     assert engine._second.free_rows == 4
 
 
-def test_an_error_in_decoding_ends_those_who_decode_and_no_others(world, engine_of, monkeypatch):
+def test_an_error_in_decoding_fails_only_the_decoding_requests(world, engine_of, monkeypatch):
     engine = engine_of(max_batch=2)
     running = [engine.submit(case.request) for case in world.cases[:2]]
     waiting = engine.submit(world.cases[2].request)
@@ -228,8 +230,8 @@ def test_an_entry_with_other_voco_tokens(world, engine_of):
         engine_of(store).answer(picture, SHORT, keys=[key])
 
 
-def test_who_shares_an_entry_with_other_voco_tokens(world, engine_of, monkeypatch):
-    """Also one who came while the first was looking it up."""
+def test_sharing_an_entry_with_another_number_of_voco_tokens(world, engine_of, monkeypatch):
+    """Also for a request that comes while the first one is looking the entry up."""
     store, request = MemoryStore(1 << 26), world.cases[0].request
     asked = Request(request.images, request.text, keys=["b" * 64])
     (entry,) = voco_model.compress(
@@ -265,14 +267,14 @@ def test_an_entry_of_another_model(world, engine_of):
 
 
 def test_numbers_that_are_none_stay_with_their_request(world, engine_of):
-    """NaN in an entry: the next request in its row must not find it there."""
+    """NaN from an entry must not affect the next request in its row."""
     request, tokens = world.cases[0].request, world.cases[0].tokens
     store, poison = poisoned(world)
     for max_batch in (1, 2):
         engine = engine_of(store, max_batch=max_batch)
         bad = engine.submit(poison)
         beside = engine.submit(request)
-        with pytest.raises(RequestError, match="expected finite logits"):
+        with pytest.raises(RequestError, match="logits contain NaN"):
             bad.result()
         assert beside.result().tokens == tokens
         assert engine.submit(request).result().tokens == tokens
@@ -288,8 +290,8 @@ def poisoned(world, key: str = "d" * 64) -> tuple[MemoryStore, Request]:
     return store, Request(request.images, [70] * 30, keys=[key])
 
 
-def test_numbers_that_are_none_go_with_who_is_given_up(world, engine_of):
-    """Cancelled before the host has seen what it wrote."""
+def test_nan_of_a_cancelled_request_is_cleared(world, engine_of):
+    """Cancelled before its tokens have reached the host."""
     store, bad = poisoned(world)
     engine = engine_of(store, max_batch=1, lag=3)
     ticket = engine.submit(bad)
@@ -315,13 +317,13 @@ def test_an_image_that_overflows_is_not_kept(world, engine_of, monkeypatch):
     first = engine._scheduler._first
     real = first.features
     monkeypatch.setattr(first, "features", lambda images: [each * 1e38 for each in real(images)])
-    with pytest.raises(RequestError, match="expected finite keys and values") as raised:
+    with pytest.raises(RequestError, match="keys and values contain NaN") as raised:
         engine.submit(world.cases[0].request).result()
     assert raised.value.reason == "image"
     monkeypatch.undo()
     engine.flush()
     assert not len(store)
-    for index in (2, 0, 4):  # a shorter image finds nothing of the longer one's
+    for index in (2, 0, 4):  # a shorter image isn't affected by the longer one before
         assert (
             engine.submit(world.cases[index].request).result().tokens == world.cases[index].tokens
         )
@@ -348,7 +350,7 @@ def test_an_iterator_of_images_that_raises(world, engine_of):
     assert [answers[0].tokens, answers[2].tokens] == [case.tokens for case in world.cases[:2]]
 
 
-def test_a_store_that_hangs_stops_nobody(world, engine_of, caplog):
+def test_a_store_that_hangs_does_not_stop_the_engine(world, engine_of, caplog):
     release = threading.Event()
 
     class Hanging(MemoryStore):
@@ -368,7 +370,7 @@ def test_a_store_that_hangs_stops_nobody(world, engine_of, caplog):
     assert "1 entries could not be stored" in caplog.text
 
 
-def test_a_row_that_is_freed_stands_still(world, engine_of):
+def test_a_freed_row_generates_nothing(world, engine_of):
     engine = engine_of(max_batch=2)
     ticket = engine.submit(world.cases[0].request)
     engine.step()
@@ -439,9 +441,9 @@ def test_what_is_no_request_stops_answer_many(world, engine_of):
         ({"max_batch": 0}, "expected an int max_batch >= 1, got 0"),
         ({"max_new_tokens": 2.5}, "expected an int max_new_tokens >= 1, got 2.5"),
         ({"mode": "fast"}, "expected mode to be one of voco, full_cache, uncached, got 'fast'"),
-        ({"graphs": True}, "expected a model on CUDA for graphs, got one on cpu"),
-        ({"lag": -1}, "expected lag >= 0, got -1"),
-        ({"lag": "x"}, "expected lag >= 0, got 'x'"),
+        ({"graphs": True}, "expected a model on CUDA with graphs=True, got one on cpu"),
+        ({"lag": -1}, "expected an int lag >= 0, got -1"),
+        ({"lag": "x"}, "expected an int lag >= 0, got 'x'"),
         ({"dtype": "bf16"}, "expected dtype as a torch.dtype, got 'bf16'"),
         ({"store": {}}, "expected a store or None, got dict"),
         ({"processor": None}, "expected the processor that was given to enable"),
@@ -527,6 +529,7 @@ def test_a_model_that_is_not_ready(kind):
         ({"temperature": -1.0}, "temperature >= 0"),
         ({"temperature": float("nan")}, "temperature >= 0"),
         ({"top_p": 0.0}, r"top_p in \(0, 1\]"),
+        ({"top_p": 0.5}, "temperature above 0 with top_p 0.5, got 0"),
         ({"seed": -1}, "seed from 0"),
         ({"max_new_tokens": 0}, "max_new_tokens >= 1"),
         ({"stop": ""}, "at least one character"),
@@ -541,7 +544,26 @@ def test_sampling_out_of_range(options, message):
         Sampling(**options)
 
 
-# ---- a model that changes beneath its engine
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("temprature", r"did you mean temperature\?"),
+        ("max_tokens", r"did you mean max_new_tokens\?"),
+        ("repetition_penalty", "for others use voco_model.generate"),
+    ],
+)
+def test_an_unknown_sampling_option_is_answered_with_those_there_are(name, hint):
+    with pytest.raises(TypeError, match=f"among max_new_tokens, temperature.*, got {name}; {hint}"):
+        Sampling(**{name: 1})
+
+
+def test_sampling_can_be_copied_and_pickled():
+    sampling = Sampling(temperature=0.5, top_p=0.9, stop=["x"])
+    assert pickle.loads(pickle.dumps(sampling)) == copy.deepcopy(sampling) == sampling
+    assert replace(sampling, top_p=1.0) == Sampling(temperature=0.5, stop="x")
+
+
+# ---- a model that changes during use
 
 
 def test_a_changed_model_is_refused(world, engine_of):

@@ -1,4 +1,4 @@
-"""An engine in a process that was forked from its own."""
+"""An engine in a process forked from the one that made it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = needs_fork
 
 
 class PausingStore(MemoryStore):
-    """Its ``get`` stops in the process and for the key that it is told to."""
+    """Its ``get`` blocks in a given process for a given key."""
 
     def __init__(self) -> None:
         super().__init__(1 << 26)
@@ -33,7 +33,7 @@ class PausingStore(MemoryStore):
 
 
 def test_the_child_answers_and_its_entries_are_written(world, engine_of, tmp_path):
-    """Also with the parent's writer in the middle of a put."""
+    """Even if the parent's writer is in the middle of a put."""
     before, after = world.cases[0], world.cases[2]
     with voco_model.KVStore(tmp_path, max_bytes=10**8, fsync=False) as store:
         engine = engine_of(store)
@@ -96,7 +96,7 @@ def test_open_requests_are_the_parents(world, engine_of):
 
 
 def test_another_thread_holds_every_lock(world, engine_of, monkeypatch):
-    """It is in a step, and has the locks of images, counters and writer."""
+    """Another thread is in a step, and holds the locks of images, counters and writer."""
     store = MemoryStore(1 << 26)
     engine = engine_of(store)
     engine.submit(world.cases[0].request).result()
@@ -158,11 +158,11 @@ def test_an_image_that_a_thread_of_the_parent_is_preparing(world, engine_of):
 
 
 def test_torch_has_one_thread_in_the_child(world, engine_of, caplog):
-    """OpenMP's others are the parent's: the first large operator would wait for them without end."""
+    """OpenMP's threads don't exist in the child, where the first large operator would wait forever."""
     engine, before = engine_of(), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        torch.randn(1000, 1000).relu()  # starts them
+        torch.randn(1000, 1000).relu()  # starts OpenMP's threads
 
         def child() -> None:
             engine.answer(world.cases[0].request.images, SHORT)

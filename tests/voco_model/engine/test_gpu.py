@@ -1,4 +1,4 @@
-"""The engine on a GPU: CUDA graphs, compiled layers and a host that is behind give the same tokens."""
+"""On a GPU, CUDA graphs, compiled layers and a lagging host give the same tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def on_gpu(world):
-    """The world's model on the GPU, in float32 and without TF32: the CPU's answers are the oracle."""
+    """The world's model on the GPU, in float32 without TF32, to compare with its answers on the CPU."""
     both = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in both]
     for backend in both:
@@ -30,7 +30,7 @@ def on_gpu(world):
 
 
 def keys_of(world) -> list[list[str]]:
-    """Names for the images: the machine may lack the library that hashes pixels."""
+    """Keys for the images: the machine may lack the library that hashes pixels."""
     names: dict[int, str] = {}
     keys = []
     for case in world.cases:
@@ -97,7 +97,7 @@ def test_warming_up_records_what_is_then_used(on_gpu):
 
 
 def test_decoding_does_not_wait_for_the_device(on_gpu):
-    """A step is launched without a synchronisation: torch raises where there is one."""
+    """A step is launched without a synchronization, which would make torch raise here."""
     engine = voco_model.TwoPassEngine(
         on_gpu.model,
         on_gpu.processor,

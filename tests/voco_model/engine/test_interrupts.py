@@ -1,4 +1,4 @@
-"""Interrupts in the thread that drives: no request is lost, wherever they strike."""
+"""Interrupts at any point of the thread that drives the engine lose no request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WATCHED = (_ENGINE, contextlib.__file__, torch.autograd.grad_mode.__file__)
 
 @pytest.fixture(autouse=True)
 def grad_mode():
-    """An interrupt within the code that restores it can leave it off, for the tests that follow."""
+    """Restores grad mode, which an interrupt may have left off, for the next tests."""
     yield
     torch.set_grad_enabled(True)
 
@@ -33,8 +33,8 @@ class Interrupt(BaseException):
     """What a signal handler raises."""
 
 
-class Alarm(Exception):  # noqa: N818  (it is no error)
-    """What others raise. Inside of a step it can't be told from an error of the step itself."""
+class Alarm(Exception):  # noqa: N818  (not an error)
+    """An Exception, which within a step can't be told from an error of the step itself."""
 
 
 class Interrupter:
@@ -56,7 +56,7 @@ class Interrupter:
 
     def __exit__(self, kind, *rest) -> bool:
         sys.setprofile(None)
-        # An Alarm may have become the RequestError of an answer.
+        # An Alarm may have become an answer's RequestError.
         return kind is self._kind or (self._kind is Alarm and kind is voco_model.RequestError)
 
     def _profile(self, frame, event: str, what) -> None:
@@ -103,7 +103,7 @@ class Scene:
             ticket.result()
 
     def check(self, tickets: list, pieces: list[str], kind: type[BaseException]) -> None:
-        """Another thread finds everything in order."""
+        """Checks from another thread that the engine works."""
         outcome: list = []
 
         def wait() -> None:
@@ -134,7 +134,7 @@ class Scene:
 
 
 def places_of(scene: Scene) -> list[int]:
-    """The first and the last time that each place is passed."""
+    """The first and last time that each place is reached."""
     with Interrupter() as interrupter:
         scene.play([], [])
     scene._forget()
@@ -174,7 +174,7 @@ def test_an_exception_at_many_calls_loses_no_request(world, engine_of, raised):
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
 def test_signals_at_any_time_lose_no_request(world, engine_of):
-    """Wherever they strike: in torch, in the store, in the standard library."""
+    """Anywhere: in torch, in the store, in the standard library."""
     scene = Scene(world, engine_of)
     began = time.perf_counter()
     scene.play([], [])
@@ -205,7 +205,7 @@ def raise_interrupt(*_, **__):
 
 
 def answered_elsewhere(ticket, timeout: float = 60.0):
-    """The answer as another thread gets it."""
+    """The answer, from another thread."""
     answers: list = []
     thread = threading.Thread(target=lambda: answers.append(ticket.wait(timeout)))
     thread.start()
@@ -213,8 +213,8 @@ def answered_elsewhere(ticket, timeout: float = 60.0):
     return answers[0]
 
 
-def test_another_thread_goes_on_with_what_was_written(world, engine_of, monkeypatch):
-    """A row that was half-way is read again, with its tokens, and none is written twice."""
+def test_another_thread_continues_an_answer(world, engine_of, monkeypatch):
+    """An unfinished row is read again with its tokens, and none is generated twice."""
     case = next(case for case in world.cases[:6] if len(case.tokens) > 5)
     engine = engine_of(max_batch=2, lag=1)
     ticket, other = engine.submit(case.request), engine.submit(world.cases[8].request)
@@ -230,7 +230,7 @@ def test_another_thread_goes_on_with_what_was_written(world, engine_of, monkeypa
     assert other.result().tokens == world.cases[8].tokens
 
 
-def test_a_sampled_answer_goes_on_with_the_draws_that_are_next(world, engine_of, monkeypatch):
+def test_a_sampled_answer_continues_with_the_next_draws(world, engine_of, monkeypatch):
     picture = world.cases[0].request.images
     sampling = {"temperature": 1.0, "seed": 3, "ignore_eos": True}
     engine = engine_of(max_batch=1)
@@ -245,7 +245,7 @@ def test_a_sampled_answer_goes_on_with_the_draws_that_are_next(world, engine_of,
 
 
 def test_a_first_token_that_was_sent_before_the_error_does_not_count(world, engine_of, monkeypatch):
-    """An exception behind the prefill: the prompts are read again, one by one."""
+    """After an exception following the prefill, the prompts are read again, one by one."""
     engine, failed = engine_of(max_batch=2), []
     real = engine._second._send
 
@@ -264,7 +264,7 @@ def test_a_first_token_that_was_sent_before_the_error_does_not_count(world, engi
 
 
 def test_an_error_once_a_prompt_is_made_leaves_no_row_taken(world, engine_of, monkeypatch):
-    """Its request has failed or goes on; no row may be given to one that has failed."""
+    """Its request has failed or continues; a failed one must not get a row."""
     engine = engine_of(max_batch=1)
     chosen: list = []
 
@@ -283,8 +283,8 @@ def test_an_error_once_a_prompt_is_made_leaves_no_row_taken(world, engine_of, mo
     assert engine._second.free_rows == 1
 
 
-def test_who_shares_the_image_of_an_interrupted_request(world, engine_of, monkeypatch):
-    """Its request ends in words, and the next one finds the image."""
+def test_sharing_the_image_of_an_interrupted_request(world, engine_of, monkeypatch):
+    """The other request gets a clear error, and the next one gets the image."""
     engine = engine_of(MemoryStore(1 << 26))
     request, tokens = world.cases[0].request, world.cases[0].tokens
     sharing: list = []
@@ -334,7 +334,7 @@ def test_compress_beside_an_interrupted_thread(world, engine_of, monkeypatch):
 
 
 def test_a_request_that_interrupts_by_itself_does_not_stop_the_others(world, engine_of):
-    """As a panic in a tokenizer written in Rust does: no Exception, and again each time."""
+    """Like a panic in a tokenizer written in Rust: not an Exception, and raised every time."""
     engine = engine_of(max_batch=2)
     bad, good = (engine.submit(world.cases[index].request) for index in (0, 2))
     bad._decode = raise_interrupt
@@ -400,7 +400,7 @@ def test_a_signal_handler_that_closes_the_engine(world, engine_of, monkeypatch):
 
 
 def test_answer_many_that_is_interrupted_gives_up_its_requests(world, engine_of, monkeypatch):
-    """Also those that its helpers are still preparing, without waiting for them."""
+    """Also those still being prepared in its threads, without waiting for them."""
     store, release = MemoryStore(1 << 26), threading.Event()
     engine, tickets = engine_of(store), []
     real_submit, real_get = engine.submit, store.get

@@ -1,4 +1,4 @@
-"""Draws: their distribution, what top-p keeps, and that a seed tells all there is to tell."""
+"""Sampling: the distribution of draws, top-p, and reproducibility by seed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_tokens_are_drawn_as_often_as_they_should_be(temperature, top_p):
     assert counts[expected == 0].sum() == 0, "top-p keeps what transformers keeps"
     likely = expected > 0
     chi_square = ((counts - expected)[likely] ** 2 / expected[likely].clamp(min=1)).sum()
-    assert chi_square < 30  # of at most 6 degrees of freedom: 1 in 25,000
+    assert chi_square < 30  # at most 6 degrees of freedom: p = 1 / 25,000
 
 
 def test_temperature_0_is_greedy_beside_rows_that_are_not():
@@ -57,7 +57,7 @@ def test_a_tiny_top_p_is_greedy():
 
 
 def test_no_number_gives_an_index_out_of_range():
-    """On a GPU that would take the process down."""
+    """On a GPU an index out of range would end the process."""
     strange = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
     logits = torch.cat([strange[:, None].expand(4, 5), torch.eye(5)])
     many = torch.full((9,), 0.5)

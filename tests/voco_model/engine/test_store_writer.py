@@ -1,4 +1,4 @@
-"""Entries on their way to the store, whatever the store does."""
+"""``StoreWriter`` with stores that are slow, hang or fail."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import voco_model
 from tests.voco_model import tiny
 from voco_kernels.kv.entry import CompactKV
 from voco_model.engine import store_writer
-from voco_model.engine.images import ImageJob
+from voco_model.engine.image_job import ImageJob
 from voco_model.engine.plan import ImageSlot
 from voco_model.engine.store_writer import StoreWriter
 from voco_model.kv_store.memory_store import MemoryStore
 
 
 class Gated(MemoryStore):
-    """Its puts wait for ``gate``; ``begun`` counts them."""
+    """A store whose puts wait for ``gate`` and are counted by ``begun``."""
 
     def __init__(self) -> None:
         super().__init__(1 << 26)
@@ -59,12 +59,12 @@ def test_writes_what_comes_and_ends_its_thread(entry):
     assert writer.close() and writer.failures == 0
 
 
-def test_drops_what_a_store_that_is_behind_has_no_time_for(entry, caplog):
+def test_drops_entries_if_the_store_is_too_slow(entry, caplog):
     store = Gated()
     writer = StoreWriter(store)
     for number in range(store_writer._MAX_UNWRITTEN + 3):
         writer.write(job_of(entry, number))
-    assert writer.failures == 3 and "the store is behind" in caplog.text
+    assert writer.failures == 3 and "the store is too slow" in caplog.text
     store.gate.set()
     assert writer.flush(timeout=60) and len(store) == store_writer._MAX_UNWRITTEN
 
@@ -132,7 +132,7 @@ def test_a_store_that_raises_costs_that_entry_only(entry, caplog):
 
 
 def test_no_thread_to_be_had(entry, caplog, monkeypatch):
-    """The entry is dropped, and the next one has another try."""
+    """The entry is dropped, and the next one tries again."""
     store = MemoryStore(1 << 26)
     writer = StoreWriter(store)
 
@@ -148,7 +148,7 @@ def test_no_thread_to_be_had(entry, caplog, monkeypatch):
 
 
 def test_an_interrupt_while_the_thread_is_started(entry, monkeypatch):
-    """The entry waits, for the next one or for a flush."""
+    """The entry waits for the next one, or for a flush."""
     store = MemoryStore(1 << 26)
     writer = StoreWriter(store)
 
@@ -162,7 +162,7 @@ def test_an_interrupt_while_the_thread_is_started(entry, monkeypatch):
 
 
 def test_an_exit_waits_for_a_store_that_hangs_no_longer_than_said(entry, monkeypatch):
-    """What is registered with ``atexit``; the thread itself is a daemon."""
+    """The function registered with ``atexit``; the thread itself is a daemon."""
     monkeypatch.setattr(store_writer, "_writers", weakref.WeakSet())
     monkeypatch.setattr(store_writer, "_PATIENCE", 0.3)
     good, hanging = MemoryStore(1 << 26), Gated()
@@ -179,7 +179,7 @@ def test_an_exit_waits_for_a_store_that_hangs_no_longer_than_said(entry, monkeyp
 
 @pytest.mark.slow  # a process of its own imports Transformers
 def test_a_process_exits_with_entries_unwritten(tmp_path):
-    """What can be written is; a store that hangs keeps no process from its exit."""
+    """Entries are still written, but a store that hangs doesn't keep the process from exiting."""
     script = """
         import sys, threading, types
         from voco_model.engine import store_writer

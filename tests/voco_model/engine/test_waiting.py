@@ -1,4 +1,4 @@
-"""Who waits for an answer, and for how long."""
+"""Waiting for answers: timeouts, cancellation, several threads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def stuck(world, engine_of, monkeypatch):
 
 def test_a_timeout_is_kept_while_another_thread_is_in_a_long_step(world, stuck):
     engine, ticket, release = stuck
-    other = engine.submit(world.cases[1].request)  # which doesn't wait for the step either
+    other = engine.submit(world.cases[1].request)  # doesn't wait for the step either
     began = time.perf_counter()
     with pytest.raises(TimeoutError, match="within 0.1 s, got 0 tokens"):
         other.result(timeout=0.1)
@@ -47,7 +47,7 @@ def test_a_timeout_is_kept_while_another_thread_is_in_a_long_step(world, stuck):
     assert other.result(timeout=60).tokens == world.cases[1].tokens
 
 
-def test_an_answer_that_another_thread_has_written_is_seen_while_it_goes_on(world, stuck):
+def test_an_answer_is_returned_while_another_thread_is_still_in_a_step(world, stuck):
     engine, ticket, _ = stuck
     other = engine.submit(world.cases[1].request)
     answers: list = []
@@ -70,7 +70,7 @@ def test_closing_does_not_wait_for_a_step_without_end(world, stuck):
 
 
 def test_a_stream_that_is_dropped_gives_its_row_back(world, engine_of):
-    """Neither closed nor read to its end: the garbage collector comes."""
+    """A stream neither closed nor exhausted is cancelled by the garbage collector."""
     engine = engine_of(max_batch=1)
     stream = engine.stream(world.cases[0].request.images, [70, 90], ignore_eos=True)
     next(stream)
@@ -87,7 +87,7 @@ def test_closing_while_others_wait_ends_their_waiting(world, engine_of, monkeypa
     all_in, outcome = threading.Barrier(4), {}
     real = engine._second.step
 
-    def slowly() -> bool:  # so that nobody is done before all have come
+    def slowly() -> bool:  # so that none is done before all have started
         return real() if engine._closed else False
 
     monkeypatch.setattr(engine._second, "step", slowly)

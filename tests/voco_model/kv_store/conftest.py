@@ -1,4 +1,4 @@
-"""A real Redis on loopback, entries to store, and servers that misbehave."""
+"""A real Redis server on loopback, and fake servers that misbehave."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 SERVER = shutil.which("redis-server")
-# Of a healthy server on a machine that does other things too: no test waits for it on purpose.
+# Timeout for a healthy server on a busy machine; no test waits for it to expire.
 PATIENT = 20.0
 
 
 class RedisServer:
-    """A ``redis-server`` of its own, in a folder of its own, on a Unix socket and on a loopback port.
+    """A private ``redis-server`` in its own folder, on a Unix socket and a loopback port.
 
     Attributes:
         url: of the loopback port, which it keeps across restarts.
@@ -34,7 +34,8 @@ class RedisServer:
         self._process: subprocess.Popen | None = None
 
     def start(self, *options: str) -> None:
-        """Start it and wait until it answers. Without persistence, unless ``options`` ask for it."""
+        """Starts the server and waits until it answers. Without persistence, unless ``options`` enable
+        it."""
         command = [SERVER, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
         command += ["--unixsocket", str(self.socket), "--dir", str(self.folder), *options]
         with open(self.folder / "log", "ab") as log:
@@ -49,14 +50,14 @@ class RedisServer:
             time.sleep(0.01)
 
     def kill(self) -> None:
-        """As the kernel does when memory runs out: no goodbye."""
+        """Kills it without warning, as the kernel does when memory runs out."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGCONT)
             self._process.kill()
             self._process.wait()
 
     def stall(self) -> None:
-        """It keeps its connections and accepts new ones, but answers nothing."""
+        """Stops it: connections stay open and new ones are accepted, but nothing is answered."""
         self._process.send_signal(signal.SIGSTOP)
         status = Path(f"/proc/{self._process.pid}/stat")
         while status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] not in "Tt":
@@ -66,13 +67,13 @@ class RedisServer:
         self._process.send_signal(signal.SIGCONT)
 
     def client(self):
-        """redis-py's own client, with which tests look into the server and spoil what it keeps."""
+        """redis-py's own client, for looking into the server and damaging its values."""
         import redis
 
         return redis.Redis.from_url(self.url, socket_timeout=PATIENT)
 
     def reset(self) -> None:
-        """As it was started: awake, empty, without limits."""
+        """Resets it to running, empty and without limits."""
         if self._process is None or self._process.poll() is not None:
             self.start()
         self.go_on()
@@ -100,7 +101,7 @@ def redis_process(tmp_path_factory):
     if SERVER is None:
         message = "needs redis-server on the PATH (Debian: apt install redis-server)"
         pytest.fail(message) if required else pytest.skip(message)
-    # Short, because the path of a Unix socket has to be: 107 characters.
+    # A short path: that of a Unix socket is limited to 107 characters.
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     server.start()
     yield server
@@ -109,7 +110,7 @@ def redis_process(tmp_path_factory):
 
 @pytest.fixture
 def redis_server(redis_process):
-    """The session's Redis, empty; whatever a test does to it is undone by the next one's."""
+    """The session's Redis server, reset before each test."""
     redis_process.reset()
     return redis_process
 
@@ -121,7 +122,7 @@ def free_port() -> int:
 
 
 class FakeServer:
-    """A TCP server on loopback that does to each connection what a function says.
+    """A TCP server on loopback that handles each connection by a function.
 
     Args:
         behave: called with each accepted socket, in a thread; it may read and write until ``OSError``.
@@ -157,7 +158,7 @@ class FakeServer:
 
 @pytest.fixture
 def fake_server():
-    """``fake_server(behave)`` starts one; all are closed at the end."""
+    """``fake_server(behave)`` starts a server, which is closed after the test."""
     servers: list[FakeServer] = []
 
     def start(behave) -> FakeServer:

@@ -1,4 +1,4 @@
-"""Entries to store, and the comparison that knows no tolerance."""
+"""Small entries for the stores' tests, and their exact comparison."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def make_entry(
     dtype=torch.bfloat16,
     fingerprint: str = "model-a",
 ) -> CompactKV:
-    """A small entry, another one for each number, under ``make_key(number)``."""
+    """A small entry that depends on ``number``, with the key ``make_key(number)``."""
     generator = torch.Generator().manual_seed(number)
     kv = torch.randn(layers, 2, 2, tokens, 16, generator=generator)
     positions = torch.arange(5, 5 + tokens)
@@ -31,7 +31,7 @@ def make_key(number: int) -> str:
 
 
 def assert_same(got: CompactKV | None, expected: CompactKV) -> None:
-    """All of it, to the bit."""
+    """Checks that two entries agree in every field and bit."""
     assert got is not None, "a miss"
     assert got.dtype == expected.dtype
     assert got.kv.shape == expected.kv.shape

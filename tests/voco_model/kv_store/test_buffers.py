@@ -1,4 +1,4 @@
-"""Memory that is used again, but never while a tensor looks at it."""
+"""``BufferPool``: memory is reused, but never while a tensor refers to it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def over(view: memoryview) -> torch.Tensor:
     return torch.frombuffer(view, dtype=torch.uint8)
 
 
-def test_memory_is_used_again_when_nobody_looks_at_it():
+def test_memory_is_reused_once_unreferenced():
     pool = BufferPool(8 * MIB, pin=False)
     tensor = over(pool.lease(MIB))
     first = tensor.data_ptr()
     part = tensor.view(2, -1)[1, 5:]
     del tensor
-    assert address(pool.lease(MIB)) != first  # part still does
+    assert address(pool.lease(MIB)) != first  # part is still referenced
     del part
     assert address(pool.lease(MIB)) == first
     assert pool.held == 2 * MIB and pool.unpooled == 0
@@ -72,7 +72,7 @@ def test_beyond_its_limit_it_keeps_nothing_and_counts():
     assert pool.unpooled == 4
     none = BufferPool(0, pin=False)
     assert len(none.lease(5)) == 5 and (none.held, none.unpooled) == (0, 1)
-    with pytest.raises(ValueError, match="expected a limit of 0 bytes or more"):
+    with pytest.raises(ValueError, match="expected limit >= 0 bytes"):
         BufferPool(-1)
 
 
@@ -117,7 +117,7 @@ def test_threads_never_get_the_same_memory():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_forked_child_writes_to_memory_of_its_own():
     pool = BufferPool(4 * MIB, pin=False)
-    free = address(pool.lease(MIB))  # given back at once
+    free = address(pool.lease(MIB))  # returned immediately
     mine = over(pool.lease(2 * MIB)).fill_(7)
     child = os.fork()
     if child == 0:

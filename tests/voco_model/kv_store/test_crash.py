@@ -1,4 +1,4 @@
-"""kill -9 in the middle of ``put``: what was acknowledged is there, and nothing half written is seen."""
+"""kill -9 during ``put``: acknowledged entries are there, and no incomplete one is visible."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 
 def put_until_killed(path, start: int, acknowledge: int, fsync: bool) -> None:
-    """In a child: entry after entry, a byte down the pipe for each that ``put`` has returned of."""
+    """In a child: puts entries one after another, and writes a byte to the pipe after each ``put``."""
     with KVStore(path, max_bytes=ROOMY, fsync=fsync) as store:
         for number in range(start, start + 10_000):
             store.put(ENTRIES[number % len(ENTRIES)])
@@ -38,7 +38,7 @@ def killed(path, start: int, delay: float, fsync: bool) -> list[int]:
         finally:
             os._exit(1)
     os.close(writing)
-    acknowledged = os.read(reading, 1)  # it has begun: from here on, any moment will do
+    acknowledged = os.read(reading, 1)  # it has started: kill it at any time from here on
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -67,7 +67,7 @@ def test_nothing_acknowledged_is_lost_and_nothing_half_written_seen(tmp_path, fs
                     found = store.get(entry.key)
                     assert found is not None or number not in ever
             assert store.stats().failures == {}
-            # Where the last entry was being replaced, the one before it is still there.
+            # If the last entry was being replaced, its predecessor is still there.
         assert len(ever) > len(ENTRIES) // 2
     with KVStore(tmp_path, max_bytes=ROOMY, fsync=False) as store:
         assert not list((tmp_path / "tmp").iterdir())  # swept

@@ -1,4 +1,4 @@
-"""The folder: what was put is there, what isn't intact is a miss, and what is least used goes first."""
+"""``KVStore``: entries that were put are served, damaged ones are misses, eviction is by last use."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.voco_model.kv_store.samples import assert_same, make_entry, make_key
-from voco_model.kv_store import disk
+from voco_model.kv_store import writing
 from voco_model.kv_store.base import StoreUnavailable
 from voco_model.kv_store.buffers import BufferPool
 from voco_model.kv_store.disk import KVStore
 from voco_model.kv_store.format import EntryError, encode
 
-SIZE = sum(map(len, encode(make_entry(0), make_key(0))))  # of each entry here, on disk
+SIZE = sum(map(len, encode(make_entry(0), make_key(0))))  # bytes on disk of each entry here
 ROOMY = 1000 * SIZE
 
 
@@ -53,7 +54,7 @@ def held(store: KVStore) -> set[int]:
 
 
 def check_consistent(store: KVStore) -> None:
-    """The index is what a scan of the files would make it."""
+    """Checks that the index agrees with the files."""
     on_disk = {path.stem: path.stat().st_size for path in files(store, "v1")}
     stats = store.stats()
     assert set(store) == set(on_disk)
@@ -99,7 +100,7 @@ def test_get_many_delete_and_clear(store):
 
 
 def test_large_entries_are_read_in_chunks(store):
-    """Several chunks of a checksum, and a last one that is not whole."""
+    """In several chunks for the checksum, the last of which is shorter."""
     entry = make_entry(1, tokens=700, layers=48, dtype=torch.float32)
     assert entry.nbytes > 4 * 2**20
     with KVStore(store.path, max_bytes=100 * 2**20, fsync=False) as large:
@@ -116,7 +117,7 @@ def test_putting_again_replaces(store):
     store.put(other, key=make_key(1))
     got = store.get(make_key(1))
     assert torch.equal(got.kv, other.kv) and got.key == make_key(1)
-    assert_same(before, make_entry(1))  # a tensor that was served stays what it was
+    assert_same(before, make_entry(1))  # tensors from get don't change
     check_consistent(store)
     store.put(make_entry(1))
     check_consistent(store)
@@ -124,7 +125,7 @@ def test_putting_again_replaces(store):
 
 
 def test_arguments_are_checked(store, tmp_path):
-    with pytest.raises(ValueError, match="expected a key, got an entry without one"):
+    with pytest.raises(ValueError, match="expected a key, got none with the entry"):
         store.put(make_entry(1).__class__(make_entry(1).kv, make_entry(1).positions, 9))
     for use in (
         store.get,
@@ -136,7 +137,7 @@ def test_arguments_are_checked(store, tmp_path):
             use("../../../../etc/passwd")
     with pytest.raises(TypeError, match="expected a CompactKV"):
         store.put(make_entry(1).kv, make_key(1))
-    with pytest.raises(ValueError, match="expected max_bytes above 0"):
+    with pytest.raises(ValueError, match="expected max_bytes >= 1"):
         KVStore(tmp_path / "other", max_bytes=0)
     with pytest.raises(TypeError, match="expected max_bytes as an int"):
         KVStore(tmp_path / "other", max_bytes=1e9)
@@ -155,8 +156,12 @@ def test_a_store_of_one_model_keeps_and_serves_only_its_entries(tmp_path, caplog
     with KVStore(tmp_path, max_bytes=ROOMY, fingerprint="model-a") as store:
         with pytest.raises(ValueError, match="expected an entry of the model"):
             store.put(make_entry(2, fingerprint="model-b"))
+        unmarked = make_entry(4, fingerprint="")  # as compress makes them without a store
+        with pytest.raises(ValueError, match=r"put dataclasses.replace\(entry, fingerprint=store"):
+            store.put(unmarked)
+        store.put(replace(unmarked, fingerprint=store.fingerprint))
         store.put(make_entry(3))
-        assert store.get(make_key(3)) is not None
+        assert store.get(make_key(3)) is not None and make_key(4) in store
         assert store.get(make_key(1)) is None
         assert store.stats().failures == {"model": 1}
 
@@ -195,14 +200,14 @@ def test_a_reader_gives_layers_as_they_come(store):
         assert reader is None
 
 
-def test_a_reader_wants_layers_in_order_and_all(store):
+def test_a_reader_requires_all_layers_in_order(store):
     store.put(make_entry(1, layers=3))
     memory = memoryview(bytearray(1000))
     with store.reader(make_key(1)) as reader:
         with pytest.raises(ValueError, match="in order"):
             reader.read(1, 1, memory)
         reader.read(0, 1, memory)
-        with pytest.raises(ValueError, match="before the checksum is compared"):
+        with pytest.raises(ValueError, match="before the checksum is verified"):
             reader.check()
         with pytest.raises(ValueError, match="in order"):
             reader.read(1, 3, memory)
@@ -224,7 +229,7 @@ def test_a_reader_says_at_the_end_that_all_was_wrong(store):
     assert (store.stats().failures, store.stats().hits) == ({"corrupt": 1}, 0)
 
 
-# --- what isn't served
+# --- damaged files
 
 
 BAD = {
@@ -293,7 +298,7 @@ def test_a_good_file_that_came_meanwhile_is_not_set_aside(store, caplog):
         list(reader.layers())
     assert_same(store.get(make_key(1)), make_entry(1))
     assert not files(store, "quarantine")
-    assert "another one has its name by now" in caplog.text
+    assert "another file has replaced it" in caplog.text
     check_consistent(store)
 
 
@@ -345,7 +350,7 @@ def test_the_least_recently_used_go_first(tmp_path):
             list(reader.layers())
         store.put(make_entry(4))
         assert held(store) == {2, 3, 4}
-        store.put(make_entry(2))  # put again: used
+        store.put(make_entry(2))  # a put counts as a use
         store.put(make_entry(5))
         assert held(store) == {2, 4, 5}
         stats = store.stats()
@@ -385,13 +390,13 @@ def test_what_is_in_use_is_not_evicted(tmp_path, caplog):
         with store.hold(make_key(0)) as there, store.reader(make_key(1)):
             assert there
             store.put(make_entry(2))
-            # All else is in use: too much for a while, rather than not to keep what was put.
+            # All else is in use: the store exceeds its limit rather than refuse the entry.
             assert held(store) == {0, 1, 2}
             assert store.stats().overfull == 1 and "in use" in caplog.text
             with store.hold(make_key(77)) as there:
                 assert not there
         store.put(make_entry(3))
-        # 1 was used last by its reader, 2 before it; 0 was held, which isn't a use.
+        # 1 was used by its reader after 2; holding 0 didn't count as a use.
         assert len(held(store)) == 2 and 3 in held(store)
         assert store.stats().bytes == 2 * SIZE
         check_consistent(store)
@@ -420,7 +425,7 @@ def test_clocks_that_went_back_do_no_harm(tmp_path):
         check_consistent(store)
 
 
-# --- putting right
+# --- repair
 
 
 def test_verify_finds_what_is_wrong_and_puts_it_right(store):
@@ -430,7 +435,7 @@ def test_verify_finds_what_is_wrong_and_puts_it_right(store):
     spoil(file_of(store, 0), 4096)
     os.truncate(file_of(store, 1), 10)
     file_of(store, 2).unlink()
-    # Two files that the index doesn't know, and one that isn't an entry.
+    # Two files that the index doesn't have, and one that isn't an entry.
     adopted = file_of(store, 9)
     adopted.parent.mkdir(exist_ok=True)
     adopted.write_bytes(b"".join(encode(make_entry(9, tokens=2), make_key(9))))
@@ -460,7 +465,7 @@ def test_leftovers_of_dead_writers_are_swept_and_those_of_living_ones_are_not(tm
         store.put(make_entry(1))
         dead = store.path / "tmp" / f"{make_key(2)}.1-00"
         dead.write_bytes(bytes(100))
-        with store._temporary(make_key(3)) as (_, living):
+        with store._files.temporary(make_key(3)) as (_, living):
             with KVStore(tmp_path, max_bytes=ROOMY):
                 assert not dead.exists() and os.path.exists(living)
         assert not files(store, "tmp")
@@ -475,7 +480,7 @@ def test_leftovers_are_swept_from_a_store_that_stays_open(store, monkeypatch, wh
     if when == "verified":
         assert store.verify().ok
     else:
-        store._make_room(0, OSError(errno.ENOSPC, "full"))
+        store._writer.make_room(0, ROOMY, OSError(errno.ENOSPC, "full"))
     assert not dead.exists()
 
 
@@ -529,7 +534,7 @@ def test_an_index_that_is_gone_or_unusable_is_made_again(tmp_path, damage, when,
         store.put(make_entry(number))
     store.get(make_key(2))
     if damage in (replace_by_a_newer_one, damage_in_the_middle) and when == "open":
-        pytest.skip("who has it open has read these pages before")
+        pytest.skip("an open handle has read these pages already")
     if when == "closed":
         store.close()
     damage(store.path / "index.sqlite")
@@ -541,7 +546,7 @@ def test_an_index_that_is_gone_or_unusable_is_made_again(tmp_path, damage, when,
     aside = [path for path in store.path.iterdir() if "set-aside" in path.name]
     assert len(aside) == (damage is not remove)
     assert ("set the index" in caplog.text) == (damage is not remove)
-    # The order is that of the uses.
+    # Eviction is still in the order of uses.
     for new, left in ((5, {1, 2, 3, 5}), (6, {2, 3, 5, 6}), (7, {3, 5, 6, 7}), (8, {5, 6, 7, 8})):
         store.put(make_entry(new))
         assert held(store) == left
@@ -587,7 +592,7 @@ def test_an_old_journal_is_not_rolled_back_into_a_new_index(tmp_path):
 
 
 @contextmanager
-def somebody_locks(path: Path):
+def index_locked(path: Path):
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("BEGIN EXCLUSIVE")
     try:
@@ -597,16 +602,16 @@ def somebody_locks(path: Path):
         connection.close()
 
 
-def test_a_locked_index_keeps_nobody_from_reading(tmp_path):
+def test_entries_can_be_read_while_the_index_is_locked(tmp_path):
     with KVStore(tmp_path, max_bytes=ROOMY, fsync=False, index_timeout=0.1) as store:
         store.put(make_entry(1))
         store.put(make_entry(2))
-        with somebody_locks(tmp_path / "index.sqlite"):
+        with index_locked(tmp_path / "index.sqlite"):
             assert_same(store.get(make_key(1)), make_entry(1))
             spoil(file_of(store, 2), 4096)
-            assert store.get(make_key(2)) is None  # set aside; the index hears of it later
+            assert store.get(make_key(2)) is None  # set aside; the index is updated later
             assert store.get(make_key(3)) is None
-            with pytest.raises(StoreUnavailable, match="expected the index"):
+            with pytest.raises(StoreUnavailable, match="index .* was not available within"):
                 store.put(make_entry(3))
             assert not files(store, "tmp")
             with KVStore(tmp_path, max_bytes=ROOMY, index_timeout=0.1) as second:
@@ -624,7 +629,7 @@ def test_a_locked_index_keeps_nobody_from_reading(tmp_path):
 def test_a_full_disk_makes_room_once_and_then_says_so(store, monkeypatch, code, caplog):
     for number in range(30):
         store.put(make_entry(number))
-    evicted = -(-(SIZE + disk._INDEX_ROOM) // SIZE)
+    evicted = -(-(SIZE + writing.INDEX_ROOM) // SIZE)
     room = [0]  # attempts that fail
     writev = os.writev
 
@@ -632,7 +637,7 @@ def test_a_full_disk_makes_room_once_and_then_says_so(store, monkeypatch, code, 
         if room[0] == 0:
             return writev(fd, parts)
         room[0] -= 1
-        writev(fd, [bytes(parts[0][:1000])])  # it does write some
+        writev(fd, [bytes(parts[0][:1000])])  # a partial write
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "writev", full)
@@ -653,7 +658,7 @@ def test_a_full_disk_makes_room_once_and_then_says_so(store, monkeypatch, code, 
     assert store.verify().ok
 
 
-def test_short_writes_go_on(store, monkeypatch):
+def test_short_writes_are_continued(store, monkeypatch):
     writev = os.writev
 
     def dribble(fd, parts):
@@ -666,7 +671,7 @@ def test_short_writes_go_on(store, monkeypatch):
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    """A file system of 1 MiB of its own."""
+    """A separate file system of 1 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
@@ -681,7 +686,7 @@ def tiny_disk(tmp_path):
 
 
 def test_a_disk_that_is_really_full(tiny_disk):
-    """max_bytes says 1 GB, the disk has 1 MB: puts go on, in the place of older entries."""
+    """With max_bytes of 1 GB on a disk of 1 MB, new entries replace older ones."""
     with KVStore(tiny_disk, max_bytes=10**9) as store:
         for number in range(400):
             store.put(make_entry(number))
@@ -732,7 +737,7 @@ def test_threads_share_a_handle(tmp_path):
         assert store.verify().ok
 
 
-def test_a_fork_goes_on_with_the_handle(tmp_path):
+def test_a_handle_works_on_both_sides_of_a_fork(tmp_path):
     with KVStore(tmp_path, max_bytes=ROOMY, fsync=False) as store:
         store.put(make_entry(1))
         served = store.get(make_key(1))
@@ -757,7 +762,7 @@ def test_a_fork_goes_on_with_the_handle(tmp_path):
 
 
 def test_two_puts_of_one_key_leave_the_row_of_the_file_that_is_there(tmp_path, monkeypatch):
-    """Another put, and an eviction of what it left, between a rename and the look at the row."""
+    """Another put, and a delete of its entry, between this put's rename and its check of the row."""
     with (
         KVStore(tmp_path, max_bytes=2 * SIZE, fsync=False) as one,
         KVStore(tmp_path, max_bytes=ROOMY, fsync=False) as other,
@@ -770,8 +775,8 @@ def test_two_puts_of_one_key_leave_the_row_of_the_file_that_is_there(tmp_path, m
                 if evicted:
                     other.delete(make_key(1))
 
-            monkeypatch.setattr("voco_model.kv_store.disk._sync_folder", meanwhile)
-            monkeypatch.setattr(one, "_fsync", True)
+            monkeypatch.setattr("voco_model.kv_store.files.sync_folder", meanwhile)
+            monkeypatch.setattr(one._files, "sync", True)
             one.put(make_entry(1))
             assert held(one) == (set() if evicted else {1})
             check_consistent(one)
@@ -780,7 +785,7 @@ def test_two_puts_of_one_key_leave_the_row_of_the_file_that_is_there(tmp_path, m
 
 @pytest.mark.slow
 def test_a_hundred_thousand_entries(tmp_path):
-    """Opened in less than a second, and got from as fast as from a store of ten."""
+    """Opens in less than a second, and reads as fast as a store of ten entries."""
     count = 100_000
     with KVStore(tmp_path / "few", max_bytes=10**12, fsync=False) as few:
         for number in range(10):
@@ -794,7 +799,7 @@ def test_a_hundred_thousand_entries(tmp_path):
             shard = number % 256
             path = many_path / "v1" / f"{shard:02x}" / f"{shard:02x}{number:062x}.safetensors"
             fd = os.open(path, os.O_CREAT | os.O_WRONLY)
-            os.truncate(fd, SIZE)  # without a byte of its own on the disk
+            os.truncate(fd, SIZE)  # a sparse file, which takes no space
             os.close(fd)
     (many_path / "index.sqlite").unlink()
     with KVStore(many_path, max_bytes=10**12, fsync=False) as many:
@@ -824,9 +829,9 @@ def test_a_hundred_thousand_entries(tmp_path):
 
     with KVStore(tmp_path / "few", max_bytes=10**12, fsync=False) as few:
         for median in (median_of_get, median_of_put):
-            # Were it linear, it would be ten thousand times as long.
+            # If the time were linear, it would be ten thousand times as long.
             assert median(many) < 10 * median(few) + 1e-3
-    # Eviction meets the oldest first, without a look at all the others.
+    # Eviction finds the oldest entries without reading all rows.
     many.max_bytes = many.stats().bytes
     start = time.perf_counter()
     many.put(make_entry(10**6, tokens=3))

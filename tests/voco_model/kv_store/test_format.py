@@ -1,4 +1,4 @@
-"""Entries as bytes: nothing changes on the way, and nothing that was changed is taken for an entry."""
+"""The entry format: round trips are exact, and every change to the bytes is detected."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def to_bytes(entry, key=None) -> bytes:
 
 
 def read_by_the_book(data: bytes) -> tuple[dict, dict]:
-    """Metadata and tensors, as docs of the format and of safetensors have it: none of our code."""
+    """Reads metadata and tensors by the documented format, without the package's code."""
     (length,) = struct.unpack("<Q", data[:8])
     assert (8 + length) % 4096 == 0
     text = data[8 : 8 + length]
@@ -74,7 +74,7 @@ def read_by_the_book(data: bytes) -> tuple[dict, dict]:
 
 
 def with_header(data: bytes, text: bytes, *, digest: bool = True) -> bytes:
-    """The file with another JSON text, padded, with a digest that is right."""
+    """The file with another JSON text, padded, with a valid digest."""
     size = header_size(data)
     text += b" " * (-(8 + len(text)) % 4096)
     changed = bytearray(struct.pack("<Q", len(text)) + text + data[size:])
@@ -119,7 +119,7 @@ def test_every_bit_pattern_comes_back(dtype):
 @pytest.mark.parametrize("head_dim", [1, 2, 3, 5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_odd_sizes_come_back(dtype, head_dim):
-    """What follows kv isn't aligned then, nor is anything in a buffer that starts at an odd address."""
+    """What follows kv isn't aligned here, nor is anything in a buffer at an odd address."""
     entry = make_entry(1, tokens=1, layers=1, dtype=torch.float32)
     entry = replace(entry, kv=entry.kv[:, :, :1, :, :head_dim], rope=None)
     entry = entry.quantize(dtype) if dtype.itemsize == 1 else entry.to(dtype=dtype)
@@ -152,7 +152,7 @@ def test_another_program_reads_it(dtype):
 
 
 def test_the_bytes_of_a_small_entry():
-    """Written out by hand. Should this fail, the version of the format has to change."""
+    """Bytes written by hand. If this fails, the version of the format has to change."""
     kv = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0, 4.0, 5.0, -0.0]).bfloat16().view(1, 2, 1, 2, 2)
     entry = replace(
         make_entry(0, tokens=2, layers=1),
@@ -198,7 +198,7 @@ def test_decode_doesnt_copy_kv():
         decoded = decode(data)
         assert decoded.kv.data_ptr() == address + 4096
         del data
-        assert_same(decoded, entry)  # which kept the memory
+        assert_same(decoded, entry)  # which keeps the memory alive
 
 
 def test_any_layout_in_memory_is_encoded_alike():
@@ -241,7 +241,7 @@ def test_what_a_header_has_no_room_for_is_refused():
         encode(replace(make_entry(1), next_position=2**63), make_key(1))
 
 
-# --- what isn't an entry
+# --- invalid bytes
 
 
 def test_each_reason():
@@ -293,7 +293,7 @@ def regions(data: bytes) -> dict[str, range]:
 
 @pytest.mark.parametrize("sample", range(len(SAMPLES)))
 def test_every_flipped_bit_is_found_outside_kv_and_padding(sample):
-    """Each of them: some 8000 bits in all three samples."""
+    """Each bit of three samples, about 8000."""
     data = bytearray(SAMPLES[sample])
     for name, where in regions(data).items():
         step = 97 if name in ("kv", "padding") else 1
@@ -344,7 +344,7 @@ def test_garbage_is_refused(data):
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(SAMPLES), st.data())
 def test_other_headers_with_the_right_digest_are_refused(data, draw):
-    """An adversary can make a digest too. A header has one spelling, so whatever they write is found."""
+    """Even with a valid digest, any other spelling of a header is rejected."""
     text = json_of(data)
     numbers = [m for m in range(69, len(text)) if text[m : m + 1].isdigit()]
     at = draw.draw(st.sampled_from(numbers))
@@ -358,7 +358,7 @@ def test_other_headers_with_the_right_digest_are_refused(data, draw):
             entry = decode(changed)
         except EntryError:
             return
-        # What may be another entry altogether: another key or position, as its digest says.
+        # A valid header of another entry: another key or position.
         assert entry.kv.shape == decode(data).kv.shape
         assert changed == b"".join(encode(entry, entry.key))
 
@@ -412,7 +412,7 @@ def test_nothing_is_allocated_by_what_a_header_says(monkeypatch):
         parse_header(SAMPLES[1][:4096], 2**62)
 
 
-def test_a_compact_header_is_for_those_who_ask_for_it():
+def test_a_compact_header_is_read_only_on_request():
     entry = make_entry(1, tokens=3)
     compact = b"".join(encode(entry, entry.key, COMPACT))
     padded = b"".join(encode(entry, entry.key))
@@ -422,7 +422,7 @@ def test_a_compact_header_is_for_those_who_ask_for_it():
         assert {name for name in load(data)} == {"kv", "positions", "inv_freq"}
     with pytest.raises(EntryError, match="foreign"):
         decode(compact)
-    # More padding than it takes is no header of ours.
+    # A header with more padding than necessary is invalid.
     (length,) = struct.unpack_from("<Q", compact)
     longer = struct.pack("<Q", length + 8) + compact[8 : 8 + length] + b" " * 8
     with pytest.raises(EntryError, match="expected up to 7 spaces"):

@@ -1,4 +1,4 @@
-"""The reader in docs/kv_format.md, as printed, on entries of ours; and the numbers beside it."""
+"""The reader printed in docs/kv_format.md reads entries, and the sizes stated there are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``load_into`` of the stores: the same cache as with ``get``, and nothing half done called done."""
+"""``Store.load_into``: the same cache as by ``get``, and no partial load reported as complete."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def store(request, tmp_path):
 
 @pytest.fixture(params=["in pieces", "in place", "as a whole"])
 def way(request, monkeypatch):
-    """Of a file: a few heads at a time; or each head to its place; or as every other store does."""
+    """How a file is loaded: a few heads at a time, each head in place, or as a whole entry."""
     if request.param == "as a whole":
         return
     monkeypatch.setattr(disk, "STREAMED_FROM", 0)
@@ -129,7 +129,7 @@ def test_a_file_cut_off_while_it_is_read_is_missing(tmp_path, monkeypatch):
     store.put(make_entry(3), key(0))
     prepare = loading.prepare_load
 
-    def cut(*arguments, **options):  # the header has been read and believed
+    def cut(*arguments, **options):  # after the header has been checked
         os.truncate(path_of(store, 0), 4096 + 1000)
         return prepare(*arguments, **options)
 

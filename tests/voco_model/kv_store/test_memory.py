@@ -9,7 +9,7 @@ import torch
 from tests.voco_model.kv_store.samples import assert_same, make_entry, make_key
 from voco_model.kv_store.memory_store import MemoryStore
 
-# kv, positions and inv_freq of an entry of make_entry
+# bytes of kv, positions and inv_freq of an entry of make_entry
 SIZE = make_entry(0).nbytes + 8 + 32
 
 
@@ -84,7 +84,7 @@ def test_what_is_done_to_the_tensors_that_were_put_is_not_done_to_the_store():
 
 
 @pytest.mark.parametrize("part", [lambda e: e.kv, lambda e: e.positions, lambda e: e.scales])
-def test_an_entry_that_somebody_wrote_to_is_not_served(part, caplog):
+def test_an_entry_that_was_written_to_is_not_served(part, caplog):
     store = MemoryStore(10**6)
     store.put(make_entry(1, dtype=torch.int8))
     part(store.get(make_key(1)))[..., 0] = 1
@@ -92,6 +92,18 @@ def test_an_entry_that_somebody_wrote_to_is_not_served(part, caplog):
     assert store.stats().failures == {"overwritten": 1}
     assert "clone what you change" in caplog.text
     assert make_key(1) not in store and store.stats().bytes == 0
+
+
+def test_verify_drops_what_was_written_to():
+    store = MemoryStore("2 kB")
+    for number in range(2):
+        store.put(make_entry(number))
+    store.get(make_key(0)).kv.zero_()
+    before = store.stats()
+    report = store.verify()
+    assert (report.entries, report.bytes) == (1, SIZE)
+    assert report.bad == {make_key(0): "overwritten"} and list(store) == [make_key(1)]
+    assert store.verify().ok and store.stats().hits == before.hits
 
 
 def test_entries_made_in_inference_mode():

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import voco_model
 from tests.voco_model.kv_store.conftest import PATIENT
 from tests.voco_model.kv_store.samples import assert_same, make_entry, make_key
 from voco_model.kv_store.disk import KVStore
 from voco_model.kv_store.memory_store import MemoryStore
 from voco_model.kv_store.objects import ObjectStore
-from voco_model.kv_store.open import open_store, parse_size
+from voco_model.kv_store.open import open_store
 from voco_model.kv_store.redis_store import RedisStore
+from voco_model.kv_store.sizes import parse_size
 from voco_model.kv_store.tiered import TieredStore
 
 
@@ -40,6 +43,33 @@ def test_what_is_not_a_size(text):
         parse_size(text)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path, size: KVStore(path, max_bytes=size),
+        lambda path, size: KVStore(path, max_bytes=1, quarantine_bytes=size),
+        lambda path, size: MemoryStore(size),
+        lambda path, size: TieredStore([MemoryStore(1)], max_waiting_bytes=size),
+    ],
+    ids=["max_bytes", "quarantine_bytes", "memory", "tiers"],
+)
+def test_constructors_take_sizes_as_a_url_does(tmp_path, make):
+    make(tmp_path, "20GB").close()
+    make(tmp_path, np.int64(10**9)).close()
+    for size in ("much", "-1GB", -1):
+        with pytest.raises(ValueError, match="expected (max|quarantine)_"):
+            make(tmp_path, size)
+    for size in (1e9, True):
+        with pytest.raises(TypeError, match="as an int or a size such as '20GB'"):
+            make(tmp_path, size)
+
+
+def test_sizes_are_kept_as_numbers(tmp_path):
+    with KVStore(tmp_path, max_bytes="20GB", quarantine_bytes="1 MiB") as store:
+        assert (store.max_bytes, store.quarantine_bytes) == (20 * 10**9, 2**20)
+    assert MemoryStore("2GiB").stats().max_bytes == 2**31
+
+
 def test_a_folder(tmp_path):
     for url, options in [
         (str(tmp_path / "a b"), {"max_bytes": "10GB"}),
@@ -51,8 +81,17 @@ def test_a_folder(tmp_path):
             assert isinstance(store, KVStore)
             assert store.path == tmp_path / "a b"
             assert store.stats().max_bytes == 10**10
-    with KVStore.open(str(tmp_path / "a b"), max_bytes="1GB", fingerprint="model-a") as store:
+    with voco_model.open_store(
+        str(tmp_path / "a b"), max_bytes="1GB", fingerprint="model-a"
+    ) as store:
         assert store.fingerprint == "model-a"
+
+
+def test_the_old_name_still_opens_a_store_and_says_so(tmp_path):
+    with pytest.warns(DeprecationWarning, match=r"voco_model\.open_store"):
+        store = KVStore.open(str(tmp_path), max_bytes="1GB")
+    with store:
+        assert store.path == tmp_path and store.max_bytes == 10**9
 
 
 def test_memory():
@@ -155,7 +194,7 @@ def test_what_was_opened_is_closed_if_a_later_tier_cannot_be(tmp_path, monkeypat
         ("redis://localhost?max_bytes=1GB", {}, "maxmemory"),
         ("redis://localhost?ttl=soon", {}, "ttl as a number of seconds"),
         ("redis://localhost?ttl=-3", {}, "ttl above 0"),
-        ("redis://localhost?connections=few", {}, "connections as a whole number"),
+        ("redis://localhost?connections=few", {}, "connections as an integer"),
         ("redis://localhost?back_off=3", {}, "back_off as two numbers"),
         ("redis://localhost", {"nonsense": 1}, "got nonsense"),
         ("redis://u:pa/ss@localhost", {}, "percent-encoded"),

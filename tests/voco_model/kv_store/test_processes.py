@@ -1,4 +1,4 @@
-"""Many processes at one store, with eviction running."""
+"""Many processes using one store, with eviction."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 
 def write(store: KVStore, chance: random.Random) -> int:
-    # Not the held one: put again it would be another file, which nobody holds.
+    # Not the held one: a new put would replace its file by one that isn't held.
     number = chance.choice([number for number in range(len(ENTRIES)) if number != HELD])
     store.put(ENTRIES[number])
     return 1
@@ -43,7 +43,7 @@ def read(store: KVStore, chance: random.Random) -> int:
 
 
 def child(path, do, seed: int, results: int) -> None:
-    """Works until the time is over, then reports how often ``do`` did something, or what went wrong."""
+    """Calls ``do`` until the time is over, then reports how often it did something, or its error."""
     chance, done = random.Random(seed), 0
     try:
         with KVStore(path, max_bytes=LIMIT, fsync=False) as store:
@@ -78,7 +78,7 @@ def test_writers_and_readers_with_eviction(tmp_path):
                 said += more
             for pid in children:
                 os.waitpid(pid, 0)
-            # Nobody could evict it, though it was used last when all this began.
+            # It was never evicted, although its last use was before all others.
             assert_same(store.get(make_key(HELD)), ENTRIES[HELD])
         lines = said.decode().splitlines()
         assert len(lines) == WRITERS + READERS
@@ -91,6 +91,6 @@ def test_writers_and_readers_with_eviction(tmp_path):
             file.stem: file.stat().st_size for file in (tmp_path / "v1").rglob("*.safetensors")
         }
         assert (stats.entries, stats.bytes) == (len(on_disk), sum(on_disk.values()))
-        assert len(on_disk) < len(ENTRIES)  # there was eviction
+        assert len(on_disk) < len(ENTRIES)  # some were evicted
         assert store.verify().ok
         assert not list((tmp_path / "quarantine").iterdir())

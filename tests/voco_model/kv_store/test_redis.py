@@ -1,4 +1,4 @@
-"""``RedisStore`` against a real server, and against servers that no good can come from."""
+"""``RedisStore`` with a real server, and with servers that misbehave."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from voco_model.kv_store.redis_store import QUARANTINE, RedisStore
 
 redis = pytest.importorskip("redis")
 
-SHORT = 0.2  # seconds that a test's store gives a server which won't answer
-GENEROUS = 10 * SHORT  # in which it must have given up, on a machine that does other things too
+SHORT = 0.2  # timeout in seconds for a server that won't answer
+GENEROUS = 10 * SHORT  # by when it must have given up, on a busy machine
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that a test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -64,7 +64,7 @@ def value_of(entry: CompactKV, key: str | None = None) -> bytes:
     return b"".join(encode(entry, key or entry.key))
 
 
-# --- a server that does as it should
+# --- a healthy server
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn])
@@ -97,7 +97,7 @@ def test_through_a_unix_socket(redis_server):
 
 
 def test_with_a_client_of_the_callers_own(redis_server):
-    """Whatever it decodes and retries: that is its affair."""
+    """Its decode and retry options don't affect the store."""
     with redis.Redis.from_url(redis_server.url, decode_responses=True) as client:
         with RedisStore(client, timeout=PATIENT) as store:
             store.put(make_entry(1))
@@ -130,7 +130,7 @@ def test_many_at_once(store, monkeypatch):
 
 
 def test_a_large_entry(store):
-    kv = torch.randn(8, 2, 16, 576, 64)  # 38 MB: more than sockets and buffers hold
+    kv = torch.randn(8, 2, 16, 576, 64)  # 38 MB: more than the sockets' buffers hold
     entry = CompactKV(kv, torch.arange(576), 576, key=make_key(1))
     store.put(entry)
     assert torch.equal(store.get(entry.key).kv, kv)
@@ -152,15 +152,15 @@ def test_iteration_sees_entries_only(store, client):
 
 
 def test_counting_ends_in_time(redis_server, client):
-    """However many names of others there are."""
+    """However many other names the server has."""
     client.mset({f"another{number}": b"" for number in range(5000)})
     with RedisStore(redis_server.url, timeout=PATIENT) as store:
         assert len(store) == 0
         store._timeout = 1e-9
         with mock.patch.object(
             store, "_run", lambda operation: [b"7", []]
-        ):  # a SCAN without an end
-            with pytest.raises(StoreUnavailable, match="counted"):
+        ):  # as if SCAN never ended
+            with pytest.raises(StoreUnavailable, match="counting keys took longer"):
                 len(store)
 
 
@@ -234,7 +234,7 @@ def test_a_closed_store_says_so(redis_server):
     assert_same(entry, make_entry(1))
 
 
-# --- a server that goes away, and comes back
+# --- a server that goes down and comes back
 
 
 def test_restart_without_data(redis_server, store):
@@ -288,7 +288,7 @@ def test_a_server_that_is_down(redis_server, store, clock, caplog):
     assert_same(store.get(make_key(1)), make_entry(1))
 
 
-def test_nobody_listens():
+def test_no_server_is_listening():
     with RedisStore(f"redis://127.0.0.1:{free_port()}", timeout=PATIENT) as store:
         assert store.get(make_key(1)) is None
         assert store.stats().failures == {"unavailable": 1}
@@ -308,7 +308,7 @@ def test_a_server_that_loads_its_data(fake_server):
 
 def test_a_stalled_server(redis_server, clock):
     with RedisStore(redis_server.url, timeout=SHORT, clock=clock) as store:
-        for _ in range(50):  # of a machine that is busy
+        for _ in range(50):  # the machine may be busy
             try:
                 store.put(make_entry(1))
                 break
@@ -333,20 +333,20 @@ def test_a_stalled_server(redis_server, clock):
 
 
 def test_a_stalled_server_does_not_take_a_large_put(redis_server):
-    """Its sockets' buffers fill up, and sendall waits."""
+    """The sockets' buffers fill up, and sendall blocks."""
     kv = torch.zeros(8, 2, 16, 576, 64)
     entry = CompactKV(kv, torch.arange(576), 576, key=make_key(1))
     with RedisStore(redis_server.url, timeout=SHORT, min_bandwidth=1e9) as store:
         redis_server.stall()
         began = time.monotonic()
-        with pytest.raises(StoreUnavailable, match="expected an answer in"):
+        with pytest.raises(StoreUnavailable, match="no answer within"):
             store.put(entry)
         assert time.monotonic() - began < GENEROUS
         assert store.stats().put_failures == 1
 
 
 def answer(sock: socket.socket, reply: bytes) -> None:
-    """``reply`` to every command, and OK to the greeting of redis-py."""
+    """Sends ``reply`` to every command, and OK to redis-py's greeting."""
     pending = b""
     while data := sock.recv(65536):
         pending += data
@@ -358,7 +358,7 @@ def answer(sock: socket.socket, reply: bytes) -> None:
 
 
 def command(pending: bytes) -> tuple[list[bytes] | None, bytes]:
-    """The first command of what arrived, and the rest; None where it isn't whole."""
+    """The first command in the received bytes, and the rest; None if it is incomplete."""
     count, _, rest = pending.partition(b"\r\n")
     words = []
     for _ in range(int(count[1:])):
@@ -376,7 +376,7 @@ def never(sock: socket.socket) -> None:
 
 
 def dribble(head: bytes, pause: float = 0.01):
-    """A reply that never ends, a byte at a time: each recv is soon served."""
+    """An endless reply, byte by byte, so that no single recv times out."""
 
     def behave(sock: socket.socket) -> None:
         sock.recv(65536)
@@ -417,7 +417,7 @@ def test_a_server_that_never_finishes(fake_server, behave, clock):
             store.put(make_entry(1))
         assert time.monotonic() - began < GENEROUS
         assert store.stats().failures == {"unavailable": 1}
-        # The worker is free again, too: the connection was cut off under it.
+        # The worker is free again too, because its connection was cut off.
         end = time.monotonic() + PATIENT
         while store._workers._idle < store._workers._threads and time.monotonic() < end:
             time.sleep(0.01)
@@ -425,7 +425,7 @@ def test_a_server_that_never_finishes(fake_server, behave, clock):
 
 
 def test_a_name_that_cannot_be_looked_up_in_time(monkeypatch):
-    """getaddrinfo knows no timeout; the call has one."""
+    """getaddrinfo has no timeout; the call does."""
     hang = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: hang.wait(PATIENT) and [])
     with RedisStore("redis://cache.example", timeout=SHORT) as store:
@@ -436,7 +436,7 @@ def test_a_name_that_cannot_be_looked_up_in_time(monkeypatch):
 
 
 def test_what_arrived_in_time_is_served(redis_server, fake_server):
-    """Of many: those whose values came before the server fell silent."""
+    """Of many keys, those whose values arrived before the server stopped answering are served."""
     entries = [make_entry(number) for number in range(3)]
 
     def behave(sock: socket.socket) -> None:
@@ -456,7 +456,7 @@ def test_what_arrived_in_time_is_served(redis_server, fake_server):
                     sock.sendall(b"$%d\r\n%s\r\n" % (len(value), value))
                     gets += 1
 
-    # Of the timeout one second is for a machine that does other things.
+    # One second of the timeout is for a busy machine.
     with RedisStore(fake_server(behave).url, timeout=1 + SHORT) as store:
         got = store.get_many([entry.key for entry in entries])
         assert_same(got[0], entries[0])
@@ -496,7 +496,7 @@ def test_a_server_that_evicts(store, client):
     assert store.stats().failures == {} and store.stats().put_failures == 0
 
 
-# --- values that aren't what was put
+# --- damaged values
 
 
 def spoil(value: bytes, how: str) -> bytes:
@@ -589,7 +589,7 @@ def test_verify_sets_bad_values_aside(store, client):
 
 @pytest.mark.parametrize("when", ["before it is looked at again", "while it is renamed"])
 def test_a_value_that_was_replaced_meanwhile_stays(store, client, monkeypatch, when):
-    """A bad value was read; before it can be set aside another process puts a good one."""
+    """A good value replaces a bad one after it was read and before it is set aside."""
     client.set(name_of(1), spoil(value_of(make_entry(1)), "payload"))
     ask = store._ask
 
@@ -637,9 +637,15 @@ def test_a_bad_value_that_is_gone_by_now(store, client, monkeypatch):
         ((7,), {}, TypeError, "got int"),
         (("redis://localhost",), {"timeout": 0}, ValueError, "timeout above 0, got 0"),
         (("redis://localhost",), {"ttl": -1}, ValueError, "ttl above 0, got -1"),
+        (
+            ("redis://localhost",),
+            {"min_bandwidth": "fast"},
+            ValueError,
+            "a number of bytes such as",
+        ),
         (("redis://localhost",), {"prefix": "voco-kv:"}, ValueError, "prefix"),
         (("redis://localhost",), {"prefix": ""}, ValueError, "prefix"),
-        (("redis://localhost",), {"back_off": (2, 1)}, ValueError, "back-off"),
+        (("redis://localhost",), {"back_off": (2, 1)}, ValueError, "back_off with"),
         (("redis://localhost",), {"connections": 0}, ValueError, "at least one"),
         (("redis://localhost?nonsense=1",), {}, ValueError, "nonsense"),
     ],
@@ -674,7 +680,7 @@ def test_another_model_s_entry_is_a_miss_and_stays(redis_server, many, caplog):
 
 
 def test_a_value_has_a_short_header_and_those_written_before_are_read(redis_server, client):
-    """Half of a megabyte of keys and values, as LLaVA-1.5-7B has them for one token."""
+    """With half a megabyte of keys and values, as of one token of LLaVA-1.5-7B."""
     entry = make_entry(1)
     large = replace(entry, kv=torch.randn(32, 2, 32, 1, 128).bfloat16())
     with RedisStore(redis_server.url, timeout=PATIENT) as store:
@@ -715,7 +721,7 @@ def test_a_password_is_never_printed(redis_server, client, caplog):
     assert "s3cr3t" not in caplog.text and "right" not in caplog.text
 
 
-# --- what bounds a call
+# --- deadlines
 
 
 def test_workers_return_and_raise():
@@ -738,7 +744,7 @@ def test_a_deadline_that_is_extended_is_waited_for():
 
 def test_calls_that_hang_leave_the_other_workers():
     workers, hang, given_up = Workers(2, "test"), threading.Event(), []
-    with pytest.raises(TimeoutError, match="expected an answer"):
+    with pytest.raises(TimeoutError, match="no answer within"):
         workers.run(hang.wait, Deadline(0.05), lambda: given_up.append(1))
     assert given_up == [1]
     assert workers.run(lambda: 7, Deadline(PATIENT)) == 7

@@ -23,14 +23,14 @@ from voco_model.kv_store.disk import KVStore
 from voco_model.kv_store.locks import alone
 from voco_model.kv_store.memory_store import MemoryStore
 
-TIMEOUT = 0.3  # seconds, of a store that a test has waiting
+TIMEOUT = 0.3  # seconds that a store waits for a lock in these tests
 
 
 def open_store(path: Path, entries: int = 1000, **options) -> KVStore:
     return KVStore(path, max_bytes=entries * SIZE, fsync=False, **options)
 
 
-# A process that locks what the tests say, without this package, whose import would take seconds.
+# A process that locks a given file. It doesn't import this package, which would take seconds.
 LOCKER = """
 import fcntl, os, sqlite3, sys
 kind, path = sys.argv[1:]
@@ -47,7 +47,7 @@ sys.stdin.read()
 
 @contextmanager
 def stopped_with(kind: str, path: Path):
-    """While another process has a lock and is stopped."""
+    """Context in which another process holds a lock and is stopped."""
     process = subprocess.Popen(
         [sys.executable, "-S", "-c", LOCKER, kind, str(path)],
         stdin=subprocess.PIPE,
@@ -72,7 +72,7 @@ LOCKS = {
 
 @pytest.mark.parametrize("lock", LOCKS)
 def test_a_stopped_process_costs_a_miss_or_an_error(tmp_path, lock):
-    """And a reader nothing."""
+    """A reader doesn't wait at all."""
     with open_store(tmp_path, 3, index_timeout=TIMEOUT) as store:
         for number in range(3):
             store.put(make_entry(number))
@@ -85,7 +85,7 @@ def test_a_stopped_process_costs_a_miss_or_an_error(tmp_path, lock):
             assert store.get(make_key(9)) is None
             store.load_into(object(), [make_key(9)])
             if lock == "entry":
-                store.put(make_entry(3))  # in the place of another one
+                store.put(make_entry(3))  # replaces another one
             else:
                 with pytest.raises(StoreUnavailable, match="index.sqlite|files.lock"):
                     store.put(make_entry(3))
@@ -135,7 +135,7 @@ def test_a_thread_that_keeps_the_index_is_not_waited_for(tmp_path):
 
 
 def in_child(do) -> int:
-    """What ``do`` returns in a forked child; 99 if it raises, -1 if it doesn't end."""
+    """The result of ``do`` in a forked child; 99 if it raises, -1 if it doesn't end."""
     child = os.fork()
     if child == 0:
         status = 99
@@ -156,7 +156,7 @@ def in_child(do) -> int:
 
 @contextmanager
 def another_thread(do):
-    """While ``do(entered, leave)`` is under way in a thread, which has set ``entered``."""
+    """Context in which ``do(entered, leave)`` runs in a thread and has set ``entered``."""
     entered, leave = threading.Event(), threading.Event()
     thread = threading.Thread(target=do, args=(entered, leave))
     thread.start()
@@ -212,7 +212,7 @@ def test_a_hold_of_the_parent_s_outlives_the_child_s_and_the_other_way_round(tmp
 
 
 def test_a_lock_that_a_thread_had_at_the_fork_is_not_the_child_s(tmp_path):
-    """A parent that is killed doesn't leave it locked, and the child doesn't unlock it."""
+    """A killed parent doesn't leave the lock behind, and the child doesn't release it."""
     path = tmp_path / "files.lock"
 
     def hold(entered, leave):
@@ -235,7 +235,7 @@ def test_a_lock_that_a_thread_had_at_the_fork_is_not_the_child_s(tmp_path):
 
 @pytest.mark.parametrize("collected", [False, True])
 def test_a_change_under_way_at_the_fork_is_not_undone(tmp_path, collected):
-    """Nor half of it seen: the fork waits for it."""
+    """The fork waits for a running change, so that the child doesn't see half of it."""
     store = open_store(tmp_path)
     store.put(make_entry(1))
     state = [store]

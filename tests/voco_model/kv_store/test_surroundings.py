@@ -1,4 +1,5 @@
-"""A folder of entries whose surroundings change: cleaners, clocks, links, full disks, other models."""
+"""``KVStore`` and its environment: removed files, clocks, full disks, many files, links, other
+models."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def store(tmp_path):
         yield store
 
 
-# --- cleaned away
+# --- removed files
 
 CLEANED = {
     "tmp": ["tmp"],
@@ -76,8 +77,8 @@ def test_what_is_cleaned_away_is_made_again(store, what, call, caplog):
     store.verify()
     check_consistent(store)
     assert store.stats().put_failures == 0
-    told = [r for r in caplog.records if "removed beneath the open store" in r.getMessage()]
-    assert len(told) <= 3  # a folder is mentioned once
+    told = [r for r in caplog.records if "removed while the store was open" in r.getMessage()]
+    assert len(told) <= 3  # each folder is logged once
     if what == "tmp":
         assert len(told) == 1
 
@@ -118,7 +119,7 @@ def test_a_lock_file_that_is_replaced_while_it_is_waited_for_is_opened_anew(tmp_
     path = tmp_path / "lock"
     with alone(path, timeout=0):
         path.unlink()
-        with alone(path, timeout=0):  # of the file that others find now
+        with alone(path, timeout=0):  # the file that is there now
             assert path.exists()
 
 
@@ -127,7 +128,7 @@ def test_a_lock_file_that_is_replaced_while_it_is_waited_for_is_opened_anew(tmp_
 
 @pytest.fixture
 def system_clock(monkeypatch):
-    """Nanoseconds that a test adds to the system's clock."""
+    """An offset in nanoseconds of the system's clock, set by a test."""
     ahead = [0]
     real = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: real() + ahead[0])
@@ -158,7 +159,7 @@ def test_a_clock_that_was_ahead_does_not_turn_eviction_round(
 
 
 def test_processes_with_other_clocks_agree_on_what_was_used_last(tmp_path, system_clock):
-    """One a day ahead and one that is right, each with a handle of its own, in turns."""
+    """A clock that is a day ahead and a correct one, with a handle each, in turn."""
     with open_store(tmp_path, 4) as ahead, open_store(tmp_path, 4) as right:
         for number in range(4):
             system_clock[0] = DAY
@@ -186,7 +187,7 @@ def test_the_clock_only_rises_and_at_the_usual_speed(tmp_path, system_clock, mon
     times = [other.now(), one.now()]
     assert times[0] == pytest.approx(10 * DAY + 5 * 10**9, abs=10) and times[1] > times[0]
     now[0] = 11 * DAY
-    assert one.now() == 11 * DAY  # the system's, which has caught up
+    assert one.now() == 11 * DAY  # the system's clock has caught up
     one.observe(12 * DAY)
     assert one.now() > 12 * DAY
 
@@ -202,11 +203,11 @@ def test_what_was_set_aside_last_is_kept_longest_whatever_the_clock_says(tmp_pat
         assert kept == {make_key(1), make_key(2)}
 
 
-# --- full in every sense
+# --- a full disk, in every way
 
 
 def run_out(monkeypatch, store: KVStore, name: str, code: int, times: int):
-    """``os.<name>`` fails ``times`` times, as far as it makes files in the store."""
+    """Makes ``os.<name>`` fail ``times`` times when it creates files in the store."""
     original = getattr(os, name)
     left = [times]
 
@@ -242,7 +243,7 @@ def test_room_is_made_where_no_file_can_be_made(store, monkeypatch, code, name):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_an_index_that_cannot_be_written_says_why(store, monkeypatch, code):
-    """SQLite says "disk I/O error" or "unable to open database file", whatever has run out."""
+    """SQLite reports "disk I/O error" or "unable to open database file" for all of these."""
     for number in range(30):
         store.put(make_entry(number))
     left = [1]
@@ -298,7 +299,7 @@ def test_a_disk_that_is_really_out_of_inodes(few_inodes):
 
 @pytest.fixture
 def few_files():
-    """20 files more than are open now."""
+    """Limits open files to 20 more than are open now."""
     used = len(os.listdir("/proc/self/fd"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, hard))
@@ -324,7 +325,7 @@ def test_more_entries_than_files_that_may_be_open(store, monkeypatch, few_files)
 
 @pytest.mark.parametrize("other", [make_entry(2), make_entry(2, tokens=2), None])
 def test_an_entry_that_is_replaced_between_the_looks_at_it(store, monkeypatch, other):
-    """One that fits is loaded; one that doesn't, or none, is missing."""
+    """A replacement that fits is loaded; one that doesn't fit, or none, is missing."""
     monkeypatch.setattr(disk, "STREAMED_FROM", 0)
     store.put(make_entry(1))
     prepare = loading.prepare_load
@@ -343,7 +344,7 @@ def test_an_entry_that_is_replaced_between_the_looks_at_it(store, monkeypatch, o
         assert cache.get_seq_length() == 0
 
 
-# --- another model's, and links
+# --- other models' entries, and links
 
 
 @pytest.mark.parametrize("how", ["get", "get_many", "reader", "load_into", "verify"])

@@ -21,7 +21,8 @@ from voco_model.kv_store.tiered import TieredStore
 
 
 class Shelf(Store):
-    """A durable tier that does what a test says: fail, wait at a gate, remember what it was asked."""
+    """A durable tier that a test can make fail or wait at a gate, and that records the keys asked
+    for."""
 
     def __init__(self) -> None:
         self.entries = {}
@@ -118,7 +119,7 @@ def test_a_put_returns_while_the_remote_is_slow(store, middle, remote):
 
 
 def test_a_put_is_acknowledged_when_the_first_durable_tier_has_it(store, memory, middle):
-    """Not when memory does."""
+    """Memory alone isn't enough."""
     middle.gate.clear()
     thread = threading.Thread(target=store.put, args=(make_entry(1),))
     thread.start()
@@ -164,7 +165,7 @@ def test_failures_in_the_background_are_counted_and_logged(store, remote, caplog
     assert make_key(1) in caplog.text and "gone" in caplog.text
 
 
-def test_an_error_nobody_thought_of_does_not_end_the_background(store, remote, caplog):
+def test_an_unexpected_error_does_not_end_the_background(store, remote, caplog):
     remote.wrong = RuntimeError("surprise")
     store.put(make_entry(1))
     assert store.flush(PATIENT)
@@ -180,7 +181,7 @@ def test_the_queue_is_bounded(memory, middle, remote, caplog):
     store = TieredStore([memory, middle, remote], max_waiting_bytes=2 * size)
     remote.gate.clear()
     store.put(make_entry(0))
-    assert remote.reached.wait(PATIENT)  # the first one has begun, and waits no more
+    assert remote.reached.wait(PATIENT)  # the first one is running, and no longer waiting
     for number in range(1, 4):
         store.put(make_entry(number))
     assert "too much waits" in caplog.text
@@ -219,7 +220,7 @@ def test_each_tier_is_asked_once_for_what_is_missing(store, memory, middle, remo
 
 
 def test_a_slow_tier_does_not_delay_a_hit_above_it(store, memory, middle):
-    """Nor a promotion past it."""
+    """Neither does a promotion."""
     middle.gate.clear()
     store.tiers[2].put(make_entry(1))
     assert_same(store.get(make_key(1)), make_entry(1))
@@ -241,7 +242,7 @@ def test_prefetch_brings_entries_to_the_top(store, memory, middle, remote):
     assert store.flush(PATIENT)
     assert sorted(memory) == [make_key(number) for number in range(40)]
     assert max(map(len, remote.asked)) <= 16
-    assert (store.stats().hits, store.stats().misses) == (0, 0), "nobody has asked for them"
+    assert (store.stats().hits, store.stats().misses) == (0, 0), "prefetching is no get"
     with pytest.raises(ValueError):
         store.prefetch(["no key"])
 
@@ -295,7 +296,7 @@ def test_what_is_deleted_while_it_is_read_is_not_promoted(
     assert make_key(1) not in memory and make_key(1) not in middle and make_key(1) not in remote
 
 
-# --- nothing that was replaced
+# --- replaced entries
 
 OLD, NEW = make_entry(1), replace(make_entry(2), key=make_key(1))
 
@@ -342,12 +343,12 @@ def test_what_is_replaced_while_it_is_read_is_neither_served_nor_promoted(
 
 
 def test_a_promotion_that_waits_gives_way_to_a_put(store, memory, middle, remote):
-    """And to one of another key that the same tier is slow with."""
+    """Also while the same tier is slow with another key."""
     remote.put(OLD)
     remote.put(make_entry(5))
     middle.gate.clear()
     store.get(make_key(5))
-    assert middle.reached.wait(PATIENT)  # its promotion is under way
+    assert middle.reached.wait(PATIENT)  # its promotion is running
     assert_same(store.get(OLD.key), OLD)  # this one's waits
     putting = threading.Thread(target=store.put, args=(NEW,))
     putting.start()
@@ -363,7 +364,7 @@ def test_a_tier_is_not_asked_for_what_is_still_to_be_written_there(store, memory
     remote.gate.clear()
     store.put(NEW)
     for tier in (memory, middle):
-        tier.delete(OLD.key)  # evicted, say
+        tier.delete(OLD.key)  # as by eviction
     assert store.get(OLD.key) is None
     remote.gate.set()
     assert store.flush(PATIENT)
@@ -373,7 +374,7 @@ def test_a_tier_is_not_asked_for_what_is_still_to_be_written_there(store, memory
 def test_a_tier_below_that_fails_to_take_an_entry_forgets_the_one_before(
     store, memory, middle, remote, monkeypatch
 ):
-    """Also if it can't forget: then it isn't asked until it has taken another one."""
+    """Also if it can't delete the entry: then it isn't read until it has stored another one."""
     for deletes in (True, False):
         remote.put(OLD)
         with monkeypatch.context() as patch:
@@ -400,10 +401,10 @@ def test_what_finds_no_room_in_the_queue_is_not_served_from_below(memory, middle
     remote.put(OLD)
     remote.gate.clear()
     remote.reached.clear()
-    store.put(replace(make_entry(3), key=OLD.key))  # begins to be written there
+    store.put(replace(make_entry(3), key=OLD.key))  # starts to be written there
     assert remote.reached.wait(PATIENT)
     store.put(make_entry(4))  # fills the queue
-    store.put(NEW)  # finds none
+    store.put(NEW)  # finds no room in the queue
     remote.gate.set()
     assert store.flush(PATIENT)
     for tier in (memory, middle):
@@ -426,7 +427,7 @@ def test_a_tier_above_that_refuses_an_entry_forgets_the_one_before(
 
 
 def test_a_put_that_failed_does_not_come_and_go(store, memory, middle, remote):
-    """Memory has what no durable tier took; once it is evicted there, the one before isn't back."""
+    """An entry that only memory has stored: after its eviction, the previous one isn't served."""
     store.put(OLD)
     assert store.flush(PATIENT)
     middle.wrong = remote.wrong = OSError(28, "full")
@@ -510,6 +511,28 @@ def test_iteration_and_membership(store, memory, middle, remote):
     assert make_key(2) in store and make_key(3) not in store
 
 
+def test_verify_reports_every_tier(tmp_path, memory, middle):
+    """``Shelf`` has the interface's own ``verify``, which goes through ``get``."""
+    disk = KVStore(tmp_path, max_bytes="1MB", fsync=False)
+    with TieredStore([memory, disk, middle], max_waiting_bytes="1 MiB") as store:
+        for number in range(3):
+            store.put(make_entry(number))
+        assert store.flush(PATIENT)
+        memory.get(make_key(0)).kv.zero_()
+        path = tmp_path / "v1" / "00" / f"{make_key(1)}.safetensors"
+        path.write_bytes(b"bad")
+        middle.entries[make_key(2)] = None
+        report = store.verify()
+        assert report.bad == {
+            make_key(0): "overwritten",
+            make_key(1): "truncated",
+            make_key(2): "unreadable",
+        }
+        assert [tier.entries for tier in report.tiers] == [2, 2, 2] and report.entries == 6
+        assert [list(tier.bad) for tier in report.tiers] == [[make_key(n)] for n in range(3)]
+        assert report.dropped == [] and not report.ok
+
+
 def test_memory_alone():
     with TieredStore([MemoryStore(10**6)]) as store:
         store.put(make_entry(1))
@@ -548,8 +571,8 @@ def test_the_interpreter_exits_with_a_write_that_hangs():
 import logging, sys, threading
 from tests.voco_model.kv_store.samples import make_entry
 from tests.voco_model.kv_store.test_tiered import Shelf
-from voco_model.kv_store import tiered
-tiered._EXIT_SECONDS = 0.2
+from voco_model.kv_store import background, tiered
+background._EXIT_SECONDS = 0.2
 logging.basicConfig()
 shelf, remote = Shelf(), Shelf()
 remote.gate.clear()
@@ -581,7 +604,7 @@ for number in range(20):
         assert len(below) == 20
 
 
-# --- the tiers that it is made for
+# --- memory, disk and Redis
 
 
 def test_memory_disk_and_redis(tmp_path, redis_server):
