@@ -5,8 +5,9 @@ from voco_model.engine import Answer, Request, RequestError, Sampling, TwoPassEn
 from voco_model.kv_store import KVStore
 from voco_model.pictures import PictureError, PictureLimits
 from voco_model.vlm.attach import Enabled, enable
+from voco_model.vlm.compress import compress
 from voco_model.vlm.fingerprint import fingerprint
-from voco_model.vlm.generate import compress, generate
+from voco_model.vlm.generate import generate
 from voco_model.vlm.image_key import image_key
 from voco_model.vlm.load import load
 from voco_model.vlm.prompt import chat_template, prompt

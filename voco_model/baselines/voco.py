@@ -12,7 +12,8 @@ from torch import Tensor
 from voco_model.baselines.base import Method, check_images, images_in
 from voco_model.baselines.cost import Cost
 from voco_model.vlm.attach import enable
-from voco_model.vlm.generate import compress, generate
+from voco_model.vlm.compress import compress
+from voco_model.vlm.generate import generate
 from voco_model.vlm.prompt import Turns
 
 

@@ -1,48 +1,23 @@
-"""Inference in two passes (section 2.3 of the supplement).
-
-Pass 1 reads an image once and keeps the keys and values of its VoCo tokens. Pass 2 answers any
-number of questions from those. Together they compute what one masked pass over the whole sequence
-computes: under the mask, text sees nothing of the image but these keys and values, and it stands at
-the same position ids.
-"""
+"""``generate``: pass 2, answers from compressed images; ``compress`` is pass 1."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers.utils import ModelOutput
 
 from voco_kernels.kv.entry import CompactKV
-from voco_model.arguments import is_whole, whole_number
-from voco_model.kv_store.base import Store
-from voco_model.pictures import PictureLimits, decode_each, ground_of
+from voco_model.arguments import is_whole
 from voco_model.vlm.attach import check_ready
-from voco_model.vlm.caches import CACHE_ARGUMENT, CompactCache, VoCoCollector
+from voco_model.vlm.caches import CACHE_ARGUMENT, CompactCache
 from voco_model.vlm.control_tokens import control_tokens, token_ids
 from voco_model.vlm.devices import execution_device
-from voco_model.vlm.fingerprint import fingerprint
-from voco_model.vlm.image_key import image_key
-from voco_model.vlm.prompt import (
-    VOCO_TOKEN,
-    Turns,
-    image_part,
-    images_in,
-    messages_of,
-    style_in,
-    text_part,
-)
-from voco_model.vlm.rope import check_length, rope_of
-from voco_model.vlm.stored import compress_stored
+from voco_model.vlm.prompt import VOCO_TOKEN, Turns, images_in, messages_of, style_in, text_part
+from voco_model.vlm.rope import check_length
 
-_LIMITS = PictureLimits()
-# Batches of decoded images that are looked up in a store together.
-_BATCHES_AT_ONCE = 4
 # Arguments of model.generate that the second pass makes by itself.
 _OWNED = (
     "input_ids",
@@ -66,88 +41,6 @@ _REFUSED = {
     "prefill_chunk_size": "its chunks start at the VoCo tokens, which are in the cache already",
     "cache_implementation": "the cache is the one made from the compact entries",
 }
-
-
-@torch.no_grad()
-def compress(
-    model,
-    images: Any = None,
-    *,
-    processor=None,
-    inputs: Mapping[str, Tensor] | None = None,
-    num_voco: int | None = None,
-    batch_size: int = 8,
-    store: Store | None = None,
-    salt: str | bytes | None = None,
-    ground: tuple[int, int, int] | None = None,
-    limits: PictureLimits = _LIMITS,
-) -> list[CompactKV]:
-    """Pass 1: one entry an image, in their order. The language model's head doesn't run.
-
-    Args:
-        model: enabled, in eval mode.
-        images: an image, or an iterable of them, each in any form that ``voco_model.pictures.decode``
-            takes; an array of four dimensions is its images. An iterator is read as far as the batch
-            needs.
-        processor: the one given to ``enable``; needed for images.
-        inputs: instead of images, what a processor made of prompts with one image a row:
-            ``input_ids`` ``[B, S]``, ``pixel_values`` with B rows, ``attention_mask`` ``[B, S]``
-            where rows are padded (left or right), ``image_sizes`` for LLaVA-NeXT. What follows the
-            VoCo tokens is not read, and doesn't matter.
-        num_voco: VoCo tokens an image; by default the number given to ``enable``. With ``inputs``
-            it is what stands there.
-        batch_size: images in one forward pass.
-        store: with images, what was compressed before comes from here (a ``KVStore`` or another store),
-            under its ``image_key``, and what is compressed now is put there. An image that comes twice
-            is compressed once. If the store can't keep an entry, that is logged and the entry returned.
-        salt: of a tenant, for ``image_key``.
-        ground: red, green and blue, 0 to 255, that transparent pixels are shown on; by default what the
-            model was trained with, else white.
-        limits: what an image may cost.
-
-    Raises:
-        PictureError: an image that isn't one, that can't be read, or that is beyond the limits.
-        ValueError: a model that isn't enabled or is in training mode; a row without VoCo tokens, or
-            with several images; one that is too long for a rotation that depends on the length.
-    """
-    check_ready(model)
-    if (images is None) == (inputs is None):
-        raise ValueError("expected either images or inputs, got both or neither")
-    batch_size = whole_number("batch_size", batch_size, at_least=1)
-    if num_voco is not None:
-        num_voco = whole_number("num_voco", num_voco, at_least=1)
-    if store is None and salt is not None:
-        raise ValueError("expected a salt only with a store, got one without")
-    if store is not None:
-        if inputs is not None:
-            raise ValueError(
-                "expected images with a store, whose keys are made from their pixels, got inputs"
-            )
-    if inputs is None:
-        _check_processor(processor)
-        ground = ground_of(model.config, ground)
-        pictures = decode_each(images, ground=ground, limits=limits, processor=processor)
-    if store is not None:
-        options = {"processor": processor, "num_voco": num_voco, "limits": limits}
-        compress_these = partial(compress, model, batch_size=batch_size, **options)
-        known = fingerprint(model)
-        key_of = partial(image_key, model=model, salt=salt, fingerprint=known, **options)
-        entries: list[CompactKV] = []
-        # Decoded once, for the key and for the processor; not all at once, they take memory.
-        while some := list(islice(pictures, _BATCHES_AT_ONCE * batch_size)):
-            entries += compress_stored(some, compress_these, key_of, known, store)
-        return entries
-    if inputs is not None:
-        if num_voco is not None:
-            raise ValueError(
-                f"expected num_voco with images only, got num_voco {num_voco} with inputs, which "
-                "hold their VoCo tokens already"
-            )
-        batches = _split_rows(inputs, batch_size)
-    else:
-        text = image_part(model.config.num_voco if num_voco is None else num_voco)
-        batches = _prepare(processor, pictures, text, batch_size)
-    return [entry for batch in batches for entry in _first_pass(model, batch)]
 
 
 def generate(
@@ -203,102 +96,6 @@ def generate(
         return output[:, length:]
     output.sequences = output.sequences[:, length:]
     return output
-
-
-def _split_rows(inputs: Mapping[str, Tensor], batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """The inputs in batches; checked before the first one is read."""
-    expected = {"input_ids", "attention_mask", "pixel_values", "image_sizes"}
-    if not {"input_ids", "pixel_values"} <= set(inputs) <= expected:
-        raise ValueError(
-            f"expected inputs with input_ids and pixel_values, and of {sorted(expected)} only, got "
-            f"{sorted(inputs)}"
-        )
-    rows = {name: value.shape[0] for name, value in inputs.items()}
-    if len(set(rows.values())) > 1:
-        raise ValueError(
-            f"expected one image a row, got rows {rows}; compress each image by itself"
-        )
-    for start in range(0, rows["input_ids"], batch_size):
-        yield {name: value[start : start + batch_size] for name, value in inputs.items()}
-
-
-def _prepare(
-    processor, pictures: Iterator[Image.Image], text: str, batch_size: int
-) -> Iterator[Mapping[str, Tensor]]:
-    while batch := list(islice(pictures, batch_size)):
-        yield processor(images=batch, text=[text] * len(batch), padding=True, return_tensors="pt")
-
-
-def _check_processor(processor) -> None:
-    if processor is None:
-        raise ValueError("expected a processor to prepare the images, got none")
-
-
-def _first_pass(model, batch: Mapping[str, Tensor]) -> list[CompactKV]:
-    device = execution_device(model.get_input_embeddings())
-    input_ids = batch["input_ids"].to(device)
-    real = torch.ones_like(input_ids, dtype=torch.bool)
-    if batch.get("attention_mask") is not None:
-        real = batch["attention_mask"].to(device) != 0
-    starts, stops = _voco_runs(input_ids, real, model.config)
-    # Cut off what follows the VoCo tokens: as padding in a row, as columns for the whole batch.
-    column = torch.arange(input_ids.shape[1], device=device)
-    width = int(stops.max())
-    real = (real & (column < stops[:, None]))[:, :width]
-    position_ids = (real.cumsum(1) - 1).clamp(min=0)
-    check_length(model.model.language_model, int(position_ids.max()) + 1, "a first pass")
-    counts = (stops - starts).tolist()
-    columns = (starts[:, None] + column[: max(counts)]).clamp(max=width - 1)
-    cache = VoCoCollector(columns)
-    vision = {
-        name: batch[name].to(device, model.dtype if name == "pixel_values" else None)
-        for name in ("pixel_values", "image_sizes")
-        if name in batch
-    }
-    model.model(
-        input_ids=input_ids[:, :width],
-        attention_mask=real.long(),
-        position_ids=position_ids,
-        use_cache=True,
-        **{CACHE_ARGUMENT: cache},
-        **vision,
-    )
-    kv = cache.kept()
-    positions = position_ids.gather(1, columns).cpu()
-    rope = rope_of(model.model.language_model)
-    entries = []
-    for row, count in enumerate(counts):
-        kept = positions[row, :count].clone()
-        own = kv[:, :, row, :, :count].clone(memory_format=torch.contiguous_format)
-        entries.append(CompactKV(own, kept, int(kept[-1]) + 1, rope=rope))
-    return entries
-
-
-def _voco_runs(input_ids: Tensor, real: Tensor, config) -> tuple[Tensor, Tensor]:
-    """Where each row's only run of VoCo tokens starts and stops, int64 ``[B]``."""
-    is_voco = real & (input_ids == config.voco_token_id)
-    count = is_voco.sum(1)
-    column = torch.arange(input_ids.shape[1], device=input_ids.device)
-    starts = is_voco.long().argmax(1)
-    stops = starts + count
-    together = ((column >= starts[:, None]) & (column < stops[:, None])) == is_voco
-    is_image = real & (input_ids == config.image_token_id)
-    behind = (is_image & (column >= stops[:, None])).sum(1)
-    before = (is_image & (column < starts[:, None])).sum(1)
-    for row in range(input_ids.shape[0]):
-        if not count[row]:
-            raise ValueError(
-                f"expected VoCo tokens (id {config.voco_token_id}) in each row, got none in row "
-                f"{row}; build the prompt with voco_model.prompt or the processor's chat template"
-            )
-        if not before[row] or behind[row] or not together[row].all():
-            raise ValueError(
-                "expected one image and then one run of VoCo tokens in each row, got in row "
-                f"{row} {int(before[row])} image tokens before and {int(behind[row])} behind "
-                f"{int(count[row])} VoCo tokens, {'' if together[row].all() else 'not '}in one "
-                "run; several images a row are not supported in two passes: compress each by itself"
-            )
-    return starts, stops
 
 
 def _option(model, generate_kwargs: Mapping, name: str) -> Any:
