@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 import voco_model
-from bench import flops, kv_clock, timing
+from bench import kv_clock, timing
 from bench import two_pass_models as models
 from bench.two_pass_models import Spec
 from bench.two_pass_report import STAGES
+from voco_model import flops
 from voco_model.kv_store.memory_store import MemoryStore
 from voco_model.vlm.prompt import IMAGE_TOKEN, image_part
 

@@ -127,8 +127,10 @@ def test_readme_blocks_run(number, block, tmp_path, monkeypatch):
     if demo is not None:
         import transformers
 
-        processor = demo.build_processor()
-        model = demo.build_model(processor)
+        from voco_model import small
+
+        processor = small.build_processor()
+        model = small.build_model(processor)
         stand_in = {"LlavaForConditionalGeneration": model, "LlavaProcessor": processor}
         for name, value in stand_in.items():
             monkeypatch.setattr(

@@ -20,23 +20,15 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaImageProcessorPil,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import voco_model
 from voco_kernels import MaskLayout
 from voco_model.miniature.scenes import digits
 from voco_model.miniature.show import show
 from voco_model.pictures import PictureError, decode
+from voco_model.small import IMAGE_SIZE, PATCH_SIZE, VISION_TOKENS, build_model, build_processor
 
 try:
     from matplotlib import cbook
@@ -49,8 +41,6 @@ except ImportError as error:
         "pip install -e '.[miniature]'"
     ) from error
 
-IMAGE_SIZE, PATCH_SIZE = 336, 14
-VISION_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 QUESTIONS = (
     "What is the person in the photograph wearing?",
     "Is there a flag in the background?",
@@ -92,68 +82,6 @@ class Asked:
     @property
     def identical(self) -> bool:
         return self.answer.tokens == self.one_pass.tokens
-
-
-def build_processor() -> LlavaProcessor:
-    """CLIP's real geometry (336 pixels, patches of 14: 576 tokens), a tokenizer of single bytes."""
-    special = ["<pad>", "<s>", "</s>", "<image>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
-    )
-    return LlavaProcessor(
-        image_processor=LlavaImageProcessorPil(
-            size={"shortest_edge": IMAGE_SIZE},
-            crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        ),
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            pad_token="<pad>",
-            bos_token="<s>",
-            eos_token="</s>",
-            padding_side="left",
-            extra_special_tokens={"image_token": "<image>"},
-        ),
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-
-
-def build_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditionalGeneration:
-    """A LLaVA of a few million random weights, in float32, that takes this processor's inputs."""
-    tokenizer = processor.tokenizer
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH_SIZE,
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=256,
-            intermediate_size=704,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            # Larger than for training, so that what the model sees changes what it says.
-            initializer_range=0.1,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        ),
-        image_token_id=tokenizer.image_token_id,
-        image_seq_length=VISION_TOKENS,
-    )
-    torch.manual_seed(seed)
-    return LlavaForConditionalGeneration(config).eval()
 
 
 def load_photograph(path: str | Path | None = None) -> Image.Image:

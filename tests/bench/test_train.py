@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from bench import (
-    flops,
     records,
     report,
     train,
@@ -24,6 +23,7 @@ from bench import (
 )
 from bench.train_data import IGNORED, Distribution, Sample
 from bench.train_methods import SMALL, QFormerLlava
+from voco_model import flops
 
 CPU = torch.device("cpu")
 RUN = ["--small", "--device", "cpu", "--steps", "2"]

@@ -17,7 +17,6 @@ from transformers import (
 from typer.testing import CliRunner
 
 from bench import (
-    flops,
     records,
     report,
     two_pass,
@@ -28,6 +27,7 @@ from bench import (
 )
 from bench.two_pass_models import DEFAULT, SPECS
 from bench.two_pass_runs import QUICK, Reference, References, Subject, WrongError
+from voco_model import flops
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--quick", "--text-tokens", "9", "--new-tokens", "3"]

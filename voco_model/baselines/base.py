@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.processing_utils import ProcessorMixin
 
-from voco_model.baselines.cost import Cost, head_flops, layer_flops, token_bytes
+from voco_model.baselines.cost import Cost, token_bytes
+from voco_model.flops import decoder_layer, head
 from voco_model.pictures import as_images, decode_each, ground_of
 from voco_model.vlm.attach import IN_USE, SUPPORTED, is_enabled
 from voco_model.vlm.control_tokens import control_tokens, prepare_tokenizer
@@ -208,11 +209,12 @@ class Method(ABC):
         check_number("text_tokens", text_tokens)
         text = self.model.config.text_config
         layers = text.num_hidden_layers
-        again = layers * layer_flops(text, text_tokens, kept) + head_flops(text)
+        again = layers * decoder_layer(text, text_tokens, kept).useful
+        again += head(self.model.config).useful
         return Cost(
             tokens=kept,
             cache_bytes=layers * kept * token_bytes(text, dtype or self.model.dtype),
-            flops_first=layers * layer_flops(text, image) + again,
+            flops_first=layers * decoder_layer(text, image).useful + again,
             flops_again=again,
         )
 

@@ -13,8 +13,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from voco_model.baselines.base import check_number
-from voco_model.baselines.cost import Cost, head_dim_of, head_flops, layer_flops, token_bytes
+from voco_model.baselines.cost import Cost, token_bytes
 from voco_model.baselines.pruning import Prompt, Pruning, Selection
+from voco_model.flops import decoder_layer, head, head_dim_of
 from voco_model.vlm.caches import CACHE_ARGUMENT
 
 ATTENTION_NAME = "voco-fastv"
@@ -122,10 +123,10 @@ class FastV(Pruning):
         behind = text.num_hidden_layers - self.layer
         scores = 2 * head_dim_of(text) * text.num_attention_heads * (image + text_tokens)
         flops = (
-            self.layer * layer_flops(text, image + text_tokens)
+            self.layer * decoder_layer(text, image + text_tokens).useful
             + scores
-            + behind * layer_flops(text, kept + text_tokens)
-            + head_flops(text)
+            + behind * decoder_layer(text, kept + text_tokens).useful
+            + head(self.model.config).useful
         )
         held = self.layer * image + behind * kept
         return Cost(

@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 
 from voco_kernels.kv.entry import CompactKV
 from voco_model.arguments import is_whole
+from voco_model.flops import head_dim_of
 from voco_model.vlm.attach import check_ready
 from voco_model.vlm.caches import CACHE_ARGUMENT, CompactCache
 from voco_model.vlm.control_tokens import control_tokens, token_ids
@@ -127,10 +128,9 @@ def _check_entries(model, entries: Sequence[CompactKV]) -> None:
     if not entries:
         raise ValueError("expected at least one compact entry, got none")
     text = model.config.text_config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     # A model whose heads all have keys of their own may not name their number again.
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    expected = (text.num_hidden_layers, kv_heads, head_dim)
+    expected = (text.num_hidden_layers, kv_heads, head_dim_of(text))
     for index, entry in enumerate(entries):
         if not isinstance(entry, CompactKV):
             raise TypeError(
