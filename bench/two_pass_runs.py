@@ -21,6 +21,7 @@ from bench.two_pass_models import Spec
 from bench.two_pass_report import STAGES
 from voco_model import flops
 from voco_model.kv_store.memory_store import MemoryStore
+from voco_model.vlm.attach import attach
 from voco_model.vlm.prompt import IMAGE_TOKEN, image_part
 
 FINGERPRINT = "bench"
@@ -153,7 +154,7 @@ class Subject:
 
     def enable(self) -> None:
         """From now on the model knows VoCo tokens, and stock ``generate`` isn't stock any more."""
-        voco_model.enable(self.model, self.processor, 1)
+        attach(self.model, self.processor, 1)
 
     def facts(self) -> dict:
         """What a record says of the model."""

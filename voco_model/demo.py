@@ -29,6 +29,7 @@ from voco_model.miniature.scenes import digits
 from voco_model.miniature.show import show
 from voco_model.pictures import PictureError, decode
 from voco_model.small import IMAGE_SIZE, PATCH_SIZE, VISION_TOKENS, build_model, build_processor
+from voco_model.vlm.attach import attach
 
 try:
     from matplotlib import cbook
@@ -156,7 +157,7 @@ def run(
     """The demo itself; writes ``mask.png`` into ``out``. True if both routes agree everywhere."""
     processor = build_processor()
     model = build_model(processor)
-    handle = voco_model.enable(model, processor, num_voco)
+    handle = attach(model, processor, num_voco)
     write_letters_only(model, processor.tokenizer)
     longest = max(questions, key=lambda question: len(question.encode()))
     prompt = voco_model.prompt(longest, num_voco)

@@ -18,7 +18,18 @@ from voco_model.pictures import as_images, decode_each, ground_of
 from voco_model.vlm.attach import IN_USE, SUPPORTED, is_enabled
 from voco_model.vlm.control_tokens import control_tokens, prepare_tokenizer
 from voco_model.vlm.devices import execution_device
-from voco_model.vlm.prompt import IMAGE_TOKEN, Turns, image_part, style_in, style_of, text_part
+from voco_model.vlm.processor_check import checked_tokenizer
+from voco_model.vlm.prompt import (
+    IMAGE_TOKEN,
+    Turns,
+    image_part,
+    images_in,
+    pictures_in,
+    style_in,
+    style_of,
+    text_part,
+)
+from voco_model.vlm.undo import put
 
 
 class Method(ABC):
@@ -58,7 +69,7 @@ class Method(ABC):
         style: str | None = None,
     ) -> None:
         _check_free(model)
-        _check_processor(model, processor)
+        checked_tokenizer(model, processor)
         _check_projector(model, self.name)
         if num_tokens is not None:
             check_number("num_tokens", num_tokens)
@@ -224,24 +235,23 @@ class Projector(nn.Module):
     tower -> ``[images, num_tokens, hidden]`` for the language model."""
 
 
-def images_in(turns: Turns) -> int:
-    """How many images a row has: one with a plain question, else the image parts of its messages."""
-    if isinstance(turns, str):
-        return 1
-    parts = [p for m in turns if not isinstance(m.get("content"), str) for p in m["content"]]
-    return sum(part.get("type") == "image" for part in parts)
-
-
 def check_images(images: Sequence[Any] | None, turns: Sequence[Turns]) -> list:
-    """The images as a list; ``ValueError`` if the prompts have another number of them."""
+    """The images as a list; without ``images``, those in the messages' image parts.
+
+    Raises:
+        ValueError: another number of images than the prompts have.
+    """
     if isinstance(turns, str) or not len(turns):
         raise ValueError(f"expected a list of questions or conversations, got {turns!r}")
-    images = [] if images is None else list(as_images(images))
-    wanted = sum(map(images_in, turns))
-    if len(images) != wanted:
+    if images is None:
+        images = [picture for turn in turns for picture in pictures_in(turn)]
+    else:
+        images = list(as_images(images))
+    needed = sum(map(images_in, turns))
+    if len(images) != needed:
         raise ValueError(
-            f"expected {wanted} images for {len(turns)} prompts, got {len(images)}; a plain question "
-            "has one, messages have as many as they have parts {'type': 'image'}"
+            f"expected {needed} images for {len(turns)} prompts, got {len(images)}; a plain question "
+            "needs one, messages need one per part {'type': 'image'}"
         )
     return images
 
@@ -249,15 +259,6 @@ def check_images(images: Sequence[Any] | None, turns: Sequence[Turns]) -> list:
 def check_number(name: str, value: int, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"expected {name} >= {least}, got {value!r}")
-
-
-def put(steps: ExitStack, owner, name: str, value) -> None:
-    """Set an attribute; ``steps`` bring back what was there, or that nothing was."""
-    if hasattr(owner, name):
-        steps.callback(setattr, owner, name, getattr(owner, name))
-    else:
-        steps.callback(delattr, owner, name)
-    setattr(owner, name, value)
 
 
 def tokens_written(processor: ProcessorMixin) -> int:
@@ -287,19 +288,4 @@ def _check_projector(model, name: str) -> None:
         raise ValueError(
             f"expected a LLaVA with a projector of its own for {name!r}, got one made for {made_for!r}; "
             f"load it with voco_model.baselines.load(path), which builds {made_for!r} again"
-        )
-
-
-def _check_processor(model, processor) -> None:
-    tokenizer = getattr(processor, "tokenizer", None)
-    if not isinstance(processor, ProcessorMixin) or tokenizer is None:
-        raise TypeError(
-            "expected a processor with a tokenizer (LlavaProcessor, LlavaNextProcessor), got "
-            f"{type(processor).__name__}"
-        )
-    image_id = tokenizer.convert_tokens_to_ids(processor.image_token)
-    if image_id != model.config.image_token_id:
-        raise ValueError(
-            f"expected the processor's image token to be the model's {model.config.image_token_id}, got "
-            f"{processor.image_token} = {image_id}; they come from different checkpoints"
         )

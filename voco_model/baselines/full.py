@@ -7,10 +7,11 @@ from contextlib import ExitStack
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from voco_model.baselines.base import Method, check_number, put
+from voco_model.baselines.base import Method, check_number
 from voco_model.baselines.cost import Cost
-from voco_model.vlm.attach import enable
+from voco_model.vlm.attach import attach
 from voco_model.vlm.attention import hand_out_layout
+from voco_model.vlm.undo import put
 
 
 class Full(Method):
@@ -59,7 +60,7 @@ class Full(Method):
                 f"{own or 'as many as its size asks for'}"
             )
         if num_voco:
-            steps.enter_context(enable(self.model, self.processor, num_voco, distinct=distinct))
+            steps.enter_context(attach(self.model, self.processor, num_voco, distinct=distinct))
             # All of enable but the mask: attention without a layout is plain causal.
             hooks = self.model.model._forward_pre_hooks
             for key in [key for key, hook in hooks.items() if hook is hand_out_layout]:

@@ -11,6 +11,7 @@ from voco_model.baselines.base import Method
 from voco_model.baselines.methods import method_class
 from voco_model.baselines.replaced import Replaced
 from voco_model.vlm.load import load_processor, load_weights, model_class, read_config
+from voco_model.vlm.warn import training_gap, warn_once
 
 
 def load(
@@ -61,6 +62,9 @@ def load(
         model.__class__ = LlavaForConditionalGeneration
     if device is not None:
         model.to(device)
+    gap = training_gap(config, num_tokens) if name == "voco" else None
+    if gap is not None:
+        warn_once(model, gap)
     return cls(model, load_processor(path), num_tokens, **options)
 
 

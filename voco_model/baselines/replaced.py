@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from voco_model.baselines.base import Method, Projector, put, tokens_written
+from voco_model.baselines.base import Method, Projector, tokens_written
 from voco_model.baselines.cost import Cost
+from voco_model.vlm.undo import put
 
 
 class Replaced(Method):

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from voco_model.baselines.base import Method, check_images, images_in
+from voco_model.baselines.base import Method, check_images
 from voco_model.baselines.cost import Cost
-from voco_model.vlm.attach import enable
+from voco_model.vlm.attach import attach
 from voco_model.vlm.compress import compress
 from voco_model.vlm.generate import generate
-from voco_model.vlm.prompt import Turns
+from voco_model.vlm.prompt import Turns, images_in
 
 
 class VoCo(Method):
@@ -47,7 +47,7 @@ class VoCo(Method):
 
     def _install(self, steps: ExitStack, num_tokens: int | None) -> int:
         handle = steps.enter_context(
-            enable(self.model, self.processor, num_tokens, **self._options)
+            attach(self.model, self.processor, num_tokens, **self._options)
         )
         self._num_voco = handle.num_voco
         return handle.num_voco

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,7 +45,7 @@ from voco_model.vlm.attach import check_ready
 from voco_model.vlm.fingerprint import Unchanged
 from voco_model.vlm.fingerprint import fingerprint as fingerprint_of
 from voco_model.vlm.image_key import image_key
-from voco_model.vlm.prompt import Turns, image_part
+from voco_model.vlm.prompt import Turns, image_part, pictures_in
 
 # Threads that prepare requests for answer_many, ahead of those that are being answered.
 _PREPARING_THREADS = 2
@@ -470,12 +470,15 @@ class TwoPassEngine:
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         sampling = replace(sampling, max_new_tokens=new, seed=seed)
         try:
-            images = _as_list(request.images)
-            if request.images is not None and not images:
+            given = _images_of(request)
+            images = _as_list(given)
+            if given is not None and not images:
                 raise ValueError(
                     "expected at least one image, or None for a question without any, got an empty "
                     f"{type(request.images).__name__}"
                 )
+        except RequestError:
+            raise
         except Exception as error:  # an iterator that opens files may raise anything
             raise RequestError("image", _told(error, "images that can be listed")) from error
         try:
@@ -545,6 +548,18 @@ def _told(error: Exception, expected: str) -> str:
 def _cancel_ticket(future: Future[Ticket]) -> None:
     if not future.cancelled() and future.exception() is None:
         future.result().cancel()
+
+
+def _images_of(request: Request) -> Any:
+    """The request's images; without any, those in the image parts of its messages."""
+    text = request.text
+    is_messages = isinstance(text, Sequence) and len(text) > 0 and isinstance(text[0], Mapping)
+    if request.images is not None or not is_messages:
+        return request.images
+    try:
+        return pictures_in(text) or None
+    except ValueError as error:
+        raise RequestError("prompt", str(error)) from error
 
 
 def _as_list(images: Any) -> list[Any]:

@@ -79,7 +79,7 @@ def check_file(path: Path, limits: PictureLimits, name: str) -> None:
     except (OSError, ValueError):  # a name that no file can have
         there = is_file = False
     if not there:
-        raise PictureError(f"expected an image, got {name}, which isn't there")
+        raise PictureError(f"expected an image, got {name}, which was not found; check the path")
     if not is_file:
         raise PictureError(f"expected an image, got {name}, which is no regular file")
     limits.check_bytes(path.stat().st_size, name)

@@ -25,6 +25,7 @@ from voco_kernels import MaskLayout, masked_attention
 from voco_kernels.layout.documents import document_positions
 from voco_model.vlm.caches import CACHE_ARGUMENT, CompactCache, VoCoCollector
 from voco_model.vlm.packing import refuse_markers, take_markers
+from voco_model.vlm.warn import warn_once
 
 ATTENTION_NAME = "voco"
 Mask = Tensor | dict | None
@@ -165,10 +166,11 @@ def _mask_whole_prompt(
         )
     if kwargs.get("pixel_values") is not None:
         _check_image_sizes(config, kwargs)
-    # Looking costs a host sync on a GPU, of which filling a cache has one anyway (below).
+    # Reading the ids costs a host sync on a GPU; filling a cache needs one anyway (below).
     readable = input_ids.device.type == "cpu" or cache is not None
     if readable and not torch.compiler.is_compiling():
         _check_images_first(input_ids, config)
+        _warn_of_images_alone(module, input_ids, config)
     mask = _padding_mask(kwargs.get("attention_mask"), input_ids, cache)
     real = mask != 0
     position_ids = _document_positions(module, cache, input_ids, mask, kwargs)
@@ -297,6 +299,18 @@ def _check_images_first(input_ids: Tensor, config) -> None:
             f"expected an image in front of every run of VoCo tokens (id {config.voco_token_id}), got "
             f"one without at position {place} of row {row}; build the prompt with voco_model.prompt or "
             "the processor's chat template"
+        )
+
+
+def _warn_of_images_alone(module: nn.Module, input_ids: Tensor, config) -> None:
+    has_voco = (input_ids == config.voco_token_id).any(1)
+    alone = (input_ids == config.image_token_id).any(1) & ~has_voco
+    if alone.any():
+        warn_once(
+            module,
+            f"a prompt (row {int(alone.long().argmax())}) has an image and no VoCo token: nothing is "
+            "compressed, and its text sees the image itself, which this model may not be trained for; "
+            "write prompts with voco_model.prompt or processor.apply_chat_template",
         )
 
 

@@ -30,6 +30,7 @@ from voco_model.vlm.fingerprint import fingerprint
 from voco_model.vlm.image_key import image_key
 from voco_model.vlm.prompt import image_part
 from voco_model.vlm.rope import check_length, rope_of
+from voco_model.vlm.warn import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,9 @@ def compress(
         PictureError: not an image, an unreadable one, or one over the limits.
         ValueError: a model that isn't enabled or is in training mode; a row without VoCo tokens or with
             several images; an image too long for a rotation that depends on the length.
+
+    Warns:
+        VoCoWarning: once per model, for another ``num_voco`` than its config's.
     """
     check_ready(model)
     if (images is None) == (inputs is None):
@@ -101,7 +105,14 @@ def compress(
         return _entries(model, _split_rows(inputs, batch_size))
     if processor is None:
         raise ValueError("expected a processor to prepare the images, got none")
-    text = image_part(model.config.num_voco if num_voco is None else num_voco)
+    own = model.config.num_voco
+    if num_voco not in (None, own):
+        warn_once(
+            model,
+            f"images are compressed to num_voco={num_voco} tokens by a model with {own} in its config; "
+            "its answers may be poor unless training drew several numbers",
+        )
+    text = image_part(own if num_voco is None else num_voco)
     ground = ground_of(model.config, ground)
     pictures = decode_each(images, ground=ground, limits=limits, processor=processor)
 

@@ -16,7 +16,7 @@ from voco_model.vlm.attach import check_ready
 from voco_model.vlm.caches import CACHE_ARGUMENT, CompactCache
 from voco_model.vlm.control_tokens import control_tokens, token_ids
 from voco_model.vlm.devices import execution_device
-from voco_model.vlm.prompt import VOCO_TOKEN, Turns, images_in, messages_of, style_in, text_part
+from voco_model.vlm.prompt import VOCO_TOKEN, Turns, images_in, style_in, text_part
 from voco_model.vlm.rope import check_length
 
 # Arguments of model.generate that the second pass makes by itself.
@@ -169,7 +169,7 @@ def _token_rows(
 
 
 def _tokenize(tokenizer, config, turns: Turns) -> list[int]:
-    images = 0 if isinstance(turns, str) else images_in(messages_of(turns))
+    images = images_in(turns, question=0)
     if images > 1:
         raise ValueError(
             f"expected at most one image part in a conversation, got {images}; several images a "

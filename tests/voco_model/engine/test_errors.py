@@ -480,7 +480,7 @@ def test_no_image_in_the_list(world, engine_of, images):
     [
         (b"abc", "got 3 bytes, of no format that Pillow knows"),
         ({"image": 1}, "expected an image (PIL's, a path or URL, "),
-        (["no-such-file.jpg"], "expected an image, got no-such-file.jpg, which isn't there"),
+        (["no-such-file.jpg"], "expected an image, got no-such-file.jpg, which was not found"),
         ([tiny.picture(0), None], "image 2 of 2: expected an image "),
         ([], "or None for a question without any, got an empty list"),
         (np.zeros((0, 9, 9, 3)), "expected at least one image, got an array of shape [0, 9, 9, 3]"),

@@ -56,7 +56,7 @@ def test_a_key_is_the_pixels_however_they_come(setting, tmp_path):
 def test_a_key_says_how_its_pixels_were_made(setting, monkeypatch):
     model, processor = setting
     key = image_key(picture(), model=model, processor=processor)
-    monkeypatch.setattr(sys.modules["voco_model.image_key"], "_PIXELS", "rgb8 v1")
+    monkeypatch.setattr(sys.modules["voco_model.vlm.image_key"], "_PIXELS", "rgb8 v1")
     assert image_key(picture(), model=model, processor=processor) != key
 
 

@@ -1,4 +1,4 @@
-"""``assistant_masks`` of conversations about images, token by token."""
+"""What ``enable`` adds to a processor: ``assistant_masks``, token by token, and a model card."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AutoProcessor
 
 import voco_model
 from tests.voco_model import tiny
-from voco_model.vlm.answer_mask import _AnswerMask
+from voco_model.vlm.enabled_processor import EnabledProcessor
 
 OPTIONS = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
 
@@ -85,7 +85,7 @@ def test_processors_are_copied_pickled_and_saved(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     assert type(AutoProcessor.from_pretrained(tmp_path)) is type(processor).__bases__[1]
     for other in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
-        assert isinstance(other, _AnswerMask) and type(other) is type(processor)
+        assert isinstance(other, EnabledProcessor) and type(other) is type(processor)
         made = other.apply_chat_template(turns("A cup.", images=1), **OPTIONS)
         assert marked(other, made) == [[" A cup.</s>"]]
 
