@@ -19,7 +19,7 @@ from voco_model.vlm.devices import execution_device
 from voco_model.vlm.prompt import VOCO_TOKEN, Turns, images_in, style_in, text_part
 from voco_model.vlm.rope import check_length
 
-# Arguments of model.generate that the second pass makes by itself.
+# Arguments of model.generate that pass 2 provides.
 _OWNED = (
     "input_ids",
     "inputs",
@@ -32,15 +32,15 @@ _OWNED = (
 )
 # Options of model.generate that repeat its prompt.
 _COPIES = ("num_beams", "num_return_sequences")
-# Options of model.generate that can't be exact from a compact cache, and why.
-_SPECULATIVE = "it reads several new tokens at once against a cache whose length isn't the text's"
+# Options of model.generate that can't be exact with a compact cache, and why.
+_SPECULATIVE = "it reads several new tokens at once, with a cache that is shorter than the text"
 _REFUSED = {
     "prompt_lookup_num_tokens": _SPECULATIVE,
     "assistant_early_exit": _SPECULATIVE,
     "assistant_model": _SPECULATIVE,
     "use_mtp": _SPECULATIVE,
-    "prefill_chunk_size": "its chunks start at the VoCo tokens, which are in the cache already",
-    "cache_implementation": "the cache is the one made from the compact entries",
+    "prefill_chunk_size": "its chunks start with the VoCo tokens, which are in the cache already",
+    "cache_implementation": "the cache is made from the compact entries",
 }
 
 
@@ -55,29 +55,29 @@ def generate(
 ) -> Tensor | ModelOutput:
     """Pass 2: answer from compressed images, through the model's own ``generate``.
 
-    One entry goes with many questions, and one question with many entries; otherwise the two lists
-    go row by row. Entries are not changed and serve any number of calls.
+    A single entry is used for all questions, and a single question for all entries; otherwise the two
+    lists are paired row by row. Entries are not modified and can be reused.
 
     Args:
         model: enabled, in eval mode.
         compact: from ``compress``. Entries may differ in their number of VoCo tokens.
-        text: a question, a conversation (messages as in transformers, the last one the user's), or
-            a list of either. Or token ids, int64 ``[B, T]``, that follow the VoCo tokens.
-        processor: the one given to ``enable``; needed unless text is token ids.
+        text: a question, a conversation (messages as in Transformers, the last one the user's), or a
+            list of either. Or token ids, int64 ``[B, T]``, that follow the VoCo tokens. ``compact``
+            takes the place of an image in the messages.
+        processor: the one given to ``enable``; required unless ``text`` is token ids.
         attention_mask: ``[B, T]`` for token ids, 0 for padding on the left.
-        generate_kwargs: as for ``model.generate``: ``max_new_tokens``, ``do_sample``,
-            ``num_beams``, ``num_return_sequences``, ``streamer``, ``return_dict_in_generate``, ...
-            ``max_length`` counts the VoCo tokens and the text.
+        generate_kwargs: as for ``model.generate``: ``max_new_tokens``, ``do_sample``, ``num_beams``,
+            ``num_return_sequences``, ``streamer``, ``return_dict_in_generate``, ... ``max_length``
+            counts the VoCo tokens and the text.
 
     Returns:
-        int64 ``[B * num_return_sequences, new]``, the new tokens only; with
-        ``return_dict_in_generate`` what ``model.generate`` returns, its ``sequences`` cut likewise.
+        int64 ``[B * num_return_sequences, new]``, the new tokens only; with ``return_dict_in_generate``
+        the output of ``model.generate``, its ``sequences`` cut likewise.
 
     Raises:
-        ValueError: entries of another model, lists that don't pair up, or an option that can't be
-            exact from a compact cache (``prompt_lookup_num_tokens``, an assistant,
-            ``prefill_chunk_size``, ``use_cache=False``); a text that ends too far behind its image for a
-            rotation that depends on the length.
+        ValueError: entries of another model, lists that don't pair up, or an option that can't be exact
+            with a compact cache (``prompt_lookup_num_tokens``, an assistant, ``prefill_chunk_size``,
+            ``use_cache=False``); a prompt too long for a rotation that depends on the length.
     """
     check_ready(model)
     _check_options(model, generate_kwargs)
@@ -87,7 +87,7 @@ def generate(
     entries, rows = _pair_up(entries, rows)
     cache = CompactCache(entries, _layer_devices(model), model.dtype)
     prompt = _second_pass_prompt(model, cache, rows)
-    # generate repeats the prompt for beams and samples, not a cache that it is given.
+    # generate repeats the prompt for beams and samples, but not a given cache.
     copies = max(_option(model, generate_kwargs, name) or 1 for name in _COPIES)
     if copies > 1:
         cache.batch_repeat_interleave(copies)
@@ -100,7 +100,7 @@ def generate(
 
 
 def _option(model, generate_kwargs: Mapping, name: str) -> Any:
-    """A generation option where ``generate`` would look for it: argument, given config, model's."""
+    """A generation option, looked up as in ``generate``: arguments, given config, model's config."""
     sources = (generate_kwargs.get("generation_config"), model.generation_config)
     values = (generate_kwargs.get(name), *(getattr(source, name, None) for source in sources))
     return next((value for value in values if value is not None), None)
@@ -110,14 +110,11 @@ def _check_options(model, generate_kwargs: Mapping) -> None:
     owned = sorted(set(_OWNED) & set(generate_kwargs))
     if owned:
         raise ValueError(
-            f"expected none of {', '.join(_OWNED)}, got {', '.join(owned)}; the second "
-            "pass makes them from the compact entries and the text"
+            f"expected none of {', '.join(_OWNED)}, got {', '.join(owned)}; pass 2 derives them from "
+            "the compact entries and the text"
         )
     if _option(model, generate_kwargs, "use_cache") is False:
-        raise ValueError(
-            "expected use_cache=True, got False; without its cache the second pass doesn't know "
-            "the image"
-        )
+        raise ValueError("expected use_cache=True, got False; the image is only in the cache")
     for name, why in _REFUSED.items():
         value = _option(model, generate_kwargs, name)
         if value:
@@ -128,7 +125,7 @@ def _check_entries(model, entries: Sequence[CompactKV]) -> None:
     if not entries:
         raise ValueError("expected at least one compact entry, got none")
     text = model.config.text_config
-    # A model whose heads all have keys of their own may not name their number again.
+    # Without grouped-query attention, a config may lack num_key_value_heads.
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     expected = (text.num_hidden_layers, kv_heads, head_dim_of(text))
     for index, entry in enumerate(entries):
@@ -147,7 +144,7 @@ def _check_entries(model, entries: Sequence[CompactKV]) -> None:
 def _token_rows(
     model, text: str | Sequence | Tensor, processor, attention_mask: Tensor | None
 ) -> list[list[int]]:
-    """The text's token ids, a list without padding for each row."""
+    """The text's token ids, one list without padding per row."""
     if isinstance(text, Tensor):
         rows = _rows_of_ids(text, attention_mask)
         _check_text_only(rows, model.config)
@@ -172,8 +169,8 @@ def _tokenize(tokenizer, config, turns: Turns) -> list[int]:
     images = images_in(turns, question=0)
     if images > 1:
         raise ValueError(
-            f"expected at most one image part in a conversation, got {images}; several images a "
-            "row are not supported in two passes"
+            f"expected at most one image part in a conversation, got {images}; two passes don't support "
+            "several images per row"
         )
     written = text_part(
         turns,
@@ -181,7 +178,7 @@ def _tokenize(tokenizer, config, turns: Turns) -> list[int]:
         style=style_in(config),
         control_tokens=control_tokens(tokenizer),
     )
-    # Behind a VoCo token, as in the whole prompt: tokenizers may treat the start of a string apart.
+    # After a VoCo token, as in the whole prompt: tokenizers may treat the start of a string differently.
     whole = token_ids(tokenizer, VOCO_TOKEN + written, add_special_tokens=False)
     first, *ids = whole["input_ids"]
     if first != config.voco_token_id:
@@ -198,9 +195,9 @@ def _check_text_only(rows: list[list[int]], config) -> None:
         for index, row in enumerate(rows):
             if token_id in row:
                 raise ValueError(
-                    "expected ids of the text behind the VoCo tokens only, got "
+                    "expected only ids of the text after the VoCo tokens, got "
                     f"{name} {token_id} at position {row.index(token_id)} of row {index}; leave the "
-                    "image and the VoCo tokens out, compact stands for both"
+                    "image and the VoCo tokens out, which are in compact"
                 )
 
 
@@ -221,7 +218,7 @@ def _rows_of_ids(ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
         if ragged.any():
             row = int(ragged.long().argmax())
             raise ValueError(
-                "expected text padded on the left, got an attention_mask with zeros behind ones, "
+                "expected text padded on the left, got an attention_mask with zeros after ones, "
                 f"or only zeros, in row {row}: {real[row].int().tolist()}; set padding_side='left'"
             )
     return [row[mask].tolist() for row, mask in zip(ids, real, strict=True)]
@@ -232,8 +229,8 @@ def _pair_up(
 ) -> tuple[list[CompactKV], list[list[int]]]:
     if not rows or (len(entries) != len(rows) and 1 not in (len(entries), len(rows))):
         raise ValueError(
-            f"expected as many texts as entries, or one of either, got {len(entries)} entries and "
-            f"{len(rows)} texts"
+            f"expected as many texts as entries, or a single one of either, got {len(entries)} entries "
+            f"and {len(rows)} texts"
         )
     if len(entries) == 1:
         entries = entries * len(rows)
@@ -249,8 +246,8 @@ def _layer_devices(model) -> list[torch.device]:
 def _second_pass_prompt(
     model, cache: CompactCache, rows: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
-    """``input_ids``, ``attention_mask``, ``position_ids``, int64 ``[B, n + T]``: the VoCo tokens
-    that are in the cache, for ``generate`` to skip, then the text, padded on the left."""
+    """``input_ids``, ``attention_mask``, ``position_ids``, int64 ``[B, n + T]``: the VoCo tokens in the
+    cache, which ``generate`` skips, then the text, padded on the left."""
     device = execution_device(model.get_input_embeddings())
     text_length = max(map(len, rows))
     pad = model.generation_config.pad_token_id or 0
