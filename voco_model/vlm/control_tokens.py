@@ -135,7 +135,7 @@ def prepare_tokenizer(tokenizer, steps: ExitStack | None = None) -> None:
         raise ValueError(
             f"expected a tokenizer that can read {token!r} as characters, got "
             f"{type(tokenizer).__name__}, which composes the control token from them; use a "
-            "tokenizer whose control tokens are longer than a character and not in the model's vocabulary"
+            "tokenizer whose control tokens are longer than a character and not in its vocabulary"
         )
 
 

@@ -143,7 +143,7 @@ def test_loads_what_a_training_run_left(tmp_path):
 
 
 def test_refuses_wrong_arguments(model, processor):
-    with pytest.raises(ValueError, match="expected a method of full, voco, .*, got 'fast'"):
+    with pytest.raises(ValueError, match="expected a method among full, voco, .*, got 'fast'"):
         baselines.apply("fast", model, processor)
     with pytest.raises(TypeError, match="expected a LlavaForConditionalGeneration or"):
         baselines.apply("full", model.model, processor)
