@@ -71,8 +71,8 @@ class OnePass:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question with three answers: by the engine, with its ``stages`` in seconds; by one masked pass; by
-    a plain LLaVA, in ``uncached`` seconds."""
+    """A question, answered by the engine with its ``stages`` in seconds, by one masked pass, and by a
+    plain LLaVA in ``uncached`` seconds."""
 
     question: str
     answer: voco_model.Answer

@@ -119,15 +119,15 @@ class FastV(Pruning):
         text_tokens = whole_number("text_tokens", text_tokens, at_least=1)
         image, text = self._vision_tokens(), self.model.config.text_config
         kept = min(self.num_tokens, image)
-        behind = text.num_hidden_layers - self.layer
+        later = text.num_hidden_layers - self.layer
         scores = 2 * head_dim_of(text) * text.num_attention_heads * (image + text_tokens)
         flops = (
             self.layer * decoder_layer(text, image + text_tokens).useful
             + scores
-            + behind * decoder_layer(text, kept + text_tokens).useful
+            + later * decoder_layer(text, kept + text_tokens).useful
             + head(self.model.config).useful
         )
-        held = self.layer * image + behind * kept
+        held = self.layer * image + later * kept
         return Cost(
             tokens=kept,
             cache_bytes=held * token_bytes(text, dtype or self.model.dtype),

@@ -106,10 +106,8 @@ def _rebuilt(tokenizer, backend: Tokenizer, pad: str | None, extra) -> PreTraine
         name: getattr(tokenizer, name)
         for name in ("bos_token", "eos_token", "unk_token", "padding_side", "model_max_length")
     }
-    for name in (
-        "legacy",
-        "clean_up_tokenization_spaces",
-    ):  # legacy: no effect here, for the way back
+    # The first has no effect here; it is kept for to_authors.
+    for name in ("legacy", "clean_up_tokenization_spaces"):
         value = getattr(tokenizer, name, tokenizer.init_kwargs.get(name))
         kept |= {} if value is None else {name: value}
     return PreTrainedTokenizerFast(
