@@ -114,7 +114,7 @@ def test_safetensors_that_break_off(copy, kept):
     written = (copy / WEIGHTS).read_bytes()
     (copy / WEIGHTS).write_bytes(written[:kept])
     said = {0: "an empty", -1: f"of {len(written)} bytes, got {len(written) - 1} in"}
-    refused(copy, said.get(kept, "whose header can't be read"), str(copy / WEIGHTS), "download")
+    refused(copy, said.get(kept, "whose header is unreadable"), str(copy / WEIGHTS), "download")
 
 
 def test_a_config_that_breaks_off(copy):

@@ -169,7 +169,6 @@ def test_images_may_be_paths(world, engine_of, tmp_path):
     assert engine_of().answer(path, world.cases[0].request.text).tokens == world.cases[0].tokens
 
 
-@pytest.mark.parametrize("max_images", [3, 5])
 def test_images_may_be_in_the_messages(world, engine_of):
     """OpenAI's form, with the picture as a data URI."""
     buffer = io.BytesIO()
@@ -185,6 +184,7 @@ def test_images_may_be_in_the_messages(world, engine_of):
     assert caught.value.reason == "prompt"
 
 
+@pytest.mark.parametrize("max_images", [3, 5])
 def test_batches_of_images_that_are_no_power_of_two(world, engine_of, max_images):
     engine = engine_of(max_images=max_images, max_batch=8)
     first, batches = engine._scheduler._first, []
