@@ -27,9 +27,10 @@ from typer.testing import CliRunner
 
 import voco_model
 from tests.voco_model import instruction, tiny
-from voco_model import baselines, convert
+from voco_model import baselines
 from voco_model.cli import app
 from voco_model.convert import from_authors, to_authors
+from voco_model.convert import tokenizer as convert_tokenizer
 from voco_model.train import make_config, train
 
 HIDDEN, LAYERS = 64, 2
@@ -314,7 +315,7 @@ def test_num_voco_of_an_original_llava_is_a_warning(original, tmp_path, caplog):
         record for record in caplog.records if record.name.startswith("voco_model.convert")
     ]
     assert record.getMessage() == (
-        f"{original} is converted as an original LLaVA, without num_voco=2: its tokenizer has no <voco>"
+        f"{original} is converted as an original LLaVA, ignoring num_voco=2: its tokenizer has no <voco>"
     )
     config = config_of(target)
     assert "num_voco" not in config and config["voco_prompt"] == "vicuna"
@@ -627,7 +628,7 @@ def refused(tmp_path, message, error=ValueError, **options) -> None:
         ),
         (
             lambda tensors: tensors.update({"lm_head.weight": torch.ones(260, 64).to(torch.int8)}),
-            r"expected floating point tensors, got others in .*: lm_head.weight; convert the checkp",
+            r"expected floating point tensors in .*, got others: lm_head.weight; convert",
         ),
     ],
 )
@@ -669,7 +670,7 @@ def test_another_tokenizer_is_refused(parts, tmp_path):
 def test_sentencepiece_is_asked_for(parts, tmp_path, monkeypatch):
     write_theirs(tmp_path / "theirs", parts)
     (tmp_path / "theirs" / "tokenizer.json").rename(tmp_path / "theirs" / "tokenizer.model")
-    monkeypatch.setattr(convert, "is_sentencepiece_available", lambda: False)
+    monkeypatch.setattr(convert_tokenizer, "is_sentencepiece_available", lambda: False)
     refused(tmp_path, "expected sentencepiece and protobuf, .*; pip install", ImportError)
 
 

@@ -150,9 +150,9 @@ def test_saved_and_loaded(fresh, llava_processor, name, tmp_path):
     [
         ("pooling", 7, {}, "rows x columns with at most 4 each, got 7, which is 1 x 7"),
         ("pooling", None, {}, "expected num_tokens per image, got None"),
-        ("pooling", 0, {}, "expected num_tokens >= 1, got 0"),
+        ("pooling", 0, {}, "expected an int num_tokens >= 1, got 0"),
         ("qformer", 2, {"width": 32, "heads": 3}, "divisible by the number of heads, got 32 and 3"),
-        ("qformer", 2, {"layers": 0}, "expected layers >= 1, got 0"),
+        ("qformer", 2, {"layers": 0}, "expected an int layers >= 1, got 0"),
         ("qformer", 2, {"dropout": 1.0}, "expected a dropout from 0 to below 1, got 1.0"),
     ],
 )
