@@ -2,8 +2,9 @@
 
     python release/check_wheels.py dist/*.whl      # or: make wheel
 
-Each environment gets torch as ``requirements/torch.txt`` pins it, the wheel, and the wheel's dependencies;
-then ``release/smoke.py`` runs in an empty folder. A wheel with the CUDA extension is tried with it.
+Each environment gets torch as ``requirements/torch.txt`` pins it, the wheel, and the wheel's
+dependencies; then ``release/smoke.py`` runs in an empty folder. A wheel with the CUDA extension is
+tried with it.
 """
 
 from __future__ import annotations

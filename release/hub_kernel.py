@@ -2,13 +2,15 @@
 
     python release/hub_kernel.py build/hub         # or: make hub
 
-writes ``build/hub/build/torch-cuda`` and ``torch-cpu``. ``kernels.get_local_kernel(Path("build/hub"))`` loads
-a module with the public names of ``voco_kernels`` from them; uploaded to the hub, ``kernels.get_kernel(...)``
-does. The CUDA extension for Hopper is not part of it; the Triton backend serves GPUs.
+writes ``build/hub/build/torch-cuda`` and ``torch-cpu``. ``kernels.get_local_kernel(Path("build/hub"))``
+loads a module with the public names of ``voco_kernels`` from them; uploaded to the hub,
+``kernels.get_kernel(...)`` does. The CUDA extension for Hopper is not part of it; the Triton backend
+serves GPUs.
 
-The hub gives each version of a kernel its own module name, so that two versions can be loaded side by side
-and beside an installed package. Two things would tie them together, and are rewritten here: absolute imports
-become relative, and operators are registered under a namespace that is derived from the sources.
+The hub gives each version of a kernel its own module name, so that two versions can be loaded side by
+side and beside an installed package. Two things would tie them together, and are rewritten here:
+absolute imports become relative, and operators are registered under a namespace that is derived from
+the sources.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python release/smoke.py [--extension]
 
-With ``--extension`` the wheel must hold the CUDA extension; without it there must be none. The picture is
-like those that the packaged miniature was trained on: coloured digits on black, one in a quarter.
+With ``--extension`` the wheel must hold the CUDA extension; without it there must be none. The picture
+is like those that the packaged miniature was trained on: coloured digits on black, one in a quarter.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from voco_model.kv_store import KVStore, open_store
     from voco_model.pictures import PictureError, PictureLimits
     from voco_model.vlm.attach import Enabled, enable
+    from voco_model.vlm.compress import compress
     from voco_model.vlm.fingerprint import fingerprint
-    from voco_model.vlm.generate import compress, generate
+    from voco_model.vlm.generate import generate
     from voco_model.vlm.image_key import image_key
     from voco_model.vlm.load import load
     from voco_model.vlm.prompt import chat_template, prompt
@@ -27,8 +28,9 @@ else:  # the same names, for the interpreter
             "voco_model.kv_store": ("KVStore", "open_store"),
             "voco_model.pictures": ("PictureError", "PictureLimits"),
             "voco_model.vlm.attach": ("Enabled", "enable"),
+            "voco_model.vlm.compress": ("compress",),
             "voco_model.vlm.fingerprint": ("fingerprint",),
-            "voco_model.vlm.generate": ("compress", "generate"),
+            "voco_model.vlm.generate": ("generate",),
             "voco_model.vlm.image_key": ("image_key",),
             "voco_model.vlm.load": ("load",),
             "voco_model.vlm.prompt": ("chat_template", "prompt"),

@@ -1,4 +1,4 @@
-"""Checks of arguments that many functions share."""
+"""Checks of integer arguments."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 
 def is_whole(value: Any) -> bool:
-    """Whether this is an int, or stands for one as NumPy's integers do; a bool doesn't."""
+    """Whether this is an integer: an int or one of NumPy's, but not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def whole_number(name: str, value: Any, *, at_least: int) -> int:
-    """The value as an int: an int, or what stands for one, such as NumPy's integers.
+    """The value as an int. NumPy's integers and others with ``__index__`` are accepted.
 
     Raises:
-        ValueError: anything else, a bool among them, or a smaller one.
+        ValueError: not an integer (a bool isn't one here), or less than ``at_least``.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)

@@ -1,9 +1,10 @@
-"""Whether the files of a local checkpoint are all there and whole, before anything reads them."""
+"""Checks that a local checkpoint is there and complete, before anything reads it."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 from transformers.utils import (
@@ -15,18 +16,43 @@ from transformers.utils import (
 
 from voco_model.data.file_kind import check_no_pointer
 
-_WHOLE = 100_000_000  # bytes: more than any header of safetensors, as its own reader has it
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors' own reader
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def check_folder(path: str | os.PathLike) -> None:
+    """Raise ``FileNotFoundError`` unless this is a checkpoint's folder, or may be a hub name.
+
+    The message names checkpoints one folder below, as a training run's output has them.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        if _HUB_NAME.fullmatch(os.fspath(path)) and not os.fspath(path).startswith("."):
+            return  # the hub's client says what is wrong with a name
+        raise FileNotFoundError(
+            f"expected a checkpoint's folder or a hub name, got {path}, which was not found; check the "
+            "path"
+        )
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a checkpoint's folder, got the file {path}")
+    if (folder / "config.json").exists():
+        return
+    inside = [str(found.parent) for found in sorted(folder.glob("*/config.json"))]
+    advice = f"did you mean {listed(inside)}?" if inside else "check the path"
+    raise FileNotFoundError(
+        f"expected a checkpoint's folder with a config.json, got {path} without one; {advice}"
+    )
 
 
 def check_files(path: str | os.PathLike) -> None:
-    """Look at the files that a checkpoint's reader would open; not at their tensors.
+    """Check the files that a checkpoint's reader would open, without reading tensors.
 
     Args:
-        path: a folder. A hub name is passed over: the hub's client checks what it downloads.
+        path: a folder. Hub names are skipped: the hub's client checks its downloads.
 
     Raises:
-        ValueError: a pointer of Git LFS in place of a file, a shard of the index that isn't there, an
-            empty file, or safetensors that break off. The message names the file.
+        ValueError: a Git LFS pointer in place of a file, a missing shard, an empty file, or truncated
+            safetensors. The message names the file.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -42,7 +68,9 @@ def check_files(path: str | os.PathLike) -> None:
         with file.open("rb") as opened:
             check_no_pointer(opened.read(64), file)
         if not file.stat().st_size:
-            raise ValueError(f"expected a file's content, got an empty {file}; download it again")
+            raise ValueError(
+                f"expected a file with content, got an empty {file}; download it again"
+            )
     config = folder / "config.json"
     if config.is_file():
         try:
@@ -55,7 +83,7 @@ def check_files(path: str | os.PathLike) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with weights, safetensors where there are both kinds; those of an index by its word.
+    """The files with weights, as listed by the index if there is one. Safetensors are preferred.
 
     Raises:
         ValueError: an index that can't be read.
@@ -64,7 +92,7 @@ def weight_files(folder: Path) -> list[Path]:
         (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME),
         (WEIGHTS_INDEX_NAME, WEIGHTS_NAME),
     ):
-        if (folder / single).is_file():  # which from_pretrained prefers to an index, too
+        if (folder / single).is_file():  # from_pretrained, too, prefers it to an index
             return [folder / single]
         if (folder / index).is_file():
             return sorted({folder / name for name in _weight_map(folder / index).values()})
@@ -72,7 +100,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def listed(names, most: int = 5) -> str:
-    """The first of the names, and how many more there are."""
+    """The first names, and the number of the others."""
     names = list(names)
     more = f", and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + more
@@ -85,8 +113,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         return dict(json.loads(text)["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"expected an index with a weight_map, got {index}, which has none or breaks off; download "
-            "it again"
+            f"expected an index with a weight_map, got {index}, which has none or is truncated; "
+            "download it again"
         ) from error
 
 
@@ -95,7 +123,7 @@ def _check_safetensors(file: Path) -> None:
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        header = opened.read(length) if length <= _WHOLE else b""
+        header = opened.read(length) if length <= _LONGEST_HEADER else b""
     try:
         tensors = json.loads(header)
         end = max(
@@ -103,10 +131,10 @@ def _check_safetensors(file: Path) -> None:
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
-            f"expected safetensors, got {file}, whose header can't be read; download it again"
+            f"expected safetensors, got {file}, whose header is unreadable; download it again"
         ) from None
     if size != 8 + length + end:
         raise ValueError(
-            f"expected safetensors of {8 + length + end} bytes, got {size} in {file}, which "
-            "breaks off or has more behind it; download it again"
+            f"expected safetensors of {8 + length + end} bytes, got {size} in {file}, which is "
+            "truncated or has extra bytes at its end; download it again"
         )

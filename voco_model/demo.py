@@ -1,10 +1,10 @@
 """``voco demo``: digits before and after compression, and a photograph that is read once, on the CPU.
 
-First the trained miniature answers questions about handwritten digits, from all vision tokens and
-through four VoCo tokens. Then a LLaVA of random weights, but of CLIP's real geometry, is asked three
-questions about a photograph: ``TwoPassEngine`` reads it for the first question and finds it in a store
-for the others; its stages are shown side by side. Each answer is compared, token by token, with that of
-one masked pass over the whole prompt, and timed against a plain LLaVA that reads the photograph for each
+First, the trained miniature answers questions about handwritten digits, from all vision tokens and from
+four VoCo tokens. Then a LLaVA with random weights, but CLIP's real geometry, is asked three questions
+about a photograph: ``TwoPassEngine`` reads it for the first question and finds it in a store for the
+others, and its stages are shown side by side. Each answer is compared token by token with that of one
+masked pass over the whole prompt, and timed against a plain LLaVA that reads the photograph for each
 question. Needs the extra ``miniature`` (matplotlib, scikit-learn).
 """
 
@@ -20,23 +20,16 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaImageProcessorPil,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import voco_model
 from voco_kernels import MaskLayout
 from voco_model.miniature.scenes import digits
 from voco_model.miniature.show import show
 from voco_model.pictures import decode
+from voco_model.small import IMAGE_SIZE, PATCH_SIZE, VISION_TOKENS, build_model, build_processor
+from voco_model.vlm.attach import attach
 
 try:
     from matplotlib import cbook
@@ -48,8 +41,6 @@ except ImportError as error:
         f"the demo needs {error.name}, which is not installed; pip install 'voco-kernels[miniature]'"
     ) from error
 
-IMAGE_SIZE, PATCH_SIZE = 336, 14
-VISION_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 QUESTIONS = (
     "What is the person in the photograph wearing?",
     "Is there a flag in the background?",
@@ -57,7 +48,7 @@ QUESTIONS = (
 )
 
 
-# The engine's stages, and what they are to a reader.
+# The engine's stages, and their titles.
 STAGES = {
     "vision": "pass 1: vision tower",
     "prefix": "pass 1: prefix",
@@ -70,7 +61,7 @@ STAGES = {
 
 @dataclass(frozen=True)
 class OnePass:
-    """One masked pass: ``tokens`` as written, ``logits`` ``[vocabulary]`` of the first, ``seconds``."""
+    """An answer by one masked pass, with ``logits`` ``[vocabulary]`` of its first token."""
 
     tokens: tuple[int, ...]
     logits: Tensor
@@ -79,8 +70,8 @@ class OnePass:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question, three times: by the engine with its ``stages`` in seconds, in one masked pass, and by
-    a plain LLaVA in ``uncached`` seconds."""
+    """A question, answered by the engine with its ``stages`` in seconds, by one masked pass, and by a
+    plain LLaVA in ``uncached`` seconds."""
 
     question: str
     answer: voco_model.Answer
@@ -93,88 +84,26 @@ class Asked:
         return self.answer.tokens == self.one_pass.tokens
 
 
-def build_processor() -> LlavaProcessor:
-    """CLIP's real geometry (336 pixels, patches of 14: 576 tokens), a tokenizer of single bytes."""
-    special = ["<pad>", "<s>", "</s>", "<image>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
-    )
-    return LlavaProcessor(
-        image_processor=LlavaImageProcessorPil(
-            size={"shortest_edge": IMAGE_SIZE},
-            crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        ),
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            pad_token="<pad>",
-            bos_token="<s>",
-            eos_token="</s>",
-            padding_side="left",
-            extra_special_tokens={"image_token": "<image>"},
-        ),
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-
-
-def build_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditionalGeneration:
-    """A LLaVA of a few million random weights, in float32, that takes this processor's inputs."""
-    tokenizer = processor.tokenizer
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH_SIZE,
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=256,
-            intermediate_size=704,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            # Larger than for training, so that what the model sees changes what it says.
-            initializer_range=0.1,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        ),
-        image_token_id=tokenizer.image_token_id,
-        image_seq_length=VISION_TOKENS,
-    )
-    torch.manual_seed(seed)
-    return LlavaForConditionalGeneration(config).eval()
-
-
 def load_photograph(path: str | Path | None = None) -> Image.Image:
-    """The picture at ``path``, or the portrait of Grace Hopper that ships with matplotlib."""
+    """The image at ``path``, by default the portrait of Grace Hopper that ships with matplotlib."""
     source = path or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     return decode(source)
 
 
 def cache_bytes(layers: int, kv_heads: int, head_dim: int, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of this many tokens in all layers."""
+    """Size of the keys and values of this many tokens in all layers."""
     return 2 * layers * kv_heads * head_dim * tokens * dtype.itemsize
 
 
 def write_letters_only(model, tokenizer: PreTrainedTokenizerFast) -> None:
-    """So that noise prints, and answers don't end early."""
+    """Suppress all other tokens, so that noise is printable and answers don't end early."""
     model.generation_config.suppress_tokens = [
         token for token in range(len(tokenizer)) if not tokenizer.decode(token).isalpha()
     ]
 
 
 def answer_in_one_pass(model, processor, picture, question: str, new_tokens: int) -> OnePass:
-    """The whole prompt, image and all, under the mask; the cache then holds all of it."""
+    """Answer from the whole prompt under the mask; the cache then holds all of it."""
     start = time.perf_counter()
     prompt = voco_model.prompt(question, model.config.num_voco)
     inputs = processor(images=picture, text=prompt, return_tensors="pt")
@@ -191,7 +120,7 @@ def answer_in_one_pass(model, processor, picture, question: str, new_tokens: int
 
 
 def first_logits(model, processor, entry, question: str) -> Tensor:
-    """``[vocabulary]``, of an answer's first token, from the image's entry."""
+    """Logits ``[vocabulary]`` of an answer's first token, from the image's entry."""
     output = voco_model.generate(
         model,
         entry,
@@ -208,8 +137,8 @@ def first_logits(model, processor, entry, question: str) -> Tensor:
 def ask(
     engine: voco_model.TwoPassEngine, picture, question: str
 ) -> tuple[voco_model.Answer, dict[str, float]]:
-    """An engine's answer, and the seconds of each stage. The store has the picture's entry then."""
-    engine.stage_seconds()  # what was before
+    """An engine's answer, and the seconds of each stage; then the store has the picture's entry."""
+    engine.stage_seconds()  # discard earlier ones
     answer = engine.answer(picture, question)
     stages = {stage: sum(seconds) for stage, seconds in engine.stage_seconds().items()}
     engine.flush()
@@ -224,10 +153,14 @@ def run(
     new_tokens: int,
     out: Path,
 ) -> bool:
-    """The demo itself; writes ``mask.png`` into ``out``. True if both routes agree everywhere."""
+    """The photograph's part of the demo. Writes ``mask.png`` into ``out``.
+
+    Returns:
+        whether the engine and one masked pass agree in every token.
+    """
     processor = build_processor()
     model = build_model(processor)
-    handle = voco_model.enable(model, processor, num_voco)
+    handle = attach(model, processor, num_voco)
     write_letters_only(model, processor.tokenizer)
     longest = max(questions, key=lambda question: len(question.encode()))
     prompt = voco_model.prompt(longest, num_voco)
@@ -259,7 +192,7 @@ def run(
         asked = []
         for question in questions:
             console.print(f"Asking: {question}", markup=False)
-            gc.collect()  # now, and not in the midst of what is timed
+            gc.collect()  # not while something is timed
             answer, stages = ask(engine, picture, question)
             one = answer_in_one_pass(model, processor, picture, question, new_tokens)
             uncached = plain.answer(picture, question).seconds
@@ -281,8 +214,8 @@ def run(
     console.print(
         f"Answers identical, token by token: [bold]{'yes' if identical else 'NO'}[/] "
         f"({len(asked)} x {new_tokens} tokens). The logits of\n"
-        f"their first tokens are at most {apart:.0e} apart. With the photograph mirrored they\n"
-        f"move by up to {moved:.1g}, and {changed} of {len(asked)} answers change"
+        f"their first tokens differ by at most {apart:.0e}. With the photograph mirrored they\n"
+        f"change by up to {moved:.1g}, and {changed} of {len(asked)} answers change"
         + (": the picture does come through." if moved > 100 * apart else "."),
         highlight=False,
     )
@@ -290,7 +223,7 @@ def run(
 
 
 def cast_table(picture: Image.Image, model, layout: MaskLayout, drawing: Path) -> Table:
-    """Who takes part: the photograph, the model, the mask."""
+    """The photograph, the model and the mask."""
     text = model.config.text_config
     table = Table.grid(padding=(0, 2))
     table.add_row("[bold]photograph[/]", f"{picture.width} x {picture.height} pixels")
@@ -299,7 +232,7 @@ def cast_table(picture: Image.Image, model, layout: MaskLayout, drawing: Path) -
         f"LLaVA built from a config: {text.num_hidden_layers} layers, "
         f"{model.num_parameters() / 1e6:.1f} M random weights, float32. CLIP's real geometry: "
         f"{IMAGE_SIZE} pixels in patches of {PATCH_SIZE}, {VISION_TOKENS} vision tokens. "
-        "Untrained, so its answers are noise; that both routes make the same noise is the point.",
+        "It is untrained, so its answers are noise, but both routes must give the same noise.",
     )
     table.add_row("[bold]mask[/]", Text(f"{layout}, drawn in {drawing}"))
     table.add_row()
@@ -319,7 +252,7 @@ def answers_table(processor, asked: Sequence[Asked]) -> Table:
 
 
 def times_table(asked: Sequence[Asked], entry) -> Table:
-    """The questions side by side, stage by stage."""
+    """The time of each stage, one column per question."""
     table = Table("ms on this CPU", title="The same photograph, asked again")
     for number in range(1, len(asked) + 1):
         table.add_column(f"question {number}", justify="right")
@@ -352,7 +285,7 @@ def sizes_table(text: LlamaConfig, entry) -> Table:
     ours = (text.num_hidden_layers, text.num_key_value_heads, text.head_dim)
     llava_7b = (32, 32, 128)
     table = Table(
-        title="Keys and values kept of an image",
+        title="Keys and values kept per image",
         caption="2 x layers x heads x head_dim x bytes x tokens",
     )
     table.add_column("model")
@@ -371,7 +304,7 @@ def sizes_table(text: LlamaConfig, entry) -> Table:
 
 
 def readable(count: int) -> str:
-    """Bytes in MB of 10^6, or in kB of 10^3."""
+    """A size in MB (10^6 bytes) or kB (10^3 bytes)."""
     if count < 1e5:
         return f"{count / 1e3:.1f} kB"
     return f"{count / 1e6:.2f} MB" if count < 1e6 else f"{count / 1e6:.0f} MB"

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.processing_utils import ProcessorMixin
 
-from voco_model import demo
+from voco_model import small
 
 # CLIP ViT-L/14 at 336 pixels.
 CLIP_LARGE = dict(
@@ -33,7 +33,7 @@ CLIP_LARGE = dict(
     num_attention_heads=16,
     projection_dim=768,
 )
-# The tower of voco_model.demo, and its language model.
+# The tower of voco_model.small, and its language model.
 CLIP_SMALL = dict(
     image_size=336,
     patch_size=14,
@@ -187,7 +187,7 @@ BRIEF = ("small-next",)
 
 def build_processor(spec: Spec) -> ProcessorMixin:
     """The demo's processor, with a tokenizer of single bytes, for this model's geometry."""
-    processor = demo.build_processor()
+    processor = small.build_processor()
     side = spec.vision["image_size"]
     sizes = dict(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     if spec.tiled:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 import voco_model
-from bench import flops
 from bench.answering import models
 from bench.answering.models import Spec
 from bench.harness.clock import Flush
 from bench.harness.guard import WrongError, first_line
+from voco_model import flops
 from voco_model.kv_store.memory_store import MemoryStore
+from voco_model.vlm.attach import attach
 from voco_model.vlm.prompt import IMAGE_TOKEN, image_part
 
 FINGERPRINT = "bench"
@@ -148,7 +149,7 @@ class Subject:
 
     def enable(self) -> None:
         """Teach the model VoCo tokens; from now on stock ``generate`` isn't stock any more."""
-        voco_model.enable(self.model, self.processor, 1)
+        attach(self.model, self.processor, 1)
 
     def facts(self) -> dict:
         """What a record says about the model."""

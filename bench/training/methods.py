@@ -20,10 +20,10 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-import voco_model
 from bench.answering.models import CLIP_TINY, SPECS, Spec, build_config, build_model
 from bench.training.data import Batch
 from voco_kernels import MaskLayout
+from voco_model.vlm.attach import attach
 
 SMALL = Spec(
     "a small LLaVA",
@@ -248,7 +248,7 @@ def masked_forward(model: LlavaForConditionalGeneration, batch: Batch):
 
 @contextmanager
 def enabled(num_voco: int, model: LlavaForConditionalGeneration) -> Iterator[None]:
-    with voco_model.enable(model, num_voco=num_voco, voco_token_id=voco_token_id(model.config)):
+    with attach(model, num_voco=num_voco, voco_token_id=voco_token_id(model.config)):
         yield
 
 

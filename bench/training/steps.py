@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench import flops
 from bench.training.data import Batch, Distribution, Sample, collate, draw
 from bench.training.methods import (
     SMALL,
@@ -26,6 +25,7 @@ from bench.training.methods import (
     masked_methods,
     voco_token_id,
 )
+from voco_model import flops
 
 FLOOR = 1e-5
 """Added to every limit, as in the tests of ``masked_attention``."""

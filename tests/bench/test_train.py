@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from bench import flops, report, train
+from bench import report, train
 from bench.harness.family import read
 from bench.training import data as train_data
 from bench.training import methods as train_methods
@@ -22,6 +22,7 @@ from bench.training.data import IGNORED, Distribution, Sample
 from bench.training.methods import SMALL, QFormerLlava
 from bench.training.report import FAMILY
 from bench.training.run import Q_FORMER
+from voco_model import flops
 
 CPU = torch.device("cpu")
 RUN = ["--small", "--device", "cpu", "--steps", "2"]

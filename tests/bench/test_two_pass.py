@@ -16,7 +16,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from bench import flops, report, two_pass
+from bench import report, two_pass
 from bench.answering import models, plots, questions, rows
 from bench.answering import report as answering_report
 from bench.answering.models import DEFAULT, SPECS
@@ -25,6 +25,7 @@ from bench.answering.run import Step, plan
 from bench.answering.subject import QUICK, Reference, References, Subject
 from bench.harness.family import read
 from bench.harness.guard import WrongError
+from voco_model import flops
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--quick", "--text-tokens", "9", "--new-tokens", "3"]

@@ -1,4 +1,4 @@
-"""One tiny model of each kind for a whole test module; each test enables and undoes on its own."""
+"""One tiny model of each kind per test module; each test enables and undoes on its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import pytest
 
 import voco_model
 from tests.voco_model import tiny
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The tiny models are untrained on purpose; tests of the warnings see them by pytest.warns.
+    for message in (
+        "this model was ",
+        "a prompt .* has an image and no VoCo token",
+        "images are compr",
+    ):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning")
 
 
 @pytest.fixture(scope="module", params=tiny.KINDS)

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 import voco_model
 from tests.voco_model import instruction
-from voco_model import baselines, convert
+from voco_model import baselines
 from voco_model.checkpoint_files import check_files, weight_files
 from voco_model.cli import app
+from voco_model.convert.from_authors import _vision_config
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064}\nsize 13\n"
 WEIGHTS = "model.safetensors"
@@ -88,7 +89,7 @@ def test_every_way_in_says_so(copy, tmp_path):
     with pytest.raises(ValueError, match="lfs pull"):
         baselines.load(copy, "full")
     with pytest.raises(ValueError, match="lfs pull"):
-        convert._vision_config(copy)
+        _vision_config(copy)
 
 
 def test_a_shard_that_is_missing(shards):
@@ -113,7 +114,7 @@ def test_safetensors_that_break_off(copy, kept):
     written = (copy / WEIGHTS).read_bytes()
     (copy / WEIGHTS).write_bytes(written[:kept])
     said = {0: "an empty", -1: f"of {len(written)} bytes, got {len(written) - 1} in"}
-    refused(copy, said.get(kept, "whose header can't be read"), str(copy / WEIGHTS), "download")
+    refused(copy, said.get(kept, "whose header is unreadable"), str(copy / WEIGHTS), "download")
 
 
 def test_a_config_that_breaks_off(copy):

@@ -27,9 +27,10 @@ from typer.testing import CliRunner
 
 import voco_model
 from tests.voco_model import instruction, tiny
-from voco_model import baselines, convert
+from voco_model import baselines
 from voco_model.cli import app
 from voco_model.convert import from_authors, to_authors
+from voco_model.convert import tokenizer as convert_tokenizer
 from voco_model.train import make_config, train
 
 HIDDEN, LAYERS = 64, 2
@@ -310,9 +311,11 @@ def test_an_original_llava_is_trained_and_exported(original, tmp_path):
 
 def test_num_voco_of_an_original_llava_is_a_warning(original, tmp_path, caplog):
     target = from_authors(original, tmp_path / "plain", num_voco=2, prompt="vicuna")
-    (record,) = [record for record in caplog.records if record.name == "voco_model.convert"]
+    (record,) = [
+        record for record in caplog.records if record.name.startswith("voco_model.convert")
+    ]
     assert record.getMessage() == (
-        f"{original} is converted as an original LLaVA, without num_voco=2: its tokenizer has no <voco>"
+        f"{original} is converted as an original LLaVA, ignoring num_voco=2: its tokenizer has no <voco>"
     )
     config = config_of(target)
     assert "num_voco" not in config and config["voco_prompt"] == "vicuna"
@@ -441,9 +444,15 @@ def test_a_model_of_transformers_own(tmp_path):
     processor.save_pretrained(tmp_path / "ours")
     handle.undo()
     with pytest.raises(
-        ValueError, match=r"expected the name of the vision tower, .* pass vision_tower="
+        ValueError, match=r"expected the name of the vision tower .* got none; .*--vision-tower"
     ):
         to_authors(tmp_path / "ours", tmp_path / "theirs")
+    config = config_of(tmp_path / "ours")
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config | {"voco_distinct": True}))
+    # What no option can mend is refused before what an option is missing for.
+    with pytest.raises(ValueError, match="expected one embedding row shared by all VoCo tokens"):
+        to_authors(tmp_path / "ours", tmp_path / "theirs")
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config))
     tower = tmp_path / "clip"
     model.model.vision_tower.save_pretrained(tower)
     processor.image_processor.save_pretrained(tower)
@@ -583,7 +592,7 @@ WRONG_CONFIG = [
         {"mm_vision_tower": None},
         "expected mm_vision_tower in the config, got none; pass vision_tower",
     ),
-    ({"mm_vision_tower": "/not/there"}, "expected a vision tower that can be read, got /not/there"),
+    ({"mm_vision_tower": "/not/there"}, "expected a readable vision tower, got /not/there"),
     ({"hidden_size": 32}, r"expected the shapes of the config, .*, got \[.*check .*config.json"),
     ({"num_hidden_layers": 3}, r"got 9 missing \(model.layers.2.* and 4 more\) and 0 unexpected"),
 ]
@@ -607,7 +616,7 @@ def refused(tmp_path, message, error=ValueError, **options) -> None:
     [
         (
             lambda tensors: tensors.pop("model.mm_projector.2.bias"),
-            r"got 1 missing \(model.mm_projector.2.bias\) and 0 unexpected \(none\); convert the whole",
+            r"got 1 missing \(model.mm_projector.2.bias\) and 0 unexpected \(none\); convert the",
         ),
         (
             lambda tensors: tensors.update({"model.image_newline": torch.ones(HIDDEN)}),
@@ -619,7 +628,7 @@ def refused(tmp_path, message, error=ValueError, **options) -> None:
         ),
         (
             lambda tensors: tensors.update({"lm_head.weight": torch.ones(260, 64).to(torch.int8)}),
-            r"expected floating point tensors, got others in .*: lm_head.weight; convert the checkp",
+            r"expected floating point tensors in .*, got others: lm_head.weight; convert",
         ),
     ],
 )
@@ -640,14 +649,16 @@ def test_a_tower_that_isnt_clip_or_isnt_whole_is_refused(parts, tmp_path):
     weights = load_file(part / "model.safetensors")
     weights.pop(next(name for name in weights if name.endswith("post_layernorm.bias")))
     save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
-    refused(tmp_path, "expected a whole CLIP vision model in .*post_layernorm", vision_tower=part)
+    refused(
+        tmp_path, "expected a complete CLIP vision model in .*post_layernorm", vision_tower=part
+    )
     (part / "preprocessor_config.json").unlink()
     refused(tmp_path, "expected preprocessor_config.json in the vision tower", vision_tower=part)
 
 
 def test_another_tokenizer_is_refused(parts, tmp_path):
     write_theirs(tmp_path / "theirs", parts, tokenizer=tiny_tokenizer(voco="<VoCo>"))
-    refused(tmp_path, "expected a tokenizer without <VoCo>, got one where it is 259")
+    refused(tmp_path, "expected a tokenizer without <VoCo>, got one where it has the id 259")
     tokenizer = tiny_tokenizer(voco="<other>")
     tokenizer.add_special_tokens({"extra_special_tokens": ["<voco>"]})
     tokenizer.save_pretrained(tmp_path / "theirs")
@@ -659,7 +670,7 @@ def test_another_tokenizer_is_refused(parts, tmp_path):
 def test_sentencepiece_is_asked_for(parts, tmp_path, monkeypatch):
     write_theirs(tmp_path / "theirs", parts)
     (tmp_path / "theirs" / "tokenizer.json").rename(tmp_path / "theirs" / "tokenizer.model")
-    monkeypatch.setattr(convert, "is_sentencepiece_available", lambda: False)
+    monkeypatch.setattr(convert_tokenizer, "is_sentencepiece_available", lambda: False)
     refused(tmp_path, "expected sentencepiece and protobuf, .*; pip install", ImportError)
 
 
@@ -670,9 +681,9 @@ def test_wrong_arguments_and_folders_are_refused(parts, tmp_path):
     )
     write_theirs(theirs, parts, writer="safetensors shards")
     for num_voco in (0, True, 1.0):
-        refused(tmp_path, f"expected num_voco >= 1, got {num_voco}", num_voco=num_voco)
+        refused(tmp_path, f"expected an int num_voco >= 1, got {num_voco}", num_voco=num_voco)
     refused(tmp_path, "expected num_voco for a tokenizer with <voco>, got none", num_voco=None)
-    refused(tmp_path, "expected a prompt style of .*, got 'theirs'", prompt="theirs")
+    refused(tmp_path, "expected a prompt style among .*, got 'theirs'", prompt="theirs")
     for dtype in ("half float", "int8", torch.int8):
         refused(tmp_path, "expected dtype as a floating point dtype of torch", dtype=dtype)
     next(theirs.glob("model-*.safetensors")).unlink()
@@ -728,12 +739,12 @@ def test_an_error_while_writing_leaves_nothing(theirs, tmp_path, monkeypatch):
         ({"vision_feature_layer": [-2, -3]}, r"expected one vision_feature_layer, got \[-2, -3\]"),
         (
             {"voco_distinct": True},
-            "expected one embedding row for all VoCo tokens, .* with 2 of them",
+            "expected one embedding row shared by all VoCo tokens, .* with 2 VoCo tokens",
         ),
-        ({"voco_token_id": 7}, "expected one id of <VoCo> in config and tokenizer, got 7 and 259"),
+        ({"voco_token_id": 7}, "expected the same id for <VoCo> in config and .*, got 7 and 259"),
         (
             {"text_config.num_hidden_layers": 3},
-            r"got 9 missing \(model.layers.2.*; convert the whole",
+            r"got 9 missing \(model.layers.2.*; convert the complete",
         ),
     ],
 )

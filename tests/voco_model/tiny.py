@@ -5,28 +5,22 @@ from __future__ import annotations
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tokenizers import processors as post
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaImageProcessorPil,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
-    LlavaNextImageProcessorPil,
-    LlavaNextProcessor,
-    LlavaProcessor,
     MistralConfig,
-    PreTrainedTokenizerFast,
 )
 
-from voco_model.vlm.prompt import IMAGE_TOKEN
+from voco_model import small
 
 PAD, BOS, EOS, UNK, IMAGE, VOCO = 0, 1, 2, 3, 4, 261
 FIRST_TEXT = 5  # ids from here to VOCO are the bytes
 KINDS = ("llava", "next")
+GRIDS = [[32, 64], [64, 32], [64, 64]]
 # LLaVA-NeXT cuts an image into tiles by its size: these give 16 * (1 + tiles) tokens and newlines.
 SIZES = {(64, 64): 5, (32, 64): 3, (50, 64): 5}
 
@@ -68,7 +62,7 @@ def tiny_llava(kind: str, vocab_size: int = VOCO + 1, text_class=LlamaConfig, **
         grouped = {"num_key_value_heads": 2, "sliding_window": None, **text}
         config = LlavaNextConfig(
             text_config=MistralConfig(**shared, **grouped),
-            image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
+            image_grid_pinpoints=GRIDS,
             **both,
         )
         model = LlavaNextForConditionalGeneration(config)
@@ -82,34 +76,10 @@ def tiny_llava(kind: str, vocab_size: int = VOCO + 1, text_class=LlamaConfig, **
 
 def tiny_processor(kind: str):
     """Bytes as tokens, BOS put in front by the tokenizer, no <VoCo> yet (its id will be VOCO)."""
-    vocab = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, "<unk>": UNK, IMAGE_TOKEN: IMAGE}
-    for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):  # it comes in any order
-        vocab[byte] = len(vocab)
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = post.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        padding_side="left",
-        extra_special_tokens={"image_token": IMAGE_TOKEN},
-    )
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    common = {
-        "tokenizer": tokenizer,
-        "patch_size": 8,
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,
-        "chat_template": "{{ messages[0].content }}",
-    }
-    if kind == "llava":
-        return LlavaProcessor(image_processor=LlavaImageProcessorPil(**size), **common)
-    tiles = LlavaNextImageProcessorPil(**size, image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]])
-    return LlavaNextProcessor(image_processor=tiles, **common)
+    grids = {"llava": None, "next": GRIDS}[kind]
+    processor = small.build_processor(32, 8, image_grid_pinpoints=grids)
+    processor.chat_template = "{{ messages[0].content }}"
+    return processor
 
 
 def picture(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:

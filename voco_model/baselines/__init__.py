@@ -1,4 +1,4 @@
-"""Other ways to let fewer tokens stand for an image, for comparison; see ``docs/baselines.md``."""
+"""Other ways to represent an image by fewer tokens, for comparison; see ``docs/baselines.md``."""
 
 from voco_model.baselines.base import Method
 from voco_model.baselines.cost import Cost

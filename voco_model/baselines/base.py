@@ -1,4 +1,4 @@
-"""``Method``: one way to let an image's tokens, or fewer, stand in a language model."""
+"""``Method``: the interface of all ways to represent an image in the language model."""
 
 from __future__ import annotations
 
@@ -12,31 +12,43 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.processing_utils import ProcessorMixin
 
-from voco_model.baselines.cost import Cost, head_flops, layer_flops, token_bytes
+from voco_model.arguments import whole_number
+from voco_model.baselines.cost import Cost, token_bytes
+from voco_model.flops import decoder_layer, head
 from voco_model.pictures import as_images, decode_each, ground_of
 from voco_model.vlm.attach import IN_USE, SUPPORTED, is_enabled
 from voco_model.vlm.control_tokens import control_tokens, prepare_tokenizer
 from voco_model.vlm.devices import execution_device
-from voco_model.vlm.prompt import IMAGE_TOKEN, Turns, image_part, style_in, style_of, text_part
+from voco_model.vlm.processor_check import checked_tokenizer
+from voco_model.vlm.prompt import (
+    IMAGE_TOKEN,
+    Turns,
+    image_part,
+    images_in,
+    pictures_in,
+    style_in,
+    style_of,
+    text_part,
+)
+from voco_model.vlm.undo import put
 
 
 class Method(ABC):
-    """A model that answers from ``num_tokens`` tokens an image. Also a context manager that undoes it.
+    """A model that answers from ``num_tokens`` tokens per image; a context manager undoes it.
 
     Args:
         model: a LLaVA that is not enabled and has no other method applied.
-        processor: its own.
-        num_tokens: that are to stand for an image; by default what the method's class says.
-        style: of prompts, a name of ``voco_model.vlm.prompt.STYLES``; by default what the model's config
-            says, else ``"vicuna"``.
+        processor: its processor.
+        num_tokens: tokens per image; the default depends on the method.
+        style: the prompt style, a name in ``voco_model.vlm.prompt.STYLES``; by default what the model's
+            config says, else ``"vicuna"``.
 
     Attributes:
-        name, label: for options, and for tables.
+        name, label: the method's name in options, and in tables.
         source: where the method comes from.
-        trained: whether it has weights to tune.
+        trained: whether it has weights to train.
         model, processor: the same objects, changed until ``undo``.
-        num_tokens: that stand for an image; None where that depends on the image (``full`` of
-            LLaVA-NeXT).
+        num_tokens: tokens per image; None if that depends on the image (``full`` of LLaVA-NeXT).
 
     Raises:
         TypeError: another model class or processor.
@@ -57,43 +69,42 @@ class Method(ABC):
         style: str | None = None,
     ) -> None:
         _check_free(model)
-        _check_processor(model, processor)
+        checked_tokenizer(model, processor)
         _check_projector(model, self.name)
         if num_tokens is not None:
-            check_number("num_tokens", num_tokens)
+            num_tokens = whole_number("num_tokens", num_tokens, at_least=1)
         if style is not None:
             style_of(style)
         self.model = model
         self.processor = processor
-        self._num_voco = 0  # written behind each image of a prompt
-        with ExitStack() as steps:  # on an error, what was done is undone
+        self._num_voco = 0  # written after each image of a prompt
+        with ExitStack() as steps:  # an error undoes what was done
             if style is not None:
                 put(steps, model.config, "voco_prompt", style)
             self.num_tokens = self._install(steps, num_tokens)
             prepare_tokenizer(processor.tokenizer, steps)
             steps.callback(IN_USE.discard, model)
-            IN_USE.add(model)  # not before: some methods call enable, which refuses a model in use
+            IN_USE.add(model)  # only now: some methods call attach, which refuses a model in use
             self._steps = steps.pop_all()
 
     @abstractmethod
     def _install(self, steps: ExitStack, num_tokens: int | None) -> int | None:
-        """Change model and processor, put the way back on ``steps``; what ``num_tokens`` becomes."""
+        """Change model and processor, with callbacks on ``steps`` to undo it; return ``num_tokens``."""
 
     @abstractmethod
     def cost(self, text_tokens: int, dtype: torch.dtype | None = None) -> Cost:
-        """What the language model does and keeps.
+        """The cost of an image and a question in the language model.
 
         Args:
-            text_tokens: of the question; BOS and the newline behind the image count among them.
-            dtype: of the keys and values; by default the model's.
+            text_tokens: tokens of the question, with BOS and the newline after the image.
+            dtype: dtype of the keys and values; by default the model's.
 
         Raises:
-            ValueError: LLaVA-NeXT, where the image decides.
+            ValueError: LLaVA-NeXT, where the cost depends on the image.
         """
 
     def undo(self) -> None:
-        """Put model and processor back as they were. Weights stay as they are now. A second call does
-        nothing."""
+        """Restore model and processor. Weights keep their current values. A second call does nothing."""
         self._steps.close()
 
     def __enter__(self) -> Method:
@@ -106,10 +117,10 @@ class Method(ABC):
         return f"{type(self).__name__}({type(self.model).__name__}, num_tokens={self.num_tokens})"
 
     def prompt(self, turns: Turns, *, add_generation_prompt: bool = True) -> str:
-        """As ``voco_model.prompt`` writes it, with this method's VoCo tokens, or without any.
+        """The prompt of ``voco_model.prompt``, with this method's VoCo tokens, if it has any.
 
         Args:
-            turns: a question about one image, or messages, with as many images as they have image parts.
+            turns: a question about one image, or messages with one image per image part.
         """
         images = images_in(turns)
         if self._num_voco:
@@ -126,16 +137,16 @@ class Method(ABC):
         )
 
     def inputs(self, images: Sequence[Any] | None, turns: Sequence[Turns]) -> dict[str, Tensor]:
-        """What the model is called with: ``input_ids`` and ``attention_mask``, int64 ``[B, S]``, padded
-        on the left, and the pixels in the model's dtype; on the model's device.
+        """The model's inputs, on its device: ``input_ids`` and ``attention_mask``, int64 ``[B, S]``,
+        padded on the left, and pixels in the model's dtype.
 
         Args:
-            images: those of the first row, then of the second, ...; each in any form that
-                ``voco_model.pictures.decode`` takes.
-            turns: a question or messages a row.
+            images: the images of the first row, then of the second, ..., each in any form that
+                ``voco_model.pictures.decode`` accepts; None for those in the messages.
+            turns: a question or messages per row.
 
         Raises:
-            PictureError: an image that isn't one, or that can't be read.
+            PictureError: not an image, or an unreadable one.
             ValueError: another number of images than the prompts have.
         """
         images = check_images(images, turns)
@@ -164,10 +175,10 @@ class Method(ABC):
             generate_kwargs: as for ``model.generate``.
 
         Returns:
-            int64 ``[B, new]``, the new tokens only, padded behind their end.
+            int64 ``[B, new]``, the new tokens only, padded after their end.
 
         Raises:
-            ValueError: a model in training mode, or an option that the method can't be exact with.
+            ValueError: a model in training mode, or an option with which the method can't be exact.
         """
         self._check_generate(generate_kwargs)
         inputs = self.inputs(images, turns)
@@ -176,7 +187,7 @@ class Method(ABC):
     def answer(
         self, images: Sequence[Any] | None, turns: Sequence[Turns], **generate_kwargs
     ) -> list[str]:
-        """``generate``, decoded, without special tokens and surrounding blanks."""
+        """``generate``, decoded, without special tokens and surrounding white space."""
         tokens = self.generate(images, turns, **generate_kwargs)
         decoded = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in decoded]
@@ -188,78 +199,64 @@ class Method(ABC):
             )
         if generate_kwargs.get("return_dict_in_generate"):
             raise ValueError(
-                "expected no return_dict_in_generate, got True; a method returns tokens: call "
-                "method.model.generate with what method.inputs returns"
+                "expected no return_dict_in_generate, got True; methods return tokens: call "
+                "method.model.generate(**method.inputs(...))"
             )
 
     def _vision_tokens(self) -> int:
-        """Of an image, as the processor writes it."""
+        """Vision tokens of an image, as the processor writes them."""
         if not isinstance(self.model, LlavaForConditionalGeneration):
             raise ValueError(
                 "expected LLaVA-1.5, whose images all have the same number of vision tokens, got "
-                f"{type(self.model).__name__}, where that depends on the image's size"
+                f"{type(self.model).__name__}, where the number depends on the image's size"
             )
         return tokens_written(self.processor)
 
     def _uniform_cost(
         self, image: int, kept: int, text_tokens: int, dtype: torch.dtype | None
     ) -> Cost:
-        """With all layers alike: ``image`` tokens are read, of which text sees ``kept``, which stay."""
-        check_number("text_tokens", text_tokens)
+        """The cost if all layers read ``image`` tokens, and cache the ``kept`` ones that text sees."""
+        text_tokens = whole_number("text_tokens", text_tokens, at_least=1)
         text = self.model.config.text_config
         layers = text.num_hidden_layers
-        again = layers * layer_flops(text, text_tokens, kept) + head_flops(text)
+        again = layers * decoder_layer(text, text_tokens, kept).useful
+        again += head(self.model.config).useful
         return Cost(
             tokens=kept,
             cache_bytes=layers * kept * token_bytes(text, dtype or self.model.dtype),
-            flops_first=layers * layer_flops(text, image) + again,
+            flops_first=layers * decoder_layer(text, image).useful + again,
             flops_again=again,
         )
 
 
 class Projector(nn.Module):
-    """What a method puts in the projector's place: features ``[images, patches, width]`` of the vision
-    tower -> ``[images, num_tokens, hidden]`` for the language model."""
-
-
-def images_in(turns: Turns) -> int:
-    """How many images a row has: one with a plain question, else the image parts of its messages."""
-    if isinstance(turns, str):
-        return 1
-    parts = [p for m in turns if not isinstance(m.get("content"), str) for p in m["content"]]
-    return sum(part.get("type") == "image" for part in parts)
+    """A replacement of LLaVA's projector: features ``[images, patches, width]`` of the vision tower ->
+    ``[images, num_tokens, hidden]`` for the language model."""
 
 
 def check_images(images: Sequence[Any] | None, turns: Sequence[Turns]) -> list:
-    """The images as a list; ``ValueError`` if the prompts have another number of them."""
+    """The images as a list; without ``images``, those in the messages' image parts.
+
+    Raises:
+        ValueError: another number of images than the prompts have.
+    """
     if isinstance(turns, str) or not len(turns):
         raise ValueError(f"expected a list of questions or conversations, got {turns!r}")
-    images = [] if images is None else list(as_images(images))
-    wanted = sum(map(images_in, turns))
-    if len(images) != wanted:
+    if images is None:
+        images = [picture for turn in turns for picture in pictures_in(turn)]
+    else:
+        images = list(as_images(images))
+    needed = sum(map(images_in, turns))
+    if len(images) != needed:
         raise ValueError(
-            f"expected {wanted} images for {len(turns)} prompts, got {len(images)}; a plain question "
-            "has one, messages have as many as they have parts {'type': 'image'}"
+            f"expected {needed} images for {len(turns)} prompts, got {len(images)}; a plain question "
+            "needs one, messages need one per part {'type': 'image'}"
         )
     return images
 
 
-def check_number(name: str, value: int, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"expected {name} >= {least}, got {value!r}")
-
-
-def put(steps: ExitStack, owner, name: str, value) -> None:
-    """Set an attribute; ``steps`` bring back what was there, or that nothing was."""
-    if hasattr(owner, name):
-        steps.callback(setattr, owner, name, getattr(owner, name))
-    else:
-        steps.callback(delattr, owner, name)
-    setattr(owner, name, value)
-
-
 def tokens_written(processor: ProcessorMixin) -> int:
-    """Image tokens that a ``LlavaProcessor`` writes for each image."""
+    """Image tokens that a ``LlavaProcessor`` writes per image."""
     return processor._get_num_multimodal_tokens([(1, 1)]).num_image_tokens[0]
 
 
@@ -283,21 +280,6 @@ def _check_projector(model, name: str) -> None:
         return
     if made_for != name or not isinstance(model.model.multi_modal_projector, Projector):
         raise ValueError(
-            f"expected a LLaVA with a projector of its own for {name!r}, got one made for {made_for!r}; "
+            f"expected a LLaVA with a projector for {name!r}, got one made for {made_for!r}; "
             f"load it with voco_model.baselines.load(path), which builds {made_for!r} again"
-        )
-
-
-def _check_processor(model, processor) -> None:
-    tokenizer = getattr(processor, "tokenizer", None)
-    if not isinstance(processor, ProcessorMixin) or tokenizer is None:
-        raise TypeError(
-            "expected a processor with a tokenizer (LlavaProcessor, LlavaNextProcessor), got "
-            f"{type(processor).__name__}"
-        )
-    image_id = tokenizer.convert_tokens_to_ids(processor.image_token)
-    if image_id != model.config.image_token_id:
-        raise ValueError(
-            f"expected the processor's image token to be the model's {model.config.image_token_id}, got "
-            f"{processor.image_token} = {image_id}; they come from different checkpoints"
         )

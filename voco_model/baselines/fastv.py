@@ -1,4 +1,4 @@
-"""``FastV``: the vision tokens that the last token looks at most."""
+"""``FastV``: keeps the vision tokens that get most of the last token's attention."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from voco_model.baselines.base import check_number
-from voco_model.baselines.cost import Cost, head_dim_of, head_flops, layer_flops, token_bytes
+from voco_model.arguments import whole_number
+from voco_model.baselines.cost import Cost, token_bytes
 from voco_model.baselines.pruning import Prompt, Pruning, Selection
+from voco_model.flops import decoder_layer, head, head_dim_of
 from voco_model.vlm.caches import CACHE_ARGUMENT
 
 ATTENTION_NAME = "voco-fastv"
 
 
 class FastV(Pruning):
-    """From a layer on, an image is the tokens that the prompt's last token attends to most.
+    """From one layer on, keeps only the vision tokens that the prompt's last token attends to most.
 
-    Source: FastV (Chen et al. 2024, arXiv 2403.06764, section 4), as its authors' code has it
-    (pkunlp-icler/FastV, d165972): the score is the softmax attention of layer ``layer - 1``, a mean over
-    heads, of the last token's query alone; the paper's text says the attention that a token receives
-    from all. Layers before ``layer`` read and keep everything; positions stay as they are. Theirs drops
-    ``R * 576`` tokens, so ``num_tokens`` is ``576 * (1 - R)``. Different from theirs: one row of scores
-    is computed beside SDPA, in place of a layer's whole map; batches, rows without an image, and
-    grouped queries are served; attention weights are float32.
+    Source: FastV (Chen et al. 2024, arXiv 2403.06764, section 4), following its authors' code
+    (pkunlp-icler/FastV, d165972): a token's score is the attention that it gets from the last token in
+    layer ``layer - 1``, averaged over heads. (The paper's text describes the attention from all tokens.)
+    Layers before ``layer`` read and cache everything; positions don't change. Their code drops
+    ``R * 576`` tokens, so ``num_tokens`` is ``576 * (1 - R)``. Differences: this class computes one row
+    of scores beside SDPA instead of a layer's full attention map, supports batches, rows without an
+    image and grouped queries, and computes attention weights in float32.
 
     Args:
-        num_tokens: to keep. No fewer than an image has: the plain model.
-        layer: K, the first layer, counted from 0, that reads the kept tokens only; theirs is 2.
+        num_tokens: vision tokens to keep. With all of an image's tokens, this is the plain model.
+        layer: K, the first layer, counted from 0, that reads the kept tokens only; 2 in their code.
     """
 
     name = "fastv"
@@ -49,16 +50,15 @@ class FastV(Pruning):
         layer: int = 2,
         style: str | None = None,
     ) -> None:
-        self.layer = layer
+        self.layer = whole_number("layer", layer, at_least=1)
         super().__init__(model, processor, num_tokens, style=style)
 
     def _hook(self, steps: ExitStack) -> None:
         layers = self.model.model.language_model.layers
-        check_number("layer", self.layer)
         if self.layer >= len(layers):
             raise ValueError(
                 f"expected a layer from 1 to {len(layers) - 1}, got {self.layer}; no layer would "
-                "be left to read fewer tokens"
+                "read fewer tokens"
             )
         before = self.model.config.text_config._attn_implementation
         steps.callback(self.model.set_attn_implementation, {"text_config": before})
@@ -90,7 +90,7 @@ class FastV(Pruning):
         if pruning is None:
             return None
         kwargs = dict(kwargs)
-        # Some text models name it, others don't.
+        # Some text models pass it by keyword, others don't.
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if isinstance(pruning, Selection):
             held = kwargs[CACHE_ARGUMENT].get_seq_length(index)
@@ -101,8 +101,8 @@ class FastV(Pruning):
         if selection is None:
             raise ValueError(
                 f"expected attention {ATTENTION_NAME!r}, got "
-                f"{self.model.config.text_config._attn_implementation!r}; it chooses what is kept: "
-                "leave the model's attention as it is until undo()"
+                f"{self.model.config.text_config._attn_implementation!r}, which doesn't select tokens; "
+                "don't change the model's attention before undo()"
             )
         if index == self.layer:
             hidden_states = selection.gather(hidden_states)
@@ -114,20 +114,20 @@ class FastV(Pruning):
         return args, {**kwargs, "hidden_states": hidden_states}
 
     def cost(self, text_tokens: int, dtype: torch.dtype | None = None) -> Cost:
-        """As ``Method.cost``; the row of scores counts. What is kept depends on the question: the next
-        one reads the image anew."""
-        check_number("text_tokens", text_tokens)
+        """As ``Method.cost``, with the row of scores. The kept tokens depend on the question, so each
+        question reads the image again."""
+        text_tokens = whole_number("text_tokens", text_tokens, at_least=1)
         image, text = self._vision_tokens(), self.model.config.text_config
         kept = min(self.num_tokens, image)
-        behind = text.num_hidden_layers - self.layer
+        later = text.num_hidden_layers - self.layer
         scores = 2 * head_dim_of(text) * text.num_attention_heads * (image + text_tokens)
         flops = (
-            self.layer * layer_flops(text, image + text_tokens)
+            self.layer * decoder_layer(text, image + text_tokens).useful
             + scores
-            + behind * layer_flops(text, kept + text_tokens)
-            + head_flops(text)
+            + later * decoder_layer(text, kept + text_tokens).useful
+            + head(self.model.config).useful
         )
-        held = self.layer * image + behind * kept
+        held = self.layer * image + later * kept
         return Cost(
             tokens=kept,
             cache_bytes=held * token_bytes(text, dtype or self.model.dtype),
@@ -139,7 +139,7 @@ class FastV(Pruning):
 def last_token_attention(
     query: Tensor, key: Tensor, real: Tensor, scaling: float | None = None
 ) -> Tensor:
-    """Softmax attention of the last query, a mean over heads.
+    """Softmax attention of the last query, averaged over heads.
 
     Args:
         query: ``[B, Hq, S, D]``.
@@ -147,7 +147,7 @@ def last_token_attention(
         real: bool ``[B, S]``, False for padding.
 
     Returns:
-        float32 ``[B, S]``, each row's sum 1.
+        float32 ``[B, S]``; each row sums to 1.
     """
     batch, _, _, head_dim = query.shape
     last = query[:, :, -1].reshape(batch, key.shape[1], -1, head_dim)
@@ -166,7 +166,7 @@ def fastv_attention(
     voco_scores: Callable[[Tensor, Tensor, float | None], None] | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """An ``AttentionInterface`` function: SDPA's, which shows query and key where it is asked to."""
+    """An ``AttentionInterface`` function: SDPA, which also passes query and key to ``voco_scores``."""
     if voco_scores is not None:
         voco_scores(query, key, kwargs.get("scaling"))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

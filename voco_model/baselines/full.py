@@ -7,25 +7,27 @@ from contextlib import ExitStack
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from voco_model.baselines.base import Method, check_number, put
+from voco_model.arguments import whole_number
+from voco_model.baselines.base import Method
 from voco_model.baselines.cost import Cost
-from voco_model.vlm.attach import enable
+from voco_model.vlm.attach import attach
 from voco_model.vlm.attention import hand_out_layout
+from voco_model.vlm.undo import put
 
 
 class Full(Method):
-    """All vision tokens, plain causal attention: the upper bound.
+    """All vision tokens and plain causal attention: the upper bound.
 
     Source: LLaVA-1.5 (Liu et al. 2023, arXiv 2310.03744); with ``num_voco`` the upper bound of
-    VoCo-LLaMA (arXiv 2406.12275, section 4.2), one model tuned with VoCo tokens in its prompts and an
-    unmodified mask. The prompt is Listing 1's, image first, where LLaVA-1.5's own puts the system
+    VoCo-LLaMA (arXiv 2406.12275, section 4.2), a model trained with VoCo tokens in its prompts and an
+    unmodified mask. Prompts follow Listing 1, with the image first; LLaVA-1.5 itself puts the system
     prompt first.
 
     Args:
-        num_tokens: left out, or the number that the model has anyway.
-        num_voco: VoCo tokens an image, 0 for none; text sees them and the vision tokens. The token, its
-            row and the config are ``enable``'s, so that ``"voco"`` and ``"untrained"`` find them in a
-            checkpoint.
+        num_tokens: leave it out; the model's own number is accepted.
+        num_voco: VoCo tokens per image, 0 for none; text sees them and the vision tokens. The token, its
+            row and the config are as ``enable`` sets them, so that ``"voco"`` and ``"untrained"`` can
+            use the checkpoint.
         distinct: as for ``enable``; by default what the model's config says.
     """
 
@@ -44,7 +46,7 @@ class Full(Method):
         distinct: bool | None = None,
         style: str | None = None,
     ) -> None:
-        check_number("num_voco", num_voco, least=0)
+        num_voco = whole_number("num_voco", num_voco, at_least=0)
         self._options = (num_voco, distinct)
         super().__init__(model, processor, num_tokens, style=style)
 
@@ -56,11 +58,11 @@ class Full(Method):
         if num_tokens is not None and num_tokens != own:
             raise ValueError(
                 f"expected no num_tokens, got {num_tokens}; nothing is compressed, an image has "
-                f"{own or 'as many as its size asks for'}"
+                f"{own or 'as many as its size requires'}"
             )
         if num_voco:
-            steps.enter_context(enable(self.model, self.processor, num_voco, distinct=distinct))
-            # All of enable but the mask: attention without a layout is plain causal.
+            steps.enter_context(attach(self.model, self.processor, num_voco, distinct=distinct))
+            # Everything that enable does but the mask: without a layout, attention is plain causal.
             hooks = self.model.model._forward_pre_hooks
             for key in [key for key, hook in hooks.items() if hook is hand_out_layout]:
                 del hooks[key]

@@ -1,4 +1,4 @@
-"""``load``: a checkpoint, by the method that it was made for or another."""
+"""``load``: a checkpoint, with the method that it was trained for or another one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from voco_model.baselines.base import Method
 from voco_model.baselines.methods import method_class
 from voco_model.baselines.replaced import Replaced
 from voco_model.vlm.load import load_processor, load_weights, model_class, read_config
+from voco_model.vlm.warn import training_gap, warn_once
 
 
 def load(
@@ -26,13 +27,17 @@ def load(
 
     Args:
         path: folder or hub name in the Hugging Face layout, with a processor.
-        name: of ``METHODS``. By default what the checkpoint was made for: ``config.voco_baseline``, else
-            ``"voco"`` where the config has ``num_voco``.
+        name: a key of ``METHODS``. By default the checkpoint's method: ``config.voco_baseline``, else
+            ``"voco"`` if the config has ``num_voco``.
         num_tokens, options: as for ``apply``; by default the checkpoint's.
 
     Raises:
+        FileNotFoundError: no such folder, or one without a checkpoint.
         TypeError: a checkpoint of another model.
-        ValueError: no name where the checkpoint is a plain LLaVA, or one that doesn't fit it.
+        ValueError: a plain LLaVA without a name, or a method that doesn't fit the checkpoint.
+
+    Warns:
+        VoCoWarning: ``"voco"`` on a model that wasn't trained for it.
     """
     config = read_config(path)
     saved = dict(getattr(config, "voco_baseline", None) or {})
@@ -42,30 +47,33 @@ def load(
         raise ValueError(f"expected a method's name for the plain model {path}, got None")
     if (name, made_for) == ("untrained", "voco"):
         raise ValueError(
-            f"expected for untrained a model that wasn't trained to compress, got {path}, which is of "
-            "voco; load the upper bound, or a plain LLaVA"
+            f"expected a model that wasn't trained to compress for untrained, got {path}, which was; "
+            "load the upper bound, or a plain LLaVA"
         )
     cls, loaded_class = method_class(name), model_class(path, replaced_projector=True)
     if saved and issubclass(method_class(made_for), Replaced):
         if name != made_for:
             raise ValueError(
-                f"expected {made_for!r}, which {path} was made for, got {name!r}; the projector "
-                "that other methods need is gone"
+                f"expected {made_for!r}, for which {path} was made, got {name!r}; other methods need "
+                "LLaVA's own projector, which this checkpoint hasn't"
             )
         loaded_class = _Rebuilt
     elif name == made_for:
         options = {**saved, **options}
     model = load_weights(loaded_class, path, dtype=dtype).eval()
     if loaded_class is _Rebuilt:
-        # It was saved as this one, and is to be saved so again.
+        # The class that it was saved as, and is to be saved as again.
         model.__class__ = LlavaForConditionalGeneration
     if device is not None:
         model.to(device)
+    gap = training_gap(config, num_tokens) if name == "voco" else None
+    if gap is not None:
+        warn_once(model, gap)
     return cls(model, load_processor(path), num_tokens, **options)
 
 
 class _Rebuilt(LlavaForConditionalGeneration):
-    """With the module of ``config.voco_baseline`` in the projector's place before weights are loaded."""
+    """A LLaVA whose projector is replaced, by ``config.voco_baseline``, before weights are loaded."""
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)
@@ -74,5 +82,5 @@ class _Rebuilt(LlavaForConditionalGeneration):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # Transformers translates the names of weights for its own classes only, by which this was saved.
+        # Transformers translates names of weights only for its own classes, as which this was saved.
         return False

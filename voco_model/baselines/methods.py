@@ -16,18 +16,18 @@ METHODS: dict[str, type[Method]] = {
 
 
 def apply(name: str, model, processor, num_tokens: int | None = None, **options) -> Method:
-    """Let a LLaVA answer by a method, until ``undo``.
+    """Apply a method to a LLaVA, until ``undo``.
 
     Args:
-        name: of ``METHODS``.
-        model: LLaVA-1.5 or LLaVA-NeXT, not enabled; ``"random"``, ``"pooling"`` and ``"qformer"`` take
-            LLaVA-1.5 only.
-        processor: its own.
-        num_tokens: that are to stand for an image.
-        options: as the class takes them, such as ``layer`` of ``"fastv"``.
+        name: a key of ``METHODS``.
+        model: LLaVA-1.5 or LLaVA-NeXT, not enabled; ``"random"``, ``"pooling"`` and ``"qformer"``
+            support only LLaVA-1.5.
+        processor: its processor.
+        num_tokens: tokens per image.
+        options: options of the method's class, such as ``layer`` of ``"fastv"``.
 
     Raises:
-        TypeError: another model class, or an option that the method doesn't have.
+        TypeError: another model class, or an unknown option.
         ValueError: an unknown name, a model in use, or an argument out of range. Nothing is changed
             then.
     """
@@ -37,5 +37,5 @@ def apply(name: str, model, processor, num_tokens: int | None = None, **options)
 def method_class(name: str) -> type[Method]:
     """Raise ``ValueError`` for a name that ``METHODS`` doesn't have."""
     if name not in METHODS:
-        raise ValueError(f"expected a method of {', '.join(METHODS)}, got {name!r}")
+        raise ValueError(f"expected a method among {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]

@@ -1,4 +1,4 @@
-"""``Pooling``: the mean of neighbours."""
+"""``Pooling``: averages of neighbouring patches."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from voco_model.baselines.replaced import Replaced
 
 
 class Pooling(Replaced):
-    """Average pooling of the projected features, and a linear layer that starts as the identity.
+    """Average pooling of the projected features, then a linear layer initialized to the identity.
 
-    Source: "average pooling + linear" of VoCo-LLaMA (arXiv 2406.12275, Table 1), which says no more
-    about it. Here the grid of patches (24 x 24 in LLaVA-1.5) is cut into ``rows x columns`` fields of
-    nearly equal size, ``rows`` being the largest divisor of ``num_tokens`` up to its square root: 1 is
-    the mean of all, 8 is 2 x 4, 64 is 8 x 8. Where a side isn't a multiple, fields share a row of
-    patches, as those of torch's ``adaptive_avg_pool2d`` do. LLaVA's own projector stays in front, and
-    is tuned with the rest.
+    Source: "average pooling + linear" in VoCo-LLaMA (arXiv 2406.12275, Table 1), which gives no details.
+    Here the grid of patches (24 x 24 in LLaVA-1.5) is divided into ``rows x columns`` fields of nearly
+    equal size, where ``rows`` is the largest divisor of ``num_tokens`` up to its square root: 1 is the
+    mean of all patches, 8 is 2 x 4, 64 is 8 x 8. If a side isn't a multiple, neighbouring fields
+    overlap, as in torch's ``adaptive_avg_pool2d``. LLaVA's own projector comes first and is trained
+    with the rest.
     """
 
     name = "pooling"
@@ -38,19 +38,19 @@ class Pooling(Replaced):
         side = config.vision_config.image_size // config.vision_config.patch_size
         if config.vision_feature_select_strategy != "default":
             raise ValueError(
-                "expected vision_feature_select_strategy 'default', features of patches alone, got "
+                "expected vision_feature_select_strategy 'default' (patches only), got "
                 f"{config.vision_feature_select_strategy!r}"
             )
         if columns > side:
             raise ValueError(
-                f"expected num_tokens that are rows x columns of at most {side} each, got "
+                f"expected num_tokens = rows x columns with at most {side} each, got "
                 f"{rows * columns}, which is {rows} x {columns}"
             )
         return PooledProjector(projector, config.text_config.hidden_size, rows, columns)
 
 
 class PooledProjector(Projector):
-    """``linear(mean(projector(features)))``, means of ``rows x columns`` fields of the square grid."""
+    """``linear(mean(projector(features)))``, with the mean of each of ``rows x columns`` fields."""
 
     def __init__(self, projector: nn.Module, hidden: int, rows: int, columns: int) -> None:
         super().__init__()
@@ -69,6 +69,6 @@ class PooledProjector(Projector):
 
 
 def fields(num_tokens: int) -> tuple[int, int]:
-    """Rows and columns, as near to a square as whole numbers allow; rows <= columns."""
+    """Rows and columns, as nearly square as possible; rows <= columns."""
     rows = next(n for n in range(isqrt(num_tokens), 0, -1) if num_tokens % n == 0)
     return rows, num_tokens // rows

@@ -1,8 +1,8 @@
-"""Dropping vision tokens of a prompt, at a layer: what ``FastV`` and ``RandomTokens`` share.
+"""Dropping vision tokens of a prompt at a layer: what ``FastV`` and ``RandomTokens`` share.
 
-A forward pre-hook of the base model finds the image's columns and hands a ``Prompt`` down, as the
-keyword argument ``voco_pruning``. Whoever prunes leaves a ``Selection`` on the key/value cache. A
-decoding step gets that one handed down instead.
+A forward pre-hook of the base model finds the image's columns and passes a ``Prompt`` to the layers, as
+the keyword argument ``voco_pruning``. The method stores its ``Selection`` on the key/value cache. In a
+decoding step, this selection is passed instead.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from transformers import DynamicCache, LlavaForConditionalGeneration
 from transformers.cache_utils import Cache
 
 from voco_model.baselines.base import Method
+from voco_model.vlm.attach import check_full_attention
 from voco_model.vlm.caches import CACHE_ARGUMENT
 
-# Options of model.generate under which no layer would see what it should.
+# Options of model.generate that don't work with pruned prompts, and why.
 _REFUSED = {
     "prompt_lookup_num_tokens": "it reads several new tokens at once",
     "assistant_early_exit": "it reads several new tokens at once",
     "assistant_model": "it reads several new tokens at once",
     "use_mtp": "it reads several new tokens at once",
     "prefill_chunk_size": "a prompt in pieces has no last token to prune by",
-    "cache_implementation": "layers keep caches of different lengths, which DynamicCache alone can",
+    "cache_implementation": "layers have caches of different lengths, which only DynamicCache supports",
 }
 
 
@@ -38,11 +39,11 @@ class Selection:
     """The columns of a prompt that are kept.
 
     Attributes:
-        columns: int64 ``[B, W]``, ascending, of arbitrary ones where a row is padded.
+        columns: int64 ``[B, W]``, ascending; arbitrary for padding.
         real: bool ``[B, W]``, False for padding, which is on the left.
         length: S, of the prompt with its padding.
-        padded: whether any row is.
-        last: int64 ``[B or 1, 1]``, the position of the prompt's last token, if who prunes gave it.
+        padded: whether any row is padded.
+        last: int64 ``[B or 1, 1]``, the position of the prompt's last token, if the method sets it.
     """
 
     columns: Tensor
@@ -67,26 +68,26 @@ class Selection:
         return x.expand(len(columns), *x.shape[1:])[rows, columns]
 
     def mask(self, new: int, device: torch.device) -> Tensor | None:
-        """bool ``[B, 1, W, W]`` for the prompt, with ``new`` 0; ``[B, 1, 1, W + new]`` for the newest of
-        ``new`` tokens behind it. None where SDPA's own causal mask is the same."""
+        """bool ``[B, 1, W, W]`` for the prompt, with ``new=0``; ``[B, 1, 1, W + new]`` for the last of
+        ``new`` tokens after it. None if SDPA's own causal mask is the same."""
         if not self.padded:
             return None
         seen = F.pad(self.real, (0, new), value=True)[:, None, None].to(device)
         if new:
             return seen
         causal = torch.ones(seen.shape[-1], seen.shape[-1], dtype=torch.bool, device=device).tril()
-        # Padding sees itself: a query that sees nothing would be NaN.
+        # Padding sees itself: a query that sees nothing would give NaN.
         return (seen & causal) | torch.eye(len(causal), dtype=torch.bool, device=device)
 
 
 @dataclass
 class Prompt:
-    """A prompt that is read.
+    """A prompt being read.
 
     Attributes:
         real, is_image: bool ``[B, S]``.
-        cache: gets the ``Selection``, as ``voco_pruned``; None where none is kept.
-        selection: once it is made.
+        cache: receives the ``Selection`` as ``voco_pruned``; None without a cache.
+        selection: set by ``keep``.
     """
 
     real: Tensor
@@ -95,27 +96,26 @@ class Prompt:
     selection: Selection | None = None
 
     def keep(self, chosen: Tensor, last: Tensor | None = None) -> None:
-        """Make the selection: these vision tokens, bool ``[B, S]``, and everything else that is real."""
+        """Select these vision tokens, bool ``[B, S]``, and all tokens of the text."""
         self.selection = Selection.of(self.real & (chosen | ~self.is_image), last)
         if self.cache is not None:
             self.cache.voco_pruned = self.selection
 
 
 class Pruning(Method):
-    """Keeps some of an image's tokens, at their own positions, once, when the prompt is read.
+    """Keeps some of an image's tokens, selected once, when the prompt is read; positions don't change.
 
-    Logits of a forward pass are those of the kept tokens, ``[B, W, vocab]``. Batches are padded on the
-    left; a row has one image at most; an image with fewer tokens than ``num_tokens`` keeps all. The
-    beams of a row share what was kept, so that a cache may be reordered within a row's, as ``generate``
-    does.
+    A forward pass returns logits of the kept tokens, ``[B, W, vocab]``. Batches are padded on the left
+    and have at most one image per row. An image with fewer than ``num_tokens`` tokens keeps them all.
+    The beams of a row share their selection, so ``generate`` may reorder the cache among them.
     """
 
     trained = False
 
     def _install(self, steps: ExitStack, num_tokens: int | None) -> int:
         if num_tokens is None:
-            raise ValueError("expected num_tokens, the vision tokens to keep of an image, got None")
-        _check_attention(self.model.config.text_config)
+            raise ValueError("expected num_tokens, the vision tokens to keep per image, got None")
+        check_full_attention(self.model.config.text_config)
         steps.callback(
             self.model.register_forward_pre_hook(_refuse_labels, with_kwargs=True).remove
         )
@@ -127,13 +127,13 @@ class Pruning(Method):
 
     @abstractmethod
     def _hook(self, steps: ExitStack) -> None:
-        """Register what prunes."""
+        """Register the hooks that prune."""
 
     def _check_generate(self, generate_kwargs: Mapping) -> None:
         super()._check_generate(generate_kwargs)
         if self._option(generate_kwargs, "use_cache") is False:
             raise ValueError(
-                "expected use_cache=True, got False; every step would prune anew, by another last token"
+                "expected use_cache=True, got False; every step would prune again, by another last token"
             )
         for name, why in _REFUSED.items():
             value = self._option(generate_kwargs, name)
@@ -141,7 +141,7 @@ class Pruning(Method):
                 raise ValueError(f"expected no {name} with {self.name!r}, got {value!r}; {why}")
 
     def _option(self, generate_kwargs: Mapping, name: str) -> Any:
-        """Where ``generate`` would look for it: argument, given config, model's."""
+        """A generation option, looked up as in ``generate``: arguments, given config, model's config."""
         sources = (generate_kwargs.get("generation_config"), self.model.generation_config)
         values = (generate_kwargs.get(name), *(getattr(source, name, None) for source in sources))
         return next((value for value in values if value is not None), None)
@@ -154,7 +154,7 @@ class Pruning(Method):
                 f"expected input_ids, and all else by keyword, got {len(args)} positional arguments and "
                 f"{sorted(name for name, value in kwargs.items() if value is not None)}"
             )
-        # A caller may use the old name still, which forward would take as well.
+        # A caller may still use the old name, which forward accepts as well.
         cache = kwargs.setdefault(CACHE_ARGUMENT, kwargs.pop("past_key_values", None))
         if cache is not None and cache.is_compileable:
             raise ValueError(
@@ -179,7 +179,7 @@ class Pruning(Method):
             if use_cache is None:
                 use_cache = module.config.text_config.use_cache
             if cache is None and use_cache:
-                # The language model would make the same one, out of reach.
+                # The language model would create the same cache, but where the selection can't reach it.
                 cache = kwargs[CACHE_ARGUMENT] = DynamicCache(config=module.config.text_config)
             kwargs["voco_pruning"] = Prompt(real, is_image, cache)
         return args, kwargs
@@ -195,8 +195,8 @@ class Pruning(Method):
         real = mask != 0
         if (real[:, 1:] < real[:, :-1]).any() or not real[:, -1].all():
             raise ValueError(
-                "expected rows padded on the left, got padding behind tokens; the last column is "
-                "the token that the answer follows: set padding_side='left'"
+                "expected rows padded on the left, got padding after tokens; the answer follows the "
+                "last column: set padding_side='left'"
             )
         return real
 
@@ -207,36 +207,25 @@ class Pruning(Method):
             )
         if kwargs.get("output_attentions"):
             raise ValueError(
-                "expected output_attentions=False, got True; attention weights never exist"
+                "expected output_attentions=False, got True; attention weights are never computed"
             )
         starts = is_image & ~F.pad(is_image, (1, -1))
         most = int(starts.sum(1).max())
         if isinstance(self.model, LlavaForConditionalGeneration):
-            # Images side by side start once.
+            # Adjacent images have a single start.
             most = max(most, -(-int(is_image.sum(1).max()) // self._vision_tokens()))
         pixels = kwargs.get("pixel_values")
         with_image = int(is_image.any(1).sum())
         if most > 1 or (pixels is not None and len(pixels) != with_image):
             raise ValueError(
                 f"expected at most one image in each row, got {most if most > 1 else len(pixels)} in "
-                f"{'one' if most > 1 else with_image}; num_tokens is of one image"
+                f"{'one' if most > 1 else with_image}; num_tokens applies to one image per row"
             )
-
-
-def _check_attention(text) -> None:
-    window = getattr(text, "sliding_window", None)
-    others = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
-    softcap = getattr(text, "attn_logit_softcapping", None)
-    if window is not None or others or softcap is not None:
-        raise ValueError(
-            f"expected a text model with plain full attention, got sliding_window={window}, layer types "
-            f"{sorted(others)} and attn_logit_softcapping={softcap}"
-        )
 
 
 def _refuse_labels(module: nn.Module, args: tuple, kwargs: dict) -> None:
     if kwargs.get("labels") is not None:
         raise ValueError(
-            "expected no labels, got some; logits are those of the kept tokens only, and there is "
-            "nothing to train"
+            "expected no labels, got some; logits exist for the kept tokens only, and there is nothing "
+            "to train"
         )

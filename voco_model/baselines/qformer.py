@@ -1,4 +1,4 @@
-"""``QFormer``: learned queries that read the vision tower's features."""
+"""``QFormer``: learned queries that attend to the vision tower's features."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, LlavaConfig
 
-from voco_model.baselines.base import Projector, check_number
+from voco_model.arguments import whole_number
+from voco_model.baselines.base import Projector
 from voco_model.baselines.replaced import Replaced, feature_width
 
 
 class QFormer(Replaced):
-    """A Q-Former with ``num_tokens`` queries, and a linear layer to the language model's width.
+    """A Q-Former with ``num_tokens`` queries, then a linear layer to the language model's width.
 
-    Source: BLIP-2 (Li et al. 2023, arXiv 2301.12597, section 3.1), as VoCo-LLaMA compares with it (arXiv
-    2406.12275, Table 1). Theirs is a BERT-base of 12 layers, 768 wide, with cross-attention in every
-    other layer, first trained on image-text pairs in two stages; VoCo-LLaMA doesn't say how deep its
-    is. Here it starts from random weights, and reads CLIP's features where theirs reads EVA's; LLaVA's
-    projector is left out.
+    Source: BLIP-2 (Li et al. 2023, arXiv 2301.12597, section 3.1), with which VoCo-LLaMA compares (arXiv
+    2406.12275, Table 1). BLIP-2's is a BERT-base with 12 layers, width 768 and cross-attention in every
+    other layer, pretrained on image-text pairs in two stages; VoCo-LLaMA doesn't state its depth. Here
+    it starts from random weights and reads CLIP's features instead of EVA's, without LLaVA's projector.
 
     Args:
-        layers, width, heads: of the Q-Former; by default 2, 768 and 12. BLIP-2's are 12, 768 and 12.
-        cross_attention_frequency: 1, the default, for cross-attention in every layer, 2 for BLIP-2's.
-        initializer_range: standard deviation of fresh weights; by default 0.02, BLIP-2's. Narrow models
-            learn faster from ``width**-0.5``.
-        dropout: of hidden states and of attention, in training; by default 0.1, BLIP-2's.
+        layers, width, heads: sizes of the Q-Former; by default 2, 768 and 12. BLIP-2 has 12, 768 and 12.
+        cross_attention_frequency: 1, the default, for cross-attention in every layer; 2 in BLIP-2.
+        initializer_range: standard deviation of initial weights; by default 0.02, as in BLIP-2. Narrow
+            models learn faster with ``width**-0.5``.
+        dropout: dropout of hidden states and attention in training; by default 0.1, as in BLIP-2.
     """
 
     name = "qformer"
@@ -70,10 +70,10 @@ class QFormer(Replaced):
     def build(config: LlavaConfig, projector: nn.Module) -> nn.Module:
         facts = config.voco_baseline
         for name in ("layers", "width", "heads", "cross_attention_frequency"):
-            check_number(name, facts[name])
+            whole_number(name, facts[name], at_least=1)
         if facts["width"] % facts["heads"]:
             raise ValueError(
-                f"expected a width that the heads divide, got {facts['width']} and "
+                f"expected a width divisible by the number of heads, got {facts['width']} and "
                 f"{facts['heads']} heads"
             )
         if not facts["initializer_range"] > 0:

@@ -1,4 +1,4 @@
-"""``RandomTokens``: any vision tokens, the floor for those that choose."""
+"""``RandomTokens``: random vision tokens, the floor for methods that select them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from voco_model.baselines.base import check_number
+from voco_model.arguments import whole_number
 from voco_model.baselines.cost import Cost
 from voco_model.baselines.pruning import Prompt, Pruning, Selection
 from voco_model.vlm.caches import CACHE_ARGUMENT
 
 
 class RandomTokens(Pruning):
-    """An image is ``num_tokens`` of its vision tokens, drawn at random, in all layers, at their
-    positions.
+    """Keeps ``num_tokens`` random vision tokens per image, in all layers, at their positions.
 
-    The draw is made of the seed and the image's pixels in the model's dtype: an image keeps the same set
-    whatever the question and the batch, and a smaller ``num_tokens`` keeps a part of it. LLaVA-1.5 only.
+    The selection depends only on the seed and the image's pixels in the model's dtype, not on question
+    or batch; that of a smaller ``num_tokens`` is a subset. LLaVA-1.5 only.
 
-    Source: none; FastV's pruning (arXiv 2403.06764) at layer 0, by chance in place of attention.
+    Source: FastV's pruning (arXiv 2403.06764) at layer 0, at random instead of by attention.
 
     Args:
         seed: 0 or more.
@@ -42,18 +41,17 @@ class RandomTokens(Pruning):
         seed: int = 0,
         style: str | None = None,
     ) -> None:
-        check_number("seed", seed, least=0)
-        self.seed = seed
-        self._drawn: list[int] | None = None  # a seed for each image that the tower has seen last
+        self.seed = whole_number("seed", seed, at_least=0)
+        self._drawn: list[int] | None = None  # one seed per image of the tower's last call
         super().__init__(model, processor, num_tokens, style=style)
 
     def _hook(self, steps: ExitStack) -> None:
         if not isinstance(self.model, LlavaForConditionalGeneration):
             raise ValueError(
-                f"expected LLaVA-1.5, got {type(self.model).__name__}; the pixels of its tiles "
-                "don't say which image they are of"
+                f"expected LLaVA-1.5, got {type(self.model).__name__}, whose tiles can't be assigned to "
+                "images by their pixels"
             )
-        # The tower knows the pixels in any case; Transformers may run it before the first step.
+        # The tower always gets the pixels; Transformers may run it before the first step.
         parts = {
             self.model.model.vision_tower: self._before_tower,
             self.model.model.language_model: self._before_language_model,
@@ -79,7 +77,7 @@ class RandomTokens(Pruning):
             return None
         kwargs = {name: value for name, value in kwargs.items() if name != "voco_pruning"}
         if isinstance(pruning, Selection):
-            # The cache has no entries of what was dropped: its length is no position.
+            # Dropped tokens aren't in the cache, so its length isn't a position.
             steps = kwargs[CACHE_ARGUMENT].get_seq_length() + 1 - pruning.columns.shape[1]
             if kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = pruning.last.expand(len(pruning.columns), 1) + steps
@@ -100,10 +98,10 @@ class RandomTokens(Pruning):
         seeds, self._drawn = self._drawn, None
         if not seeds or len(rows) % len(seeds):
             raise ValueError(
-                f"expected pixel_values of {len(rows)} images, got {len(seeds or [])}; image tokens are "
-                "drawn by them"
+                f"expected pixel_values of {len(rows)} images, got {len(seeds or [])}; the kept tokens "
+                "depend on the pixels"
             )
-        copies = len(rows) // len(seeds)  # of each prompt, for num_return_sequences
+        copies = len(rows) // len(seeds)  # of each prompt, with num_return_sequences
         chosen = torch.zeros_like(prompt.is_image)
         for place, row in enumerate(rows):
             columns = prompt.is_image[row].nonzero()[:, 0]

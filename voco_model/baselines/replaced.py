@@ -1,4 +1,4 @@
-"""Methods that put something in the projector's place, which gives fewer tokens an image."""
+"""Methods that replace the projector by a module that returns fewer tokens per image."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import torch
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from voco_model.baselines.base import Method, Projector, put, tokens_written
+from voco_model.baselines.base import Method, Projector, tokens_written
 from voco_model.baselines.cost import Cost
+from voco_model.vlm.undo import put
 
 
 class Replaced(Method):
-    """The module between vision tower and language model is another; attention is plain causal.
+    """Replaces the module between vision tower and language model; attention is plain causal.
 
-    The processor writes ``num_tokens`` image tokens an image. ``model.config.voco_baseline`` says what
-    was put there, so that ``baselines.load`` can build it again from what ``save_pretrained`` wrote; of
-    a model from there nothing is left to go back to, and ``undo`` puts the processor back only.
-    LLaVA-1.5 only: the tiles and newlines of LLaVA-NeXT need as many features as there are patches.
+    The processor writes ``num_tokens`` image tokens per image. ``model.config.voco_baseline`` records
+    the replacement, so that ``baselines.load`` can build it again for a saved checkpoint. Such a model
+    has no original projector left, and its ``undo`` restores only the processor. LLaVA-1.5 only:
+    LLaVA-NeXT's tiles and newlines need as many features as there are patches.
     """
 
     trained = True
@@ -41,7 +42,7 @@ class Replaced(Method):
     @staticmethod
     @abstractmethod
     def build(config: LlavaConfig, projector: nn.Module) -> nn.Module:
-        """What stands for ``projector``, as ``config.voco_baseline`` describes it, with fresh weights.
+        """The replacement for ``projector``, by ``config.voco_baseline``, with initial weights.
 
         Raises:
             ValueError: an option out of range.
@@ -51,8 +52,8 @@ class Replaced(Method):
         base, config = self.model.model, self.model.config
         if not isinstance(self.model, LlavaForConditionalGeneration):
             raise ValueError(
-                f"expected LLaVA-1.5, got {type(self.model).__name__}; the features of its tiles "
-                "are laid out by their patches, of which fewer would be left"
+                f"expected LLaVA-1.5, got {type(self.model).__name__}, which arranges the features of "
+                "its tiles by patches; fewer features don't fit"
             )
         if isinstance(base.multi_modal_projector, Projector):
             saved = config.voco_baseline
@@ -61,20 +62,20 @@ class Replaced(Method):
                 given["num_tokens"] = num_tokens
             if saved != {**saved, **given}:
                 raise ValueError(
-                    f"expected {saved}, as the model was built, got {given}; leave num_tokens and "
-                    "options out"
+                    f"expected {saved}, with which the model was built, got {given}; leave num_tokens "
+                    "and options out"
                 )
             num_tokens = saved["num_tokens"]
         else:
             if num_tokens is None:
-                raise ValueError("expected num_tokens, of an image, got None")
+                raise ValueError("expected num_tokens per image, got None")
             facts = {"name": self.name, "num_tokens": num_tokens, **self.defaults, **self._options}
             put(steps, config, "voco_baseline", facts)
             weight = base.multi_modal_projector.linear_1.weight
             built = self.build(config, base.multi_modal_projector)
             built.to(weight.device, weight.dtype).train(self.model.training)
             put(steps, base, "multi_modal_projector", built)
-        # The processor counts patches, and adds this.
+        # The processor writes as many image tokens as there are patches, plus this.
         added = self.processor.num_additional_image_tokens
         added += num_tokens - tokens_written(self.processor)
         put(steps, self.processor, "num_additional_image_tokens", added)
@@ -85,6 +86,6 @@ class Replaced(Method):
 
 
 def feature_width(config: LlavaConfig) -> int:
-    """Of the features that a projector reads."""
+    """Width of the features that a projector reads."""
     layers = config.vision_feature_layer
     return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))

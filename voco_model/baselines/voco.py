@@ -1,4 +1,4 @@
-"""``VoCo``, and ``Untrained``: the same mask on a model that never learnt it."""
+"""``VoCo``, and ``Untrained``, the same mask on a model that wasn't trained with it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from voco_model.baselines.base import Method, check_images, images_in
+from voco_model.baselines.base import Method, check_images
 from voco_model.baselines.cost import Cost
-from voco_model.vlm.attach import enable
-from voco_model.vlm.generate import compress, generate
-from voco_model.vlm.prompt import Turns
+from voco_model.vlm.attach import attach
+from voco_model.vlm.compress import compress
+from voco_model.vlm.generate import generate
+from voco_model.vlm.prompt import Turns, images_in
 
 
 class VoCo(Method):
-    """VoCo tokens in an enabled model, answers in two passes.
+    """VoCo tokens in an enabled model, with answers in two passes.
 
     Source: VoCo-LLaMA (Ye et al. 2024, arXiv 2406.12275, sections 3.1 and 3.2).
 
     Args:
-        num_tokens: VoCo tokens an image; by default what the model's config says, else 1.
+        num_tokens: VoCo tokens per image; by default what the model's config says, else 1.
         distinct, isolated: as for ``enable``; by default what the model's config says.
     """
 
@@ -46,7 +47,7 @@ class VoCo(Method):
 
     def _install(self, steps: ExitStack, num_tokens: int | None) -> int:
         handle = steps.enter_context(
-            enable(self.model, self.processor, num_tokens, **self._options)
+            attach(self.model, self.processor, num_tokens, **self._options)
         )
         self._num_voco = handle.num_voco
         return handle.num_voco
@@ -54,9 +55,9 @@ class VoCo(Method):
     def generate(
         self, images: Sequence[Any] | None, turns: Sequence[Turns], **generate_kwargs
     ) -> Tensor:
-        """Two passes where each row has one image; else one masked pass, which computes the same.
+        """Two passes if each row has one image; else one masked pass, which computes the same.
 
-        Args, returns, raises: as ``Method.generate``; and what ``voco_model.generate`` refuses.
+        Args, returns, raises: as ``Method.generate``, and as ``voco_model.generate``.
         """
         if any(images_in(turn) != 1 for turn in turns):
             return super().generate(images, turns, **generate_kwargs)
@@ -75,9 +76,9 @@ class VoCo(Method):
 class Untrained(VoCo):
     """The lower bound: VoCo's mask at inference only.
 
-    Source: VoCo-LLaMA (arXiv 2406.12275, section 4.2), where it is the upper bound's model, tuned with
-    VoCo tokens and an unmodified mask (``"full"`` with ``num_voco``). On a plain LLaVA the row of
-    ``<VoCo>`` is untrained as well.
+    Source: VoCo-LLaMA (arXiv 2406.12275, section 4.2), which uses the model of the upper bound, trained
+    with VoCo tokens and an unmodified mask (``"full"`` with ``num_voco``). In a plain LLaVA, the
+    embedding row of ``<VoCo>`` is untrained as well.
     """
 
     name = "untrained"

@@ -15,7 +15,7 @@ from voco_model.data.faults import DataError
 from voco_model.data.pictures import Picture
 from voco_model.data.samples import Sample
 from voco_model.pictures import WHITE, PictureLimits
-from voco_model.vlm.control_tokens import check_adds_nothing_behind, control_tokens, token_ids
+from voco_model.vlm.control_tokens import check_appends_nothing, control_tokens, token_ids
 from voco_model.vlm.prompt import image_part, text_pieces
 
 _LIMITS = PictureLimits()
@@ -68,7 +68,7 @@ class Encoder:
                 "expected a fast tokenizer, which knows the characters of each token, got "
                 f"{type(processor.tokenizer).__name__}; load the processor with use_fast=True"
             )
-        check_adds_nothing_behind(processor.tokenizer)
+        check_appends_nothing(processor.tokenizer)
         self._processor, self._style, self.max_length = processor, style, max_length
         self._control_tokens = control_tokens(processor.tokenizer)
         self._pictures = {"limits": limits, "processor": processor}

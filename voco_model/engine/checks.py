@@ -7,7 +7,7 @@ import torch
 from voco_model.arguments import whole_number
 from voco_model.kv_store.base import Store
 from voco_model.vlm.attach import check_ready
-from voco_model.vlm.control_tokens import check_adds_nothing_behind
+from voco_model.vlm.control_tokens import check_appends_nothing
 from voco_model.vlm.devices import is_offloaded
 from voco_model.vlm.rope import depends_on_length, length_limit
 
@@ -55,7 +55,7 @@ def check_parts(model, processor, store: Store | None, mode: str) -> None:
         raise TypeError(
             f"expected the processor that was given to enable, got {type(processor).__name__}"
         )
-    check_adds_nothing_behind(processor.tokenizer)
+    check_appends_nothing(processor.tokenizer)
     if store is not None and not isinstance(store, Store):
         raise TypeError(
             f"expected a store or None, got {type(store).__name__}; use voco_model.open_store(url)"

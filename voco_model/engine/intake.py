@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import repeat
@@ -16,7 +16,7 @@ from voco_model.engine.request import Request, RequestError, Sampling
 from voco_model.engine.ticket import Ticket
 from voco_model.kv_store.format import check_key
 from voco_model.pictures import as_images
-from voco_model.vlm.prompt import Turns
+from voco_model.vlm.prompt import Turns, pictures_in
 
 
 class Intake:
@@ -64,12 +64,15 @@ class Intake:
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         sampling = replace(sampling, max_new_tokens=new, seed=seed)
         try:
-            images = as_list(request.images)
-            if request.images is not None and not images:
+            given = _images_of(request)
+            images = as_list(given)
+            if given is not None and not images:
                 raise ValueError(
                     "expected at least one image, or None for a question without any, got an empty "
                     f"{type(request.images).__name__}"
                 )
+        except RequestError:
+            raise
         except Exception as error:  # an iterator that opens files may raise anything
             raise RequestError("image", _message(error, "listing the images")) from error
         try:
@@ -116,6 +119,18 @@ class Intake:
                 f"expected one image, got {images} for a model whose images attend to each other; use "
                 "enable(..., isolated=True), with which each has an entry of its own",
             )
+
+
+def _images_of(request: Request) -> Any:
+    """The request's images; without any, those in the image parts of its messages."""
+    text = request.text
+    is_messages = isinstance(text, Sequence) and len(text) > 0 and isinstance(text[0], Mapping)
+    if request.images is not None or not is_messages:
+        return request.images
+    try:
+        return pictures_in(text) or None
+    except ValueError as error:
+        raise RequestError("prompt", str(error)) from error
 
 
 def as_list(images: Any) -> list[Any]:

@@ -13,7 +13,6 @@ from voco_model.vlm.prompt import (
     Turns,
     image_part,
     images_in,
-    messages_of,
     style_in,
     text_part,
 )
@@ -89,7 +88,7 @@ def plan_prompt(
         if invalid:
             raise ValueError(f"expected token ids from 0 to {rows - 1}, got {invalid[0]!r}")
     else:
-        mentioned = 0 if isinstance(text, str) else images_in(messages_of(text))
+        mentioned = images_in(text, question=0)
         if mentioned not in (0, images):
             raise ValueError(
                 f"expected as many images as image parts in the messages, got {images} images and "

@@ -1,4 +1,4 @@
-"""Reading pictures: whatever a caller gives, decoded once into 8-bit RGB (docs/pictures.md)."""
+"""Images in any form, decoded to 8-bit RGB (docs/pictures.md)."""
 
 from voco_model.pictures.decode import as_images, decode, decode_each, size_of
 from voco_model.pictures.errors import PictureError

@@ -16,14 +16,14 @@ _CHANNELS = (1, 3, 4)
 
 
 def is_array(value: Any) -> bool:
-    """Whether it is an array or a tensor of any library."""
+    """Whether this is an array or a tensor of any library."""
     return isinstance(value, np.ndarray | Tensor) or (
         hasattr(value, "__array__") and hasattr(value, "shape") and hasattr(value, "dtype")
     )
 
 
 def array_of(value: Any) -> np.ndarray:
-    """As NumPy's, on the CPU; 16-bit floats as float32."""
+    """A NumPy array of the same values; bfloat16 and float16 become float32."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         if value.dtype in (torch.bfloat16, torch.float16):
@@ -33,19 +33,19 @@ def array_of(value: Any) -> np.ndarray:
 
 
 def channels_last(array: np.ndarray, name: str) -> np.ndarray:
-    """``[H, W]`` or ``[H, W, C]``, as a view.
+    """A view as ``[H, W]`` or ``[H, W, C]``.
 
-    The channels are whichever of the first and the last dimension has 1, 3 or 4 entries.
+    The channels are the first or the last dimension, whichever has 1, 3 or 4 elements.
 
     Raises:
-        PictureError: neither, both, or another number of dimensions.
+        PictureError: neither or both could be channels, or another number of dimensions.
     """
     shape = list(array.shape)
     if array.ndim == 2:
         return array
     if array.ndim == 4:
         raise PictureError(
-            f"expected one image, got {name} of shape {shape}, a batch; give its images one by one"
+            f"expected one image, got {name} of shape {shape}, a batch; pass its images one by one"
         )
     if array.ndim != 3:
         raise PictureError(
@@ -54,8 +54,8 @@ def channels_last(array: np.ndarray, name: str) -> np.ndarray:
     first, last = shape[0] in _CHANNELS, shape[-1] in _CHANNELS
     if first and last:
         raise PictureError(
-            f"expected a shape that says where the channels are, got {name} of shape {shape}, where "
-            "either end may be; give PIL.Image.fromarray(array of shape [H, W, C])"
+            f"expected a shape that tells where the channels are, got {name} of shape {shape}, where "
+            "both ends could be; pass PIL.Image.fromarray(array of shape [H, W, C])"
         )
     if not first and not last:
         raise PictureError(
@@ -68,7 +68,7 @@ def rgb_of_array(array: np.ndarray, ground: Ground, name: str) -> Image.Image:
     """RGB of ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``; a fourth channel is alpha.
 
     Raises:
-        PictureError: a shape or a dtype that doesn't say what it means, or floats outside 0..1.
+        PictureError: an ambiguous shape, a dtype of unknown range, or floats outside 0..1.
     """
     pixels = _eight_bits(channels_last(array, name), name)
     if pixels.ndim == 3 and pixels.shape[-1] == 1:
@@ -87,8 +87,8 @@ def _eight_bits(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype.kind == "f":
         return _from_floats(array, name)
     raise PictureError(
-        "expected uint8, uint16, bool, or floats from 0 to 1, whose white is known, got "
-        f"{name} of {array.dtype}; if its values are 0 to 255, give them as uint8"
+        "expected uint8, uint16, bool, or floats from 0 to 1, got "
+        f"{name} of {array.dtype}, whose range is unknown; if its values are 0 to 255, pass uint8"
     )
 
 
@@ -98,12 +98,12 @@ def _from_floats(array: np.ndarray, name: str) -> np.ndarray:
         raise PictureError(f"expected finite values, got {name} with NaN or infinity")
     if least < 0:
         raise PictureError(
-            f"expected floats from 0 to 1, got {name} with {least:.4g} to {most:.4g}; give the picture "
-            "itself, not what a processor has normalized, and clip what a filter has overshot"
+            f"expected floats from 0 to 1, got {name} with {least:.4g} to {most:.4g}; pass the image "
+            "itself, not a processor's normalized output, and clip the overshoot of filters"
         )
     if most > 1:
         raise PictureError(
             f"expected floats from 0 to 1, got {name} with {least:.4g} to {most:.4g}; if 255 is white, "
-            "give it as uint8"
+            "pass it as uint8"
         )
     return np.rint(array.astype(np.float64) * 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""``decode``: a picture in any form, once, into the pixels that everything else reads."""
+"""``decode``: the pixels of an image given in any form."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def decode(
     limits: PictureLimits = _DEFAULT,
     processor: Any = None,
 ) -> Image.Image:
-    """The picture as the model is to see it: 8-bit RGB, upright, opaque, without metadata.
+    """An image as the model sees it: 8-bit RGB, upright, opaque, without metadata.
 
-    What is that already (a plain RGB ``PIL.Image.Image`` in memory, such as this function returns) is
-    returned as it is, so a caller may decode once, make the key and compress. docs/pictures.md has the
-    rules and their reasons.
+    An image that is all this already (a plain RGB ``PIL.Image.Image`` in memory, such as this function
+    returns) is returned unchanged. So a caller can decode once, then compute the key and compress.
+    docs/pictures.md has the rules and their reasons.
 
     Args:
         image: a PIL image, opened lazily or not; a path; an http(s) URL, a data URI or base64; encoded
             bytes or an open binary file; an array or a tensor ``[H, W]``, ``[H, W, C]`` or
             ``[C, H, W]`` of uint8, uint16, bool, or floats from 0 to 1; or a mapping with one of them
             under ``bytes``, ``image``, ``path``, ``url``, ``base64`` or ``image_url``.
-        ground: red, green and blue that transparent pixels are shown on.
-        limits: what it may cost; checked before it is decoded.
-        processor: what will prepare it, for ``limits.max_resized_pixels``.
+        ground: red, green and blue, shown through transparent pixels.
+        limits: how large the image may be; checked before it is decoded.
+        processor: the one that will prepare it, for ``limits.max_resized_pixels``.
 
     Raises:
-        PictureError: not a picture, one that can't be read, or one beyond the limits.
-        ValueError: a ground that isn't a colour.
+        PictureError: not an image, an unreadable one, or one over the limits.
+        ValueError: a ground that isn't a color.
     """
     ground = check_ground(ground)
     found, name = find(image, limits)
@@ -55,17 +55,17 @@ def decode(
         limits.check_size(height, width, name, processor)
         return rgb_of_array(found, ground, name)
     if isinstance(found, Image.Image):
-        # A file that is open but not read can't be read by two threads at once.
+        # An open file that isn't loaded yet can't be read by two threads at once.
         with _lock_of(found), reading(name):
             limits.check_size(*upright_size(found), name, processor)
             if is_decoded(found):
-                found.getim()  # raises if it has been closed
+                found.getim()  # raises if it is closed
                 return found
             return rgb_of(found, ground)
     data = read_file(found, limits, name) if isinstance(found, Path) else found
     limits.check_bytes(len(data), name)
     if not data:
-        raise PictureError(f"expected an image that can be read, got {name}, which is empty")
+        raise PictureError(f"expected an image, got {name}, which is empty")
     with reading(name), Image.open(io.BytesIO(data)) as opened:
         limits.check_size(*upright_size(opened), name, processor)
         return rgb_of(opened, ground)
@@ -77,7 +77,7 @@ def size_of(
     """Height and width of ``decode(image)``, from the header alone.
 
     Raises:
-        PictureError: as ``decode``, as far as the header tells.
+        PictureError: as ``decode``, as far as the header shows.
     """
     found, name = find(image, limits)
     if isinstance(found, np.ndarray):
@@ -100,10 +100,10 @@ def size_of(
 
 
 def as_images(images: Any) -> Iterable[Any]:
-    """What stands for one image or for several, as an iterable of images.
+    """An iterable of images, from one image or several.
 
-    An array of four dimensions is its images, such as the frames of a video; a mapping, a path, bytes
-    and an open file are one image. Nothing is decoded.
+    A four-dimensional array is a sequence of images, such as the frames of a video; a mapping, a path,
+    bytes and an open file are one image. Nothing is decoded.
 
     Raises:
         PictureError: an array of no images.
@@ -125,14 +125,14 @@ def as_images(images: Any) -> Iterable[Any]:
 
 
 def decode_each(images: Any, **options) -> Iterator[Image.Image]:
-    """``decode`` of one image or of several, one at a time.
+    """``decode`` for one image or several, one at a time.
 
     Args:
-        images: as ``as_images`` takes them.
-        options: of ``decode``.
+        images: as for ``as_images``.
+        options: passed to ``decode``.
 
     Raises:
-        PictureError: as ``decode``; of several, the message says which one.
+        PictureError: as ``decode``; with several images, the message says which one.
     """
     each = as_images(images)
     total = len(each) if isinstance(each, Sized) else None
@@ -148,5 +148,5 @@ def decode_each(images: Any, **options) -> Iterator[Image.Image]:
 
 
 def _lock_of(image: Image.Image) -> threading.Lock:
-    # In its own attributes: images are not hashable, so no weak dictionary takes them.
+    # Kept in the image's attributes: images are not hashable, so a weak dictionary can't hold them.
     return image.__dict__.setdefault("_voco_decoding", threading.Lock())

@@ -1,4 +1,4 @@
-"""``PictureError``: the one error for something that isn't a usable picture."""
+"""``PictureError``: the error for anything that isn't a usable image."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from PIL import Image, UnidentifiedImageError
 
 
 class PictureError(ValueError):
-    """Not a picture, one that can't be read, or one beyond the limits; the message names it."""
+    """Not an image, an unreadable one, or one over the limits; the message names it."""
 
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turns whatever a decoder raises into a ``PictureError`` that names the picture."""
+    """Turn any error of a decoder into a ``PictureError`` that names the image."""
     try:
         yield
     except (PictureError, MemoryError):
         raise
     except UnidentifiedImageError as error:  # its own message shows a file object's address
         raise PictureError(
-            f"expected an image that can be read, got {name}, of no format that Pillow knows"
+            f"expected an image, got {name}, in no format that Pillow can read"
         ) from error
     except Image.DecompressionBombError as error:
         raise PictureError(
@@ -32,5 +32,5 @@ def reading(name: str) -> Iterator[None]:
         Exception
     ) as error:  # decoders raise anything: SyntaxError, struct.error, RuntimeError, ...
         raise PictureError(
-            f"expected an image that can be read, got {name}: {type(error).__name__}: {error}"
+            f"reading {name} as an image failed: {type(error).__name__}: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""What transparent pixels are shown on."""
+"""The color that shows through transparent pixels."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ def check_ground(ground: Any) -> Ground:
 
 
 def ground_of(config: Any, ground: Any = None) -> Ground:
-    """What transparent pixels are shown on: ``ground``, else what the model was trained with, else
-    white."""
+    """The color behind transparent pixels: ``ground``, else the one in a model's config, else white."""
     if ground is None:
         ground = getattr(config, "voco_ground", None)
     return WHITE if ground is None else check_ground(ground)
 
 
 def composite(image: Image.Image, ground: Ground) -> Image.Image:
-    """RGB: what shines through is ``ground``."""
+    """RGB, with ``ground`` behind transparent pixels."""
     if image.mode == "La":  # premultiplied; Pillow converts it to LA only
         image = image.convert("LA")
     if image.mode == "P":

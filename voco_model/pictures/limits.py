@@ -1,4 +1,4 @@
-"""``PictureLimits``: bounds on what a picture may cost, checked before the cost is paid."""
+"""``PictureLimits``: the largest images to read, checked before they are decoded."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from voco_model.pictures.errors import PictureError
 
 @dataclass(frozen=True)
 class PictureLimits:
-    """What a picture may cost. None switches a limit off.
+    """The largest images to read. None switches a limit off.
 
-    The size is read from the header, so a picture beyond a limit is refused before it is decoded.
+    The size is read from the header, so an image over a limit is refused before it is decoded.
 
     Attributes:
-        max_bytes: of the encoded file, the download or the base64 text.
-        max_pixels: of the picture, and of the square that a processor with ``do_pad`` makes of it. By
-            default where Pillow starts to warn. Pillow refuses twice its own
-            ``PIL.Image.MAX_IMAGE_PIXELS``, whatever is said here.
-        max_aspect_ratio: the longer side over the shorter one.
-        max_resized_pixels: of what the image processor resizes the picture to, before it crops. One that
-            resizes the shorter side to 336 makes 336 x 201,600 pixels of 1 x 600, at about 10 bytes
-            each.
+        max_bytes: bytes of the encoded file, the download or the base64 text.
+        max_pixels: pixels of the image, and of the square to which a processor with ``do_pad`` pads it;
+            by default where Pillow starts to warn. Pillow itself refuses images of more than twice
+            ``PIL.Image.MAX_IMAGE_PIXELS``, whatever this limit.
+        max_aspect_ratio: the longer side divided by the shorter one.
+        max_resized_pixels: pixels to which the image processor resizes the image before it crops. A
+            processor that resizes the shorter side to 336 turns 1 x 600 pixels into 336 x 201,600, at
+            about 10 bytes each.
 
     Raises:
         ValueError: a limit that isn't a positive number.
@@ -49,15 +49,15 @@ class PictureLimits:
                 raise ValueError(f"expected {field.name} as {kind} > 0 or None, got {value!r}")
 
     def check_bytes(self, count: int, name: str) -> None:
-        """Raise ``PictureError`` for an encoded picture of too many bytes."""
+        """Raise ``PictureError`` for an encoded image with too many bytes."""
         if self.max_bytes is not None and count > self.max_bytes:
             raise _beyond("max_bytes", f"of at most {self.max_bytes:,} bytes", name, f"{count:,}")
 
     def check_size(self, height: int, width: int, name: str, processor: Any = None) -> None:
-        """Raise ``PictureError`` for a picture of too many pixels, or too long for its width.
+        """Raise ``PictureError`` for an image with too many pixels or too large an aspect ratio.
 
         Args:
-            processor: what will prepare it, for ``max_resized_pixels``; None leaves that out.
+            processor: the one that will prepare it, for ``max_resized_pixels``; None skips that limit.
         """
         if height < 1 or width < 1:
             raise PictureError(
@@ -103,7 +103,7 @@ def check_limits(limits: Any) -> None:
 
 
 def processed_pixels(processor: Any, height: int, width: int) -> tuple[int, int]:
-    """Pixels of the largest images that a processor makes of one: padded to a square, and resized.
+    """Pixels of an image after a processor's padding to a square, and after its resizing.
 
     Args:
         processor: a LLaVA's processor or its image processor.
@@ -112,7 +112,7 @@ def processed_pixels(processor: Any, height: int, width: int) -> tuple[int, int]
     size = images.size or {}
     padded = height * width
     pinpoints = getattr(images, "image_grid_pinpoints", None)
-    if pinpoints:  # LLaVA-NeXT: each picture becomes a grid of tiles, whatever its size
+    if pinpoints:  # LLaVA-NeXT cuts images of any size into a grid of tiles
         return padded, max(high * wide for high, wide in pinpoints)
     if getattr(images, "do_pad", False) and hasattr(images, "pad_to_square"):
         height = width = max(height, width)

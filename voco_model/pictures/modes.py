@@ -1,4 +1,4 @@
-"""Pillow's modes to 8-bit RGB: orientation, transparency, 16-bit values."""
+"""Images in Pillow's modes to 8-bit RGB: orientation, transparency, 16-bit values."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)
-# Keywords of PNG's text chunks in which Pillow looks for an orientation.
+# Keywords of the PNG text chunks in which Pillow looks for an orientation.
 _PNG_EXIF_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
-# Tags of a TIFF.
+# TIFF tags, and a value.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 
 def is_decoded(image: Image.Image) -> bool:
-    """Whether ``rgb_of`` would change nothing: plain RGB in memory, without metadata."""
+    """Whether ``rgb_of`` would change nothing, because this is plain RGB in memory without metadata."""
     plain = type(image) is Image.Image and image.mode == "RGB" and not image.info
     return plain and not image.getexif()
 
@@ -45,14 +45,14 @@ def rgb_of(image: Image.Image, ground: Ground) -> Image.Image:
     rgb = _colours(image, ground)
     if turn is not None:
         rgb = rgb.transpose(turn)
-    rgb.info = {}  # what is left must not be turned or made transparent once more
+    rgb.info = {}  # so that nothing turns it or makes it transparent again
     return rgb
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Height and width of ``rgb_of(image)``, from the header alone."""
     width, height = image.size
-    if image.format == "TIFF":  # Pillow turns it itself, and its size says so before it is loaded
+    if image.format == "TIFF":  # Pillow turns it, and reports the turned size before loading
         return height, width
     if image.format == "PNG" and "exif" not in image.info and not _png_has_late_exif(image):
         return height, width
@@ -64,17 +64,17 @@ def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except (SyntaxError, struct.error, KeyError, TypeError, ValueError, EOFError):
-        return 1  # damaged EXIF data: viewers show the picture as it is stored
+        return 1  # damaged EXIF data: viewers show the image as stored
     return value if value in _TURNS else 1
 
 
 def _png_has_late_exif(image: Image.Image) -> bool:
-    """Whether orientation may stand behind a PNG's pixels, where Pillow's header doesn't reach.
+    """Whether a PNG may have its orientation after the pixels, which Pillow reads after the header.
 
-    Pillow's ``getexif`` decodes the whole picture to find out; this reads chunk headers only.
+    Pillow's ``getexif`` would decode the whole image to find out; this reads chunk headers only.
     """
     file = getattr(image, "fp", None)
-    if file is None:  # loaded: all is known
+    if file is None:  # loaded, so Pillow has read everything
         return True
     before = file.tell()
     try:
@@ -98,7 +98,8 @@ def _png_has_late_exif(image: Image.Image) -> bool:
 
 
 def _colours(image: Image.Image, ground: Ground) -> Image.Image:
-    # Pillow clips 16-bit values to 8 bits. Old versions open a 16-bit PNG as "I", all a PGM.
+    # Pillow would clip 16-bit values to 8 bits. A 16-bit PGM is opened as "I", in old versions a PNG
+    # too.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return _sixteen_bits(image, ground)
     if image.mode in ("I", "F"):
@@ -107,9 +108,9 @@ def _colours(image: Image.Image, ground: Ground) -> Image.Image:
         return image.convert("RGB")
     clear = image.info.get("transparency")
     if image.mode == "RGB" and not isinstance(clear, tuple):
-        return image.convert("RGB")  # convert("RGB") of a grey image has left a grey value there
+        return image.convert("RGB")  # convert("RGB") of a grey image leaves a grey value there
     if image.mode == "RGB" and max(clear) > 255:
-        # Of 48-bit colours Pillow keeps the high bytes, and the transparent one as it was.
+        # Pillow keeps the high bytes of 48-bit colors, but all of the transparent one.
         image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in clear)
     return composite(image, ground)

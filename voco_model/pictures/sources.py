@@ -1,4 +1,4 @@
-"""Where a picture is: a path, a URL, base64, bytes, a file object, a row of a data set."""
+"""Sources of images: paths, URLs, base64, bytes, file objects, rows of datasets, message parts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from voco_model.pictures.arrays import array_of, is_array
 from voco_model.pictures.errors import PictureError, reading
 from voco_model.pictures.limits import PictureLimits, check_limits
 
-# Keys of data-set rows and of message parts (Transformers', OpenAI's) that hold a picture.
+# Keys under which dataset rows and message parts (Transformers', OpenAI's) hold an image.
 _KEYS = ("bytes", "image", "path", "url", "base64", "image_url")
 _SHOWN = 200  # characters of a path or URL in an error
-_SHORTEST_BASE64 = 40  # characters: fewer are no picture in any format
+_SHORTEST_BASE64 = 40  # characters: no image format fits into fewer
 _TIMEOUT = 60.0  # seconds without a byte from a server
 _KINDS = (
     "an image (PIL's, a path or URL, encoded bytes, an open file, an array, a tensor, or a mapping with "
@@ -29,11 +29,11 @@ _KINDS = (
 
 
 def find(image: Any, limits: PictureLimits) -> tuple[Image.Image | np.ndarray | Path | bytes, str]:
-    """What was given as one of four kinds, and its name for errors. Downloads; reads no file.
+    """The image as one of four types, and its name for error messages. Downloads, but reads no file.
 
     Raises:
-        PictureError: something else, or a download that failed or is too large.
-        TypeError: limits that aren't.
+        PictureError: an unsupported source, or a download that failed or is too large.
+        TypeError: limits that aren't ``PictureLimits``.
     """
     check_limits(limits)
     if isinstance(image, Image.Image):
@@ -59,16 +59,16 @@ def find(image: Any, limits: PictureLimits) -> tuple[Image.Image | np.ndarray | 
 
 
 def read_file(path: Path, limits: PictureLimits, name: str) -> bytes:
-    """A file's bytes, all at once: what replaces it meanwhile doesn't mix in.
+    """A file's bytes, read at once, so that a concurrent replacement can't mix with them.
 
     Raises:
-        PictureError: no such file, one that can't be read, or too large a one.
+        PictureError: a missing, unreadable or too large file.
     """
     check_file(path, limits, name)
     with reading(name):
         data = path.read_bytes()
     if not data:
-        raise PictureError(f"expected an image that can be read, got {name}, which is empty")
+        raise PictureError(f"expected an image, got {name}, which is empty")
     return data
 
 
@@ -76,12 +76,12 @@ def check_file(path: Path, limits: PictureLimits, name: str) -> None:
     """Raise ``PictureError`` unless it is a regular file within the limits."""
     try:
         there, is_file = path.exists(), path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # not a valid file name
         there = is_file = False
     if not there:
-        raise PictureError(f"expected an image, got {name}, which isn't there")
+        raise PictureError(f"expected an image, got {name}, which was not found; check the path")
     if not is_file:
-        raise PictureError(f"expected an image, got {name}, which is no regular file")
+        raise PictureError(f"expected an image, got {name}, which is not a regular file")
     limits.check_bytes(path.stat().st_size, name)
 
 
@@ -110,7 +110,7 @@ def _is_there(path: Path) -> bool:
 
 
 def base64_in(text: str) -> bytes | None:
-    """The bytes if it is base64, as Transformers takes it without a header; else None: a path."""
+    """The decoded bytes of base64 without a header, which Transformers accepts; None for a path."""
     if len(text) < _SHORTEST_BASE64:
         return None
     try:
@@ -120,7 +120,7 @@ def base64_in(text: str) -> bytes | None:
 
 
 def decode_base64(payload: str, name: str) -> bytes:
-    """The bytes, white space aside; ``PictureError`` for what isn't base64."""
+    """The decoded bytes, ignoring white space; ``PictureError`` if this isn't base64."""
     try:
         return base64.b64decode("".join(payload.split()), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -133,7 +133,7 @@ def _of_mapping(given: Mapping, limits: PictureLimits):
         if value is None:
             continue
         if isinstance(value, Mapping) and any(isinstance(value.get(k), Mapping) for k in _KEYS):
-            break  # OpenAI's image_url is a mapping; none is that deep
+            break  # OpenAI's image_url is a mapping inside a mapping; nothing is nested deeper
         if key == "base64" and isinstance(value, str):
             value = value if value.startswith("data:") else f"data:;base64,{value}"
         elif key == "bytes":
@@ -150,18 +150,18 @@ def _of_file(file: Any, limits: PictureLimits) -> tuple[bytes, str]:
     name = _shown(name) if isinstance(name, str) else f"a {type(file).__name__}"
     with reading(name):
         if getattr(file, "seekable", lambda: False)():
-            file.seek(0)  # as Image.open does: the same file may be given twice
+            file.seek(0)  # as Image.open does, so that a file can be passed twice
         data = file.read() if limits.max_bytes is None else file.read(limits.max_bytes + 1)
     if not isinstance(data, bytes | bytearray | memoryview):
         raise PictureError(
-            f"expected a file opened in binary mode, got {name}, which gives {type(data).__name__}"
+            f"expected a file opened in binary mode, got {name}, which returns {type(data).__name__}"
         )
     limits.check_bytes(len(data), name)
     return bytes(data), name
 
 
 def _download(url: str, limits: PictureLimits) -> bytes:
-    import httpx  # which Transformers downloads with
+    import httpx  # a dependency of Transformers
 
     name = _shown(url)
     data = bytearray()

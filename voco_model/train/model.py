@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from voco_model.pictures import WHITE
 from voco_model.train.config import LoRAConfig, TrainConfig
-from voco_model.vlm.attach import enable
+from voco_model.vlm.attach import attach
 from voco_model.vlm.load import load_weights, model_class
 
 
@@ -30,7 +30,7 @@ def build_model(config: TrainConfig, processor, dtype: torch.dtype):
         TypeError: no LLaVA-1.5 or LLaVA-NeXT.
     """
     model = load_weights(model_class(config.model), config.model, dtype=dtype)
-    enable(
+    attach(
         model,
         processor,
         config.voco.most,

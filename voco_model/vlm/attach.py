@@ -1,4 +1,4 @@
-"""``enable``: VoCo attention in a LLaVA, and everything back as it was with ``undo``."""
+"""``enable``: VoCo attention in a LLaVA, and ``undo``."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 from transformers.processing_utils import ProcessorMixin
 
 from voco_model.arguments import whole_number
-from voco_model.vlm.answer_mask import mark_answers
 from voco_model.vlm.attention import ATTENTION_NAME, hand_out_layout
 from voco_model.vlm.control_tokens import control_tokens, prepare_tokenizer
 from voco_model.vlm.devices import is_offloaded
 from voco_model.vlm.embeddings import name_of_row, number_rows
-from voco_model.vlm.processor_check import check_processor
+from voco_model.vlm.enabled_processor import extend_processor
+from voco_model.vlm.processor_check import check_processor, checked_tokenizer
 from voco_model.vlm.prompt import VOCO_TOKEN, chat_template, style_of
+from voco_model.vlm.undo import put, remember
+from voco_model.vlm.warn import training_gap, warn_once
 
 SUPPORTED = (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration)
-IN_USE: WeakSet = WeakSet()  # models that a method of voco_model.baselines is applied to
+IN_USE: WeakSet = WeakSet()  # models with a method of voco_model.baselines applied
 
 
 class Enabled:
-    """What ``enable`` did. Also a context manager that undoes it at the end.
+    """What ``enable`` did; as a context manager, undoes it at the end.
 
     Attributes:
-        model: the model, still the same object.
+        model: the same object.
         voco_token_id: id of ``<VoCo>``.
-        num_voco: number of VoCo tokens an image.
+        num_voco: VoCo tokens per image.
     """
 
     def __init__(self, model, voco_token_id: int, num_voco: int, steps: ExitStack) -> None:
@@ -43,8 +45,8 @@ class Enabled:
     def undo(self) -> None:
         """Restore attention, hooks, config, embedding rows, tokenizer and chat template.
 
-        Weights stay as they are now (an added embedding row is cut off); caches made in between
-        must not be used any more. A second call does nothing.
+        Weights keep their current values (an added embedding row is cut off). Caches filled while the
+        model was enabled must not be used afterwards. A second call does nothing.
         """
         self._steps.close()
 
@@ -73,42 +75,75 @@ def enable(
 ) -> Enabled:
     """Switch a LLaVA's language model to VoCo attention; see ``docs/llava.md``.
 
-    From now on every forward pass derives its mask from ``input_ids``: in training, in evaluation
-    and in ``model.generate``. Prompts without VoCo tokens run as before. The number of VoCo tokens,
-    the token's id, ``isolated``, ``distinct`` and ``prompt`` are kept in ``model.config``, so that
-    ``save_pretrained`` carries them.
+    From now on every forward pass derives its mask from ``input_ids``: in training, in evaluation and in
+    ``model.generate``. Prompts without VoCo tokens run as before. ``model.config`` records the number of
+    VoCo tokens, the token's id, ``isolated``, ``distinct`` and ``prompt``, and ``save_pretrained``
+    writes them.
+
+    A loaded checkpoint has to be enabled again: ``from_pretrained`` alone gives a model whose text sees
+    the image past the VoCo tokens.
 
     Args:
-        model: LLaVA-1.5 or LLaVA-NeXT, with any text model that has plain full attention.
-        processor: its tokenizer gets the token ``<VoCo>`` (the model's embeddings grow only where
-            they have no row left for it), keeps text that spells a control token text, and puts nothing
-            behind a prompt; its chat template becomes that of Listing 1.
-        num_voco: VoCo tokens an image; by default what the model's config says, else 1.
-        voco_token_id: the token's id, where there is no processor to ask. By default what the
-            model's config says.
+        model: LLaVA-1.5 or LLaVA-NeXT, with any text model that has full attention.
+        processor: its tokenizer gets the token ``<VoCo>`` (embeddings grow only if they have no spare
+            row), reads control tokens spelled in text as text, and appends nothing to a prompt; its chat
+            template becomes that of Listing 1.
+        num_voco: VoCo tokens per image; by default the config's number, else 1.
+        voco_token_id: the token's id, if there is no processor; by default the config's.
         isolated: whether, in a prompt with several images, each is compressed as if it stood alone: its
-            tokens don't see what stands before its first image token. So an image has one entry,
-            whatever images it is shown with. A model must be trained as it is used. By default what the
-            model's config says, else False. With one image it makes no difference.
-        distinct: whether the VoCo tokens of an image have an embedding row each, from the token's id on,
-            in place of the paper's one row for all. Prompts stay the same. On a small model that kept
-            much more (``docs/quality.md``). By default what the model's config says, else False.
-        prompt: the style of prompts, a name of ``vlm.prompt.STYLES``: ``"vicuna"`` (Listing 1),
-            ``"mistral"``, ``"chatml"`` or ``"authors"``. By default what the model's config says, else
+            tokens see nothing before its first image token. Its entry then doesn't depend on the images
+            shown with it. A model must be trained as it is used. By default what the config says, else
+            False. With one image it makes no difference.
+        distinct: whether each VoCo token of an image has its own embedding row, from the token's id on,
+            instead of the paper's single shared row. Prompts stay the same. On a small model, distinct
+            rows kept much more of the image (``docs/quality.md``). By default what the config says, else
+            False.
+        prompt: the prompt style, a name in ``vlm.prompt.STYLES``: ``"vicuna"`` (Listing 1),
+            ``"mistral"``, ``"chatml"`` or ``"authors"``. By default what the config says, else
             ``"vicuna"``.
 
     Returns:
         a handle whose ``undo()`` restores everything.
 
     Raises:
-        TypeError: another model class, or no processor where one is expected.
+        TypeError: another model class, or not a processor.
         ValueError: a model that is enabled already, has a method of ``voco_model.baselines`` applied or
-            the projector of one, sliding-window attention, attention dropout or soft-capping, an unknown
-            token id, or ids that don't fit together; a processor that counts image tokens otherwise than
-            the model, or whose tokenizer lacks the token that ends an answer. Nothing is changed then.
+            the projector of one; sliding-window attention, attention dropout or soft-capping; an unknown
+            token id, or conflicting ids; a processor that counts image tokens differently from the
+            model, or whose tokenizer lacks the token that ends an answer. Nothing is changed then.
+
+    Warns:
+        VoCoWarning: once per model, if its config says that it wasn't trained with VoCo tokens, or with
+            another number of them.
     """
+    gap = training_gap(getattr(model, "config", None), num_voco)
+    handle = attach(
+        model,
+        processor,
+        num_voco,
+        voco_token_id=voco_token_id,
+        isolated=isolated,
+        distinct=distinct,
+        prompt=prompt,
+    )
+    if gap is not None:
+        warn_once(model, gap)
+    return handle
+
+
+def attach(
+    model: LlavaForConditionalGeneration | LlavaNextForConditionalGeneration,
+    processor: ProcessorMixin | None = None,
+    num_voco: int | None = None,
+    *,
+    voco_token_id: int | None = None,
+    isolated: bool | None = None,
+    distinct: bool | None = None,
+    prompt: str | None = None,
+) -> Enabled:
+    """``enable`` without its warnings, for models that are to be trained or measured untrained."""
     _check_model(model)
-    tokenizer = _checked_tokenizer(model, processor)
+    tokenizer = None if processor is None else checked_tokenizer(model, processor)
     num_voco = _first_given(num_voco, getattr(model.config, "num_voco", None), 1)
     num_voco = whole_number("num_voco", num_voco, at_least=1)
     isolated = _first_given(isolated, getattr(model.config, "voco_isolated", None), False)
@@ -122,12 +157,12 @@ def enable(
     if processor is not None:
         check_processor(processor, model.config, style)
     rows = num_voco if distinct else 1
-    with ExitStack() as steps:  # on an error, what was done is undone
+    with ExitStack() as steps:  # an error undoes what was done
         if tokenizer is not None:
             name_tokens(tokenizer, rows, steps)
-            _remember(steps, processor, "chat_template")
-            processor.chat_template = chat_template(num_voco, style, control_tokens(tokenizer))
-            mark_answers(processor, steps)
+            template = chat_template(num_voco, style, control_tokens(tokenizer))
+            put(steps, processor, "chat_template", template)
+            extend_processor(processor, steps)
         token_id = _agreed_token_id(model, tokenizer, voco_token_id)
         _make_room(steps, model, tokenizer, token_id, rows)
         facts = {
@@ -137,12 +172,11 @@ def enable(
             "voco_distinct": distinct,
             "voco_prompt": style,
         }
-        # A model tuned as the upper bound says so; tuned or saved from here on, it is a VoCo model.
+        # The config of an upper bound says so; trained or saved from here on, it is a VoCo model.
         if getattr(model.config, "voco_baseline", None) is not None:
             facts["voco_baseline"] = None
         for name, value in facts.items():
-            _remember(steps, model.config, name)
-            setattr(model.config, name, value)
+            put(steps, model.config, name, value)
         _switch_attention(steps, model)
         if rows > 1:
             embeddings = model.get_input_embeddings()
@@ -156,7 +190,7 @@ def enable(
 
 
 def is_enabled(model) -> bool:
-    """Whether ``enable`` was called on this model, or on the one that it is a copy of."""
+    """Whether this model is enabled, or a copy of an enabled one."""
     hooks = getattr(getattr(model, "model", None), "_forward_pre_hooks", {})
     return hand_out_layout in hooks.values()
 
@@ -171,12 +205,12 @@ def check_ready(model) -> None:
     if model.training:
         raise ValueError("expected a model in eval mode, got one in training; call model.eval()")
     for name, module in model.named_modules():
-        # Adapters that were added since may be in training mode by themselves.
+        # Adapters added later may be in training mode although the model isn't.
         if module.training and isinstance(module, _DropoutNd | _BatchNorm):
             if getattr(module, "p", 1):
                 raise ValueError(
-                    f"expected a model in eval mode, got {name} in training, whose answers are random; "
-                    "call model.eval()"
+                    f"expected a model in eval mode, got {name} in training mode, which makes answers "
+                    "random; call model.eval()"
                 )
 
 
@@ -190,7 +224,8 @@ def _check_model(model) -> None:
     if is_enabled(model):
         raise ValueError(
             "expected a model that is not enabled, got one that is, with "
-            f"num_voco={model.config.num_voco}; call undo() on what enable returned first"
+            f"num_voco={model.config.num_voco}; call undo() on what enable returned (after load: "
+            "load(...).handle.undo())"
         )
     baseline = (getattr(model.config, "voco_baseline", None) or {}).get("name", "full")
     if baseline != "full":
@@ -204,21 +239,7 @@ def _check_model(model) -> None:
             "applied to; call undo() on what apply returned first"
         )
     text = model.config.text_config
-    window = getattr(text, "sliding_window", None)
-    others = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
-    if window is not None or others:
-        raise ValueError(
-            "expected a text model with full attention in all layers, got sliding_window="
-            f"{window} and layer types {sorted(others)}; VoCo tokens outside a window would be "
-            "lost. Where the prompts are shorter than the window, set "
-            "config.text_config.sliding_window = None before the model is built"
-        )
-    softcap = getattr(text, "attn_logit_softcapping", None)
-    if softcap is not None:
-        raise ValueError(
-            f"expected a text model without attention soft-capping, got attn_logit_softcapping="
-            f"{softcap}; masked_attention has none"
-        )
+    check_full_attention(text)
     dropout = getattr(text, "attention_dropout", 0.0)
     if dropout:
         raise ValueError(
@@ -227,23 +248,27 @@ def _check_model(model) -> None:
         )
 
 
-def _checked_tokenizer(model, processor):
-    if processor is None:
-        return None
-    tokenizer = getattr(processor, "tokenizer", None)
-    if not isinstance(processor, ProcessorMixin) or tokenizer is None:
-        raise TypeError(
-            f"expected a processor with a tokenizer (LlavaProcessor, LlavaNextProcessor), got "
-            f"{type(processor).__name__}"
-        )
-    image_id = tokenizer.convert_tokens_to_ids(processor.image_token)
-    if image_id != model.config.image_token_id:
+def check_full_attention(text) -> None:
+    """Raise ``ValueError`` for a language model with windows or soft-capping.
+
+    Args:
+        text: its config.
+    """
+    window = getattr(text, "sliding_window", None)
+    others = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    if window is not None or others:
         raise ValueError(
-            "expected the processor's image token to be the model's "
-            f"{model.config.image_token_id}, got {processor.image_token} = {image_id}; they come "
-            "from different checkpoints"
+            "expected a text model with full attention in all layers, got sliding_window="
+            f"{window} and layer types {sorted(others)}; tokens outside a window would be lost. If "
+            "prompts are shorter than the window, set config.text_config.sliding_window = None before "
+            "the model is built"
         )
-    return tokenizer
+    softcap = getattr(text, "attn_logit_softcapping", None)
+    if softcap is not None:
+        raise ValueError(
+            f"expected a text model without attention soft-capping, got attn_logit_softcapping="
+            f"{softcap}; masked_attention has none"
+        )
 
 
 def name_tokens(tokenizer, rows: int = 1, steps: ExitStack | None = None) -> None:
@@ -251,12 +276,12 @@ def name_tokens(tokenizer, rows: int = 1, steps: ExitStack | None = None) -> Non
     tokenizer for prompts.
 
     Args:
-        rows: embedding rows of VoCo tokens; each behind the first has a name of its own.
-        steps: gets the way back.
+        rows: embedding rows of VoCo tokens; each one after the first is a token of its own.
+        steps: receives the callbacks that undo it.
 
     Raises:
-        ValueError: ids behind ``<VoCo>``'s that are taken, or as ``prepare_tokenizer``. The tokenizer is
-            changed then, if ``steps`` isn't closed.
+        ValueError: the ids after ``<VoCo>`` are taken, or as ``prepare_tokenizer``. The tokenizer stays
+            changed unless ``steps`` are closed.
     """
     _add_tokens(tokenizer, rows, steps)
     prepare_tokenizer(tokenizer, steps)
@@ -268,7 +293,7 @@ def _add_tokens(tokenizer, rows: int, steps: ExitStack | None) -> None:
     if known and set(others) <= set(tokenizer.get_vocab()):
         return
     if steps is not None:
-        # The tokenizers library can't remove a token: keep a copy of the whole state instead.
+        # The tokenizers library can't remove a token, so keep a copy of the whole state.
         before = copy.deepcopy(tokenizer.__dict__)
 
         def restore() -> None:
@@ -286,13 +311,13 @@ def _add_tokens(tokenizer, rows: int, steps: ExitStack | None) -> None:
         if ids != list(range(first, first + len(ids))):
             raise ValueError(
                 f"expected ids {first} to {first + len(ids) - 1} to be free for the rows of "
-                f"{VOCO_TOKEN}, got {ids[0]} to {ids[-1]}; a tokenizer with tokens behind {VOCO_TOKEN} "
-                "can't have distinct=True"
+                f"{VOCO_TOKEN}, got {ids[0]} to {ids[-1]}; distinct=True needs a tokenizer without "
+                f"tokens after {VOCO_TOKEN}"
             )
 
 
 def _agreed_token_id(model, tokenizer, voco_token_id: int | None) -> int:
-    """The one id that the argument, the config and the tokenizer give, where they give one."""
+    """The id on which argument, config and tokenizer agree, as far as they give one."""
     known = {
         "voco_token_id": voco_token_id,
         "model.config": getattr(model.config, "voco_token_id", None),
@@ -301,8 +326,8 @@ def _agreed_token_id(model, tokenizer, voco_token_id: int | None) -> int:
     given = {where: value for where, value in known.items() if value is not None}
     if not given:
         raise ValueError(
-            f"expected the id of {VOCO_TOKEN}, got neither processor nor voco_token_id, and the "
-            "model's config has none; pass enable(model, processor) to add the token, or "
+            f"expected the id of {VOCO_TOKEN}, got neither processor nor voco_token_id, and none in the "
+            "model's config; pass enable(model, processor) to add the token, or "
             "enable(model, voco_token_id=...)"
         )
     if len(set(given.values())) > 1:
@@ -322,18 +347,18 @@ def _make_room(steps: ExitStack, model, tokenizer, token_id: int, rows: int) -> 
     if 0 <= token_id and token_id + rows <= there:
         return
     if tokenizer is None:
-        wanted = str(token_id) if rows == 1 else f"{token_id} to {token_id + rows - 1}"
+        needed = str(token_id) if rows == 1 else f"{token_id} to {token_id + rows - 1}"
         raise ValueError(
-            f"expected a voco_token_id among the model's {there} embedding rows, got {wanted}; "
+            f"expected a voco_token_id among the model's {there} embedding rows, got {needed}; "
             "pass the processor, so that enable can add a row"
         )
     if is_offloaded(model.get_input_embeddings()) or is_offloaded(model.get_output_embeddings()):
         raise ValueError(
-            f"expected embeddings in memory, for a row of {VOCO_TOKEN} more, got offloaded ones; leave "
+            f"expected embeddings in memory, to add a row for {VOCO_TOKEN}, got offloaded ones; keep "
             "embed_tokens and lm_head out of what device_map offloads, or enable the model without "
             "device_map, save it, and load that"
         )
-    _remember(steps, model, "vocab_size")
+    remember(steps, model, "vocab_size")
     steps.callback(partial(model.resize_token_embeddings, there))
     model.resize_token_embeddings(max(len(tokenizer), token_id + rows), mean_resizing=False)
 
@@ -348,14 +373,6 @@ def _switch_attention(steps: ExitStack, model) -> None:
             f"{type(model.model.language_model).__name__}, which doesn't use transformers' "
             "AttentionInterface"
         )
-
-
-def _remember(steps: ExitStack, owner, name: str) -> None:
-    """Restore this attribute, or its absence, on undo."""
-    if hasattr(owner, name):
-        steps.callback(setattr, owner, name, getattr(owner, name))
-    else:
-        steps.callback(delattr, owner, name)
 
 
 def _first_given(*values):

@@ -1,14 +1,13 @@
-"""What happens inside a forward pass of an enabled model.
+"""The forward pass of an enabled model.
 
-``hand_out_layout`` runs before the base model (``LlavaModel``, ``LlavaNextModel``), reads the
-``MaskLayout`` off the token ids and the markers of packed documents once and hands it to every layer
-as the keyword argument ``voco_layout``. ``voco_attention`` is the language model's attention: masked
-where there is a layout, sdpa's where there is none, which is whenever a key/value cache holds
-something already.
+``hand_out_layout`` runs before the base model (``LlavaModel``, ``LlavaNextModel``). It derives the
+``MaskLayout`` once, from the token ids and the markers of packed documents, and passes it to every layer
+as the keyword argument ``voco_layout``. ``voco_attention`` is the language model's attention: masked if
+there is a layout, else SDPA, which is the case once a key/value cache holds the prompt.
 
-A cache that a masked prompt has filled still holds the image's keys. So that later tokens don't see
-them, the cache carries ``voco_hidden`` (bool ``[B, S]``), and each later forward pass has these
-keys taken out of its attention_mask, as if they were padding.
+The cache of a masked prompt still holds the image's keys. Later tokens must not see them, so the cache
+carries ``voco_hidden`` (bool ``[B, S]``), and each later forward pass removes these keys from its
+attention_mask, as if they were padding.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from voco_kernels import MaskLayout, masked_attention
 from voco_kernels.layout.documents import document_positions
 from voco_model.vlm.caches import CACHE_ARGUMENT, CompactCache, VoCoCollector
 from voco_model.vlm.packing import refuse_markers, take_markers
+from voco_model.vlm.warn import warn_once
 
 ATTENTION_NAME = "voco"
 Mask = Tensor | dict | None
@@ -46,14 +46,14 @@ def voco_attention(
 
     Args:
         query: ``[B, Hq, S, D]``.
-        key, value: ``[B, Hkv, S, D]``; longer where they are a static cache, whose slots from S on
-            are empty.
-        attention_mask: unused where there is a layout, which knows the padding.
-        voco_causal: set by the engine, which brings its own mask: True for plain causal attention, False
+        key, value: ``[B, Hkv, S, D]``; longer if they are a static cache, whose slots from S on are
+            empty.
+        attention_mask: unused if there is a layout, which includes the padding.
+        voco_causal: set by the engine, which has its own mask: True for plain causal attention, False
             for ``attention_mask``, bool ``[B, 1, S, K]``.
 
     Returns:
-        out ``[B, S, Hq, D]``, and None for the attention weights, which never exist.
+        out ``[B, S, Hq, D]``, and None for the attention weights, which are never computed.
     """
     if voco_causal is not None:
         mask = None if voco_causal else attention_mask
@@ -73,8 +73,8 @@ def voco_attention(
     }
     if unknown:
         raise ValueError(
-            f"expected plain softmax attention, got a text model that asks for {sorted(unknown)}; "
-            "masked_attention has none of it: call undo() on what enable returned"
+            f"expected plain softmax attention, got a text model that passes {sorted(unknown)}; "
+            "masked_attention doesn't support these: call undo() on what enable returned"
         )
     length = voco_layout.length
     out = masked_attention(
@@ -84,13 +84,13 @@ def voco_attention(
 
 
 def _check_nothing_lost(module: nn.Module, query: Tensor, mask: Tensor | None) -> None:
-    """Raise ``ValueError`` where the layout has got lost on its way.
+    """Raise ``ValueError`` if the text model dropped the layout on the way to its attention.
 
-    Beside a layout the mask has one row for all queries; no mask of Transformers' own has.
+    The mask passed beside a layout has one row for all queries, unlike any mask of Transformers.
     """
     if mask is not None and mask.dim() == 4 and mask.shape[2] == 1 < query.shape[2]:
         raise ValueError(
-            "expected a text model that passes its keyword arguments on to its attention, got "
+            "expected a text model that passes keyword arguments on to its attention, got "
             f"{type(module).__name__} without the mask's layout; call undo() on what enable returned: "
             "this model can't be used with VoCo tokens"
         )
@@ -107,8 +107,8 @@ def _step_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1
         )
         return out.transpose(1, 2)
-    # SDPA would repeat grouped keys where there is a mask. Here the queries that share a head's keys
-    # stand in a row instead: [B, Hkv, groups * S, D].
+    # With a mask, SDPA would repeat grouped keys. Concatenating the queries that share a key head avoids
+    # that: [B, Hkv, groups * S, D].
     query = query.reshape(batch, key.shape[1], groups * length, head_dim)
     if length > 1 and groups > 1:
         mask = mask.repeat(1, 1, groups, 1)
@@ -121,10 +121,10 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def hand_out_layout(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook (``with_kwargs=True``) of the base model; all it needs is in its config.
+    """Forward pre-hook (``with_kwargs=True``) of the base model; it depends on the model's config alone.
 
     Raises:
-        TypeError, ValueError: inputs from which the mask can't be derived, or whose answer would be
+        TypeError, ValueError: inputs from which the mask can't be derived, or whose output would be
             silently wrong.
     """
     if len(args) > 1:
@@ -136,16 +136,16 @@ def hand_out_layout(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
         raise ValueError(
             f"expected attention {ATTENTION_NAME!r} and output_attentions=False, got {attention!r} "
             f"and {bool(kwargs.get('output_attentions'))}; the mask and its attention go together, "
-            "and attention weights never exist: call undo() on what enable returned first"
+            "and attention weights are never computed: call undo() on what enable returned first"
         )
     kwargs = dict(kwargs)
     input_ids = args[0] if args else kwargs.get("input_ids")
-    # A caller may use the old name still, which forward would take as well.
+    # A caller may still use the old name, which forward accepts as well.
     cache = kwargs.setdefault(CACHE_ARGUMENT, kwargs.pop("past_key_values", None))
     new_tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
     if new_tokens is None:
         raise ValueError("expected input_ids, got neither input_ids nor inputs_embeds")
-    # One token on a cache is a decoding step: asking for its length might cost a host sync.
+    # One token on a cache is a decoding step; reading the cache's length might cost a host sync.
     if cache is not None and (new_tokens.shape[1] == 1 or cache.get_seq_length() > 0):
         _continue_from_cache(module.config, cache, input_ids, new_tokens.shape[1], kwargs)
     else:
@@ -165,10 +165,11 @@ def _mask_whole_prompt(
         )
     if kwargs.get("pixel_values") is not None:
         _check_image_sizes(config, kwargs)
-    # Looking costs a host sync on a GPU, of which filling a cache has one anyway (below).
+    # Reading the ids costs a host sync on a GPU; filling a cache needs one anyway (below).
     readable = input_ids.device.type == "cpu" or cache is not None
     if readable and not torch.compiler.is_compiling():
         _check_images_first(input_ids, config)
+        _warn_of_images_alone(module, input_ids, config)
     mask = _padding_mask(kwargs.get("attention_mask"), input_ids, cache)
     real = mask != 0
     position_ids = _document_positions(module, cache, input_ids, mask, kwargs)
@@ -180,8 +181,8 @@ def _mask_whole_prompt(
         position_ids=position_ids,
         isolated=getattr(config, "voco_isolated", False),
     )
-    # A 4D mask goes through transformers untouched; from a 2D one it would build [B, 1, S, S]. No
-    # layer looks at it: the layout knows the padding.
+    # Transformers passes a 4D mask on as it is, but expands a 2D one to [B, 1, S, S]. No layer reads it:
+    # the layout includes the padding.
     kwargs["attention_mask"] = real[:, None, None, :]
 
     if module.training and kwargs.get("use_cache") is None:
@@ -190,7 +191,7 @@ def _mask_whole_prompt(
     if use_cache is None:
         use_cache = config.text_config.use_cache
     if cache is None and use_cache:
-        # The language model would make the same one, out of reach of what follows.
+        # The language model would create the same cache, but where it can't be given voco_hidden.
         cache = kwargs[CACHE_ARGUMENT] = DynamicCache(config=config.text_config)
     if cache is not None and not isinstance(cache, VoCoCollector):
         hidden = _hidden_from_what_follows(input_ids, mask, position_ids, config)
@@ -199,7 +200,7 @@ def _mask_whole_prompt(
             if not hidden.any():
                 # No VoCo tokens, one document: decoding keeps its unmasked fast path.
                 cache.voco_hidden = None
-            # Newer Transformers encode images before the first step and pass on what came of it.
+            # Newer Transformers encode images before the first step and pass on their features.
             elif kwargs.get("pixel_values") is None and not kwargs.get("mm_encoder_outputs"):
                 _check_no_image_expected(input_ids, config)
 
@@ -207,8 +208,8 @@ def _mask_whole_prompt(
 def _document_positions(
     module: nn.Module, cache: Cache | None, input_ids: Tensor, mask: Tensor, kwargs: dict
 ) -> Tensor | None:
-    """int ``[B, S]``, which start again with each packed document, however its start is marked; None
-    where nothing tells. What marks it otherwise is taken out of ``kwargs``, and gets position_ids there.
+    """int ``[B, S]``: positions that restart with each packed document, however it is marked; None if
+    nothing marks one. Other markers are removed from ``kwargs`` and replaced by position_ids.
     """
     position_ids = kwargs.get("position_ids")
     if position_ids is not None:
@@ -220,8 +221,8 @@ def _document_positions(
             )
         position_ids = position_ids.expand(len(input_ids), -1)
     markers = take_markers(kwargs)
-    # Numbers in attention_mask can't be told from plain ones without a host sync on an accelerator.
-    # Positions from 0 are right for both, but what follows a cache must go on from the plain ones.
+    # On an accelerator, telling document numbers in attention_mask from plain ones needs a host sync.
+    # Positions from 0 are right for both, but tokens after a cache must continue the plain ones.
     readable = mask.device.type == "cpu" and not torch.compiler.is_compiling()
     numbered = mask.dtype != torch.bool and (
         bool((mask > 1).any()) if readable else module.training and cache is None
@@ -267,7 +268,7 @@ def _padding_mask(mask: Mask, input_ids: Tensor, cache: Cache | None) -> Tensor:
         return torch.ones_like(input_ids, dtype=torch.bool)
     if mask.dim() == 2:
         return _zeros_and_ones(mask) if mask.is_floating_point() else mask
-    # generate makes dense masks in advance for a static cache; a token that sees itself is real.
+    # For a static cache, generate builds dense masks in advance; a token that sees itself is real.
     if mask.dim() == 4 and cache is not None and cache.is_compileable:
         sees_itself = mask.diagonal(dim1=-2, dim2=-1)[:, 0]
         return sees_itself if mask.dtype == torch.bool else sees_itself == 0
@@ -280,7 +281,7 @@ def _padding_mask(mask: Mask, input_ids: Tensor, cache: Cache | None) -> Tensor:
 
 
 def _check_image_sizes(config, kwargs: dict) -> None:
-    # Only LLaVA-NeXT's config has grids, into which an image of some size is cut.
+    # Only LLaVA-NeXT's config has grids of tiles.
     if hasattr(config, "image_grid_pinpoints") and kwargs.get("image_sizes") is None:
         raise ValueError(
             "expected image_sizes, int64 [images, 2], with pixel_values of a LLaVA-NeXT, got none; pass "
@@ -294,14 +295,26 @@ def _check_images_first(input_ids: Tensor, config) -> None:
     if without.any():
         row, place = without.nonzero()[0].tolist()
         raise ValueError(
-            f"expected an image in front of every run of VoCo tokens (id {config.voco_token_id}), got "
-            f"one without at position {place} of row {row}; build the prompt with voco_model.prompt or "
-            "the processor's chat template"
+            f"expected an image before every run of VoCo tokens (id {config.voco_token_id}), got "
+            f"a run without one at position {place} of row {row}; build the prompt with "
+            "voco_model.prompt or the processor's chat template"
+        )
+
+
+def _warn_of_images_alone(module: nn.Module, input_ids: Tensor, config) -> None:
+    has_voco = (input_ids == config.voco_token_id).any(1)
+    alone = (input_ids == config.image_token_id).any(1) & ~has_voco
+    if alone.any():
+        warn_once(
+            module,
+            f"a prompt (row {int(alone.long().argmax())}) has an image and no VoCo token: nothing is "
+            "compressed, and its text sees the image itself, which this model may not be trained for; "
+            "write prompts with voco_model.prompt or processor.apply_chat_template",
         )
 
 
 def _zeros_and_ones(mask: Tensor) -> Tensor:
-    """bool ``[B, S]``, from floats. An additive mask would be read the wrong way round."""
+    """bool ``[B, S]``, from floats. An additive mask is refused: it would be read inverted."""
     message = (
         "expected a float attention_mask of 0 for padding and 1 for tokens, with tokens in each row"
     )
@@ -325,7 +338,7 @@ def _check_no_image_expected(input_ids: Tensor, config) -> None:
 def _hidden_from_what_follows(
     input_ids: Tensor, mask: Tensor, position_ids: Tensor | None, config
 ) -> Tensor:
-    """bool ``[B, S]``: the keys that a text token right after this prompt doesn't see."""
+    """bool ``[B, S]``: the keys that a text token following this prompt doesn't see."""
     real = mask != 0
     text_id = min({0, 1, 2} - {config.voco_token_id, config.image_token_id})
     if position_ids is not None:
@@ -343,11 +356,11 @@ def _hidden_from_what_follows(
 
 
 def _with_one_more(values: Tensor, real: Tensor, step: int) -> Tensor:
-    """``[B, S + 1]``: a value for the token right after each row's last, ``step`` more than its own."""
-    behind_last = F.pad(real, (1, 0)) & ~F.pad(real, (0, 1))
+    """``[B, S + 1]``: each row with a value after its last real one, larger by ``step``."""
+    after_last = F.pad(real, (1, 0)) & ~F.pad(real, (0, 1))
     before = F.pad(values, (1, 0))
     before = before + step if step else before
-    return torch.where(behind_last, before, F.pad(values, (0, 1)))
+    return torch.where(after_last, before, F.pad(values, (0, 1)))
 
 
 def _without(mask: Mask, hidden: Tensor) -> Mask:
@@ -360,7 +373,7 @@ def _without(mask: Mask, hidden: Tensor) -> Mask:
             f"cache, got {list(mask.shape)}; don't repeat or select rows of a cache after its "
             "prompt was read"
         )
-    # A cache may have been cropped since; slots keep their place.
+    # The cache may have been cropped since; its remaining slots haven't moved.
     hidden = F.pad(hidden, (0, mask.shape[-1] - hidden.shape[1])).to(mask.device)
     if mask.dim() == 4:
         hidden = hidden[:, None, None, :]

@@ -1,4 +1,4 @@
-"""Key/value caches of the two passes, in the form that models and ``generate`` take."""
+"""Key/value caches of the two passes, as Transformers' cache objects."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from voco_kernels.kv.cache_view import allocate
 from voco_kernels.kv.entry import CompactKV
 from voco_kernels.kv.load import load_into
 
-# What models and ``generate`` call a cache: past_key_values, before Transformers 5.24 renamed it.
+# The keyword of models and ``generate`` for a cache; past_key_values before Transformers 5.24.
 CACHE_ARGUMENT = (
     "cache" if "cache" in signature(LlavaModel.forward).parameters else "past_key_values"
 )
 
 
 class VoCoCollector(DynamicCache):
-    """The cache of pass 1: hands every key to the layer that made it, keeps only the VoCo tokens'.
+    """The cache of pass 1, which keeps only the keys and values of VoCo tokens.
 
-    So a batch of images never holds more than one layer's full keys and values, 1/32 of what a
-    full cache takes in LLaVA-1.5-7B.
+    Each layer gets its full keys and values back, so no more than one layer's exist at a time: 1/32 of a
+    full cache in LLaVA-1.5-7B.
 
     Args:
-        columns: int64 ``[B, n]``, which columns of the batch to keep.
+        columns: int64 ``[B, n]``, columns of the batch to keep.
     """
 
     def __init__(self, columns: Tensor) -> None:
@@ -52,20 +52,20 @@ class VoCoCollector(DynamicCache):
 
 
 class CompactCache(DynamicCache):
-    """The cache that pass 2 starts from: the VoCo tokens of one image a row, and what must follow.
+    """The cache that pass 2 starts from: one image's VoCo tokens per row.
 
-    Its tensors are copies: no entry changes when the cache grows. Entries with fewer tokens than
-    the longest are padded on the left, with ``prefix_mask`` False there.
+    Its tensors are copies, so entries don't change when the cache grows. Entries with fewer tokens than
+    the longest are padded on the left.
 
     Args:
-        entries: one a row; same layers, heads and head_dim.
-        layer_devices: where each layer's keys and values go.
-        dtype: of the model.
+        entries: one per row, with the same number of layers, heads and head_dim.
+        layer_devices: the device of each layer's keys and values.
+        dtype: the model's.
 
     Attributes:
-        prefix_mask: bool ``[B, n]``.
-        prefix_positions: int64 ``[B, n]``, 0 in padding.
-        next_position: int64 ``[B]``.
+        prefix_mask: bool ``[B, n]``, False for padding.
+        prefix_positions: int64 ``[B, n]``, 0 for padding.
+        next_position: int64 ``[B]``, the position id of the first text token.
     """
 
     def __init__(
@@ -101,10 +101,10 @@ class CompactCache(DynamicCache):
     def check_continuation(
         self, length: int, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> None:
-        """Raise ``ValueError`` if the ``length`` tokens about to be read can't follow exactly.
+        """Raise ``ValueError`` unless the next ``length`` tokens continue this cache exactly.
 
-        Of a decoding step (one token on a cache that has grown) only sizes are looked at: values
-        would cost a host sync a token, and they follow from those of the prefill.
+        In a decoding step (one token on a cache that has grown), only sizes are checked: checking values
+        would cost a host sync per token, and they follow from those of the prefill.
         """
         batch, slots = self.prefix_mask.shape
         held = self.get_seq_length()
@@ -112,8 +112,8 @@ class CompactCache(DynamicCache):
         if held < slots or (held > slots and (length > 1 or not wide_enough)):
             raise ValueError(
                 f"expected the compact cache as it was built, with {slots} VoCo slots, got one "
-                f"with {held}; a cache that generate has grown can't take a new question, nor "
-                "several new tokens at once (prompt lookup, an assistant): "
+                f"with {held}; a cache grown by generate can't take a new question, nor several new "
+                "tokens at once (prompt lookup, an assistant): "
                 f"crop(-{max(held - slots, 0)}) it, or call voco_model.generate, which builds a "
                 "fresh one from the same entries"
             )
@@ -127,7 +127,7 @@ class CompactCache(DynamicCache):
         ):
             raise ValueError(
                 f"expected an attention_mask of shape {list(shape)} for {slots} VoCo slots and "
-                f"{length} new tokens, with the cache's prefix_mask in front, got "
+                f"{length} new tokens, starting with the cache's prefix_mask, got "
                 f"{list(attention_mask.shape)}; use voco_model.generate"
             )
         text = attention_mask[:, slots:] != 0
@@ -135,7 +135,7 @@ class CompactCache(DynamicCache):
         if position_ids is None or (position_ids.expand_as(expected) != expected)[text].any():
             got = "none" if position_ids is None else str(position_ids[0].tolist())
             raise ValueError(
-                "expected position_ids that go on where the first pass stopped, for row 0 "
-                f"{expected[0].tolist()}, got {got}; without them the text stands in the image's "
-                "place. Use voco_model.generate, which passes them"
+                "expected position_ids that continue after the first pass, for row 0 "
+                f"{expected[0].tolist()}, got {got}; without them the text takes the image's "
+                "positions. Use voco_model.generate, which passes them"
             )

@@ -1,10 +1,10 @@
-"""Text that spells a control token stays text.
+"""Control tokens spelled in text: marked in prompts, and read as text by a prepared tokenizer.
 
-A question about HTML may hold ``</s>``, which a tokenizer would read as its end of sequence. Prompts
-travel as one string, through the processor and through chat templates, so the string itself has to say
-which is which: ``as_text`` puts a mark behind the first character of what may be a control token, and
-``prepare_tokenizer`` has the tokenizer drop the marks once it has found its control tokens. Text without
-a control token has the same ids with marks and without.
+A question about HTML may contain ``</s>``, which a tokenizer would read as its end of sequence. A prompt
+is one string, in the processor and in chat templates, so the string itself has to tell the two apart:
+``as_text`` inserts a mark after the first character of anything that may be a control token, and
+``prepare_tokenizer`` has the tokenizer drop the marks after it has found its control tokens. Marks don't
+change the ids of other text.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from functools import lru_cache
 
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-# Code points that Unicode reserves for use inside a program. In a prompt: what follows may look like the
-# rest of a control token, and is text.
+# Code points that Unicode reserves for use inside a program. In a prompt: what follows is text, even if
+# it completes a control token.
 MARK = "\ufdd0"
-# Inside a prepared tokenizer: what follows would be the rest of a control token of its own.
+# Inside a prepared tokenizer: what follows would complete one of its control tokens.
 KEEPS_APART = "\ufdd1"
-# Tokens of prompt styles; some tokenizers have them without calling them special.
+# Tokens of prompt styles; in some tokenizers they are not special tokens.
 _OF_STYLES = ("<|im_start|>", "<|im_end|>", "[INST]", "[/INST]")
-# What chat templates written without a tokenizer at hand keep text.
+# For chat templates written without a tokenizer.
 COMMON_TOKENS = ("<s>", "</s>", "<unk>", "<pad>", "<|endoftext|>", "<|startoftext|>", *_OF_STYLES)
-# The first character of what may be a control token of some tokenizer.
+# The first character of anything that may be a control token of some tokenizer.
 _MAY_START_ONE = re.compile(r"[<>\[|{§](?=\S)")
 _MARKS = re.compile(f"[{MARK}{KEEPS_APART}]")
 
 
 def control_tokens(tokenizer) -> tuple[str, ...]:
-    """The tokens that text must not become: special ones, and those of prompt styles. Longest first."""
+    """The special tokens of a tokenizer and those of prompt styles, which text must not become; longest
+    first."""
     added = tokenizer.added_tokens_decoder.values()
     found = {token.content for token in added if token.special or token.content in _OF_STYLES}
     return tuple(sorted(found | set(tokenizer.all_special_tokens), key=lambda t: (-len(t), t)))
@@ -43,31 +44,31 @@ def as_text(text: str, tokens: Sequence[str] | None = None) -> str:
     """The text with each control token in it marked, for a prepared tokenizer to read as characters.
 
     Args:
-        tokens: ``control_tokens`` of the tokenizer. By default every sign that control tokens start
-            with is marked: what is no control token has the same ids either way.
+        tokens: ``control_tokens(tokenizer)``. By default every character that may start a control token
+            is marked.
     """
     first = _MAY_START_ONE if tokens is None else _starts(tuple(tokens))
     return first.sub(rf"\g<0>{MARK}", without_marks(text))
 
 
 def without_marks(text: str) -> str:
-    """A user's text without the code points that mean something to a prepared tokenizer."""
+    """A user's text without the code points that have a meaning for a prepared tokenizer."""
     return _MARKS.sub("", text)
 
 
 @lru_cache(maxsize=64)
 def _starts(tokens: tuple[str, ...]) -> re.Pattern:
-    """Finds the first character of every token, also of those that overlap."""
+    """A pattern for the first character of every token, including tokens that overlap."""
     if not tokens:
         return re.compile(r"(?!)")
     return re.compile(f"(?=(?:{'|'.join(map(re.escape, tokens))})).", re.DOTALL)
 
 
 def token_ids(tokenizer, written: str, **options):
-    """What ``tokenizer(written, **options)`` returns, for strings that hold marked text.
+    """``tokenizer(written, **options)`` for a string that may contain marks.
 
     Raises:
-        ValueError: a tokenizer that would keep the marks.
+        ValueError: marks, and a tokenizer that would keep them.
     """
     if MARK in written and not is_prepared(tokenizer):
         raise ValueError(
@@ -91,22 +92,22 @@ def _pieces(splitter, text: str) -> str:
 
 
 def prepare_tokenizer(tokenizer, steps: ExitStack | None = None) -> None:
-    """Have the tokenizer drop the marks of ``as_text``, and put nothing behind a text.
+    """Have the tokenizer drop the marks of ``as_text``, and append nothing to a text.
 
-    An end of sequence behind the prompt would stand before the answer; where one belongs, behind
-    answers, the prompt has it already.
+    An end of sequence appended to a prompt would precede the answer; after earlier answers, the prompt
+    contains it already.
 
     Args:
-        steps: gets the way back.
+        steps: receives the callbacks that undo it.
 
     Raises:
-        ValueError: a tokenizer without a Rust backend; one whose model makes a control token of
-            characters; one that puts something behind a text which can't be taken away. The tokenizer is
-            changed then, if ``steps`` isn't closed.
+        ValueError: a tokenizer without a Rust backend; one whose model composes a control token from
+            characters; one that appends tokens and can't be kept from it. The tokenizer stays changed
+            unless ``steps`` are closed.
     """
     if not tokenizer.is_fast:
         raise ValueError(
-            "expected a fast tokenizer, which can keep text that spells a control token apart from it, "
+            "expected a fast tokenizer, which can tell a control token from text that spells it, "
             f"got {type(tokenizer).__name__}; load the processor with use_fast=True"
         )
     backend = tokenizer.backend_tokenizer
@@ -116,25 +117,25 @@ def prepare_tokenizer(tokenizer, steps: ExitStack | None = None) -> None:
         before = backend.normalizer
         after = marks if before is None else normalizers.Sequence([before, marks])
         _replace(backend, "normalizer", after, steps)
-    elif _read_as_control_tokens(tokenizer):  # tokens that were added since
+    elif _read_as_control_tokens(tokenizer):  # tokens added since
         marks = _reading_marks(control_tokens(tokenizer))
         after = normalizers.Sequence([marks, backend.normalizer])
         _replace(backend, "normalizer", after, steps)
     if appended_ids(tokenizer):
-        after = _adding_nothing_behind(backend.post_processor)
+        after = _appending_nothing(backend.post_processor)
         _replace(backend, "post_processor", after, steps)
-    check_adds_nothing_behind(tokenizer)
+    check_appends_nothing(tokenizer)
     for token in control_tokens(tokenizer):
         if not _MAY_START_ONE.match(f"{token}x"):
             raise ValueError(
                 f"expected control tokens that start with one of <>[|{{§, got {token!r}, which prompts "
-                "can't keep apart from other text; use a tokenizer with other control tokens"
+                "can't tell from other text; use a tokenizer with other control tokens"
             )
     for token in _read_as_control_tokens(tokenizer):
         raise ValueError(
             f"expected a tokenizer that can read {token!r} as characters, got "
-            f"{type(tokenizer).__name__}, which makes the control token of them; use a tokenizer "
-            "whose control tokens are longer than a character and are no pieces of its model"
+            f"{type(tokenizer).__name__}, which composes the control token from them; use a "
+            "tokenizer whose control tokens are longer than a character and not in its vocabulary"
         )
 
 
@@ -145,10 +146,10 @@ def _replace(backend, name: str, after, steps: ExitStack | None) -> None:
 
 
 def _reading_marks(tokens: Sequence[str]):
-    """Where a mark is inside one of these tokens, it keeps its characters apart; others are dropped."""
+    """A normalizer: marks inside one of these tokens become ``KEEPS_APART``, other marks are dropped."""
     by_first: dict[str, list[str]] = {}
     for token in tokens:
-        rest = f"{MARK}?".join(map(re.escape, token[1:]))  # a token may look as if it held another
+        rest = f"{MARK}?".join(map(re.escape, token[1:]))  # a token may contain another
         by_first.setdefault(re.escape(token[0]), []).append(rest)
     inside = "|".join(
         f"(?<={first}{MARK})(?:{'|'.join(f'(?={rest})' for rest in rests)})"
@@ -163,8 +164,8 @@ def _reading_marks(tokens: Sequence[str]):
 
 
 def _dropping_marks(before):
-    """The pre-tokenizer, and after it one that drops ``KEEPS_APART``."""
-    # A byte-level tokenizer shows it as one character a byte.
+    """The pre-tokenizer followed by one that drops ``KEEPS_APART``."""
+    # A byte-level pre-tokenizer turns it into one character per byte.
     seen = KEEPS_APART
     if before is not None:
         seen = _pieces(before, f"a{KEEPS_APART}").removeprefix(_pieces(before, "a"))
@@ -172,7 +173,7 @@ def _dropping_marks(before):
     return drop if before is None else pre_tokenizers.Sequence([before, drop])
 
 
-def _adding_nothing_behind(post_processor):
+def _appending_nothing(post_processor):
     state = json.loads(post_processor.__getstate__())
     for part in state.get("processors", [state]):
         if part["type"] == "TemplateProcessing":
@@ -184,27 +185,27 @@ def _adding_nothing_behind(post_processor):
 
 
 def appended_ids(tokenizer) -> list[int]:
-    """The ids that the tokenizer puts behind every text by itself."""
+    """The ids that the tokenizer appends to every text."""
     own = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
     starts = range(len(ids) - len(own) + 1)
     return ids[next(i for i in starts if ids[i : i + len(own)] == own) + len(own) :]
 
 
-def check_adds_nothing_behind(tokenizer) -> None:
-    """Raise ``ValueError`` for a tokenizer that ends every text in tokens of its own."""
-    behind = appended_ids(tokenizer)
-    if behind:
+def check_appends_nothing(tokenizer) -> None:
+    """Raise ``ValueError`` for a tokenizer that appends tokens to every text."""
+    appended = appended_ids(tokenizer)
+    if appended:
         raise ValueError(
-            "expected a tokenizer that puts nothing behind a text, got one that puts "
-            f"{tokenizer.convert_ids_to_tokens(behind)} there, in front of the answer; pass the "
+            "expected a tokenizer that appends nothing to a text, got one that appends "
+            f"{tokenizer.convert_ids_to_tokens(appended)}, which would precede the answer; pass the "
             "processor that was given to enable, or set tokenizer.add_bos_token = True and "
             "tokenizer.add_eos_token = False"
         )
 
 
 def _read_as_control_tokens(tokenizer) -> list[str]:
-    """The control tokens that the tokenizer finds in marked text."""
+    """The control tokens that the tokenizer still reads in marked text."""
     tokens = control_tokens(tokenizer)
     written = [as_text(token, tokens) for token in tokens]
     read = tokenizer(written, add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Where a model computes, also when Accelerate keeps its weights elsewhere."""
+"""The device that a model computes on, also if Accelerate offloads its weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import nn
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """The device that a module's inputs belong on.
+    """The device for a module's inputs.
 
-    With ``device_map``, offloaded weights are on the meta device until Accelerate's hooks load them.
+    With ``device_map``, offloaded weights stay on the meta device until Accelerate's hooks load them.
     """
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)

@@ -1,7 +1,7 @@
-"""An embedding row for each VoCo token of an image, where the paper has one row for all of them.
+"""Distinct embedding rows for the VoCo tokens of an image; the paper has one row for all.
 
-In token ids every VoCo token stays ``<VoCo>``: prompts, masks and caches know one id. Only the
-embedding looks further: the k-th token of a run has the row ``voco_token_id + k``.
+All VoCo tokens keep the id of ``<VoCo>``, so prompts, masks and caches deal with one id. Only the
+embedding tells them apart: the k-th token of a run has the row ``voco_token_id + k``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def name_of_row(row: int) -> str:
-    """What the tokenizer calls the row of the VoCo token ``row`` of a run, from 1 on."""
+    """The tokenizer's token for the row of a run's VoCo token ``row``, from 1 on."""
     return f"<VoCo:{row}>"
 
 
@@ -21,7 +21,7 @@ def number_rows(
     """Forward pre-hook of the input embeddings, without a host sync.
 
     Args:
-        args: ids ``[..., S]``. A run of VoCo tokens must not be cut: its rows count from its start.
+        args: ids ``[..., S]``, with complete runs of VoCo tokens: rows are counted from a run's start.
             Tokens beyond ``rows`` share the last one.
     """
     ids, *others = args

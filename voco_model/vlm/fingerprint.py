@@ -1,4 +1,4 @@
-"""``fingerprint``: which model made an entry, from all that it computes with, not from its name."""
+"""``fingerprint``: identifies the model that made an entry, by everything that it computes with."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from torch import Tensor
 from voco_model.vlm.hash_threads import hash_threads
 from voco_model.vlm.model_state import describe, difference, plain_tensors
 
-# Bytes hashed at a time: of a model on a GPU, this much comes to the CPU at once.
+# Bytes hashed at a time, and copied to the CPU at once if the model is on a GPU.
 _AT_ONCE = 64 << 20
 _SAMPLED = 64
 
-# By model: its tensors, what was seen of them, and the digest of their bytes.
+# By model: its tensors, their observed state, and the digest of their bytes.
 _known: WeakKeyDictionary[Any, tuple[list[ref], tuple, bytes]] = WeakKeyDictionary()
 
 
 def fingerprint(model, *, refresh: bool = False) -> str:
     """BLAKE3 of everything that a model computes with: 64 hexadecimal digits.
 
-    That is its parameters and buffers, its config, and each module's class and attributes: scales,
+    This includes its parameters and buffers, its config, and each module's class and attributes: scales,
     rotation, and which adapters are active, merged or disabled. ``docs/keys.md`` lists what is included,
     what is refused and what is left out.
 
-    Reading the weights takes a while (for 7B in bf16, 13.5 GB), but only once: their digest is kept
-    with the model, and computed again when a tensor was replaced, when PyTorch counted a write to one,
-    or when one of 64 sampled numbers of it changed. So an optimizer's step is noticed, fused or not. A
-    few numbers written through ``.data``, in inference mode or by another library may not be: pass
-    ``refresh=True`` after such a change. Switching an adapter doesn't read the weights again.
+    Reading the weights takes a while (13.5 GB for 7B in bf16), so their digest is cached with the model.
+    It is computed again after a tensor was replaced, after PyTorch counted a write to one, or after one
+    of 64 sampled elements changed. That covers optimizer steps, fused or not. Writes to a few elements
+    through ``.data``, in inference mode or by another library may go unnoticed: pass ``refresh=True``
+    after them. Switching an adapter doesn't read the weights again.
 
-    Two copies of a checkpoint under different names have the same fingerprint; another dtype, another
-    number of VoCo tokens or a single changed weight gives another one.
+    Two copies of a checkpoint under different names have the same fingerprint. Another dtype, another
+    number of VoCo tokens or a single changed weight changes it.
 
     Args:
         model: a Transformers model, on any device.
+        refresh: read the weights even if their digest is cached.
 
     Raises:
-        ValueError: weights that aren't here as a whole (on the meta device, or sharded by FSDP,
-            DeepSpeed ZeRO-3 or tensor parallelism), or a hook or replaced function whose effect can't
-            be known.
+        ValueError: incomplete weights (on the meta device, or sharded by FSDP, DeepSpeed ZeRO-3 or
+            tensor parallelism), or a hook or replaced function with an unknown effect.
         TypeError: something in the model's ``state_dict`` that is not a tensor.
     """
-    from blake3 import blake3  # here: everything but keys works without it
+    from blake3 import blake3  # imported here, because only keys need it
 
     texts, tensors = describe(model)
     digest = blake3(json.dumps(texts, sort_keys=True).encode())
@@ -54,13 +54,13 @@ def fingerprint(model, *, refresh: bool = False) -> str:
 
 
 class Unchanged:
-    """Remembers a model's state, and raises once it has changed.
+    """Records a model's state, and detects changes.
 
     Args:
         model: the model.
-        strict: as for entries that are kept: refuse functions of unknown effect and weights that aren't
-            here as a whole, and compare some numbers of each weight, to notice writes that PyTorch
-            doesn't count.
+        strict: as needed for stored entries: refuse functions with unknown effects and incomplete
+            weights, and compare sampled elements of each weight, to detect writes that PyTorch doesn't
+            count.
     """
 
     def __init__(self, model, *, strict: bool = True) -> None:
@@ -97,7 +97,7 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _weights_digest(model, tensors: dict[str, Tensor], refresh: bool) -> bytes:
-    """Digest of all tensors, including those that only the ``state_dict`` has (bitsandbytes)."""
+    """Digest of all tensors, including those only in the ``state_dict`` (bitsandbytes)."""
     from blake3 import blake3
 
     references, state = _state(list(tensors.values()))
@@ -126,13 +126,13 @@ def _weights_digest(model, tensors: dict[str, Tensor], refresh: bool) -> bytes:
 
 
 def _update(digest, text: bytes) -> None:
-    """With its length in front: no two sequences of texts have the same bytes."""
+    """Length-prefixed, so that no two sequences of texts give the same bytes."""
     digest.update(len(text).to_bytes(8, "little"))
     digest.update(text)
 
 
 def _state(tensors: list[Tensor]) -> tuple[list[ref], tuple]:
-    """The tensors, and what changes when they are written to."""
+    """References to the tensors, and a state that changes when they are written to."""
     versions = [_version(tensor) for tensor in tensors]
     return [ref(tensor) for tensor in tensors], (versions, _sample(tensors))
 
@@ -144,12 +144,12 @@ def _same(before: list[ref], now: list[ref]) -> bool:
 
 
 def _version(tensor: Tensor) -> tuple[int, int | None]:
-    """Changes whenever PyTorch notes a write to the tensor."""
+    """Changes whenever PyTorch counts a write to the tensor."""
     return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
 def _sample(tensors: list[Tensor]) -> list[bytes]:
-    """Some numbers of each tensor, from all over it: on each device one copy to the CPU."""
+    """Evenly spaced elements of each tensor, with one copy to the CPU per device."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.is_contiguous() and tensor.numel():

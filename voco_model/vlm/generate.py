@@ -1,49 +1,25 @@
-"""Inference in two passes (section 2.3 of the supplement).
-
-Pass 1 reads an image once and keeps the keys and values of its VoCo tokens. Pass 2 answers any
-number of questions from those. Together they compute what one masked pass over the whole sequence
-computes: under the mask, text sees nothing of the image but these keys and values, and it stands at
-the same position ids.
-"""
+"""``generate``: pass 2, answers from compressed images; ``compress`` is pass 1."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers.utils import ModelOutput
 
 from voco_kernels.kv.entry import CompactKV
-from voco_model.arguments import is_whole, whole_number
-from voco_model.kv_store.base import Store
-from voco_model.pictures import PictureLimits, decode_each, ground_of
+from voco_model.arguments import is_whole
+from voco_model.flops import head_dim_of
 from voco_model.vlm.attach import check_ready
-from voco_model.vlm.caches import CACHE_ARGUMENT, CompactCache, VoCoCollector
+from voco_model.vlm.caches import CACHE_ARGUMENT, CompactCache
 from voco_model.vlm.control_tokens import control_tokens, token_ids
 from voco_model.vlm.devices import execution_device
-from voco_model.vlm.fingerprint import fingerprint
-from voco_model.vlm.image_key import image_key
-from voco_model.vlm.prompt import (
-    VOCO_TOKEN,
-    Turns,
-    image_part,
-    images_in,
-    messages_of,
-    style_in,
-    text_part,
-)
-from voco_model.vlm.rope import check_length, rope_of
-from voco_model.vlm.stored import compress_stored
+from voco_model.vlm.prompt import VOCO_TOKEN, Turns, images_in, style_in, text_part
+from voco_model.vlm.rope import check_length
 
-_LIMITS = PictureLimits()
-# Batches of decoded images that are looked up in a store together.
-_BATCHES_AT_ONCE = 4
-# Arguments of model.generate that the second pass makes by itself.
+# Arguments of model.generate that pass 2 provides.
 _OWNED = (
     "input_ids",
     "inputs",
@@ -56,98 +32,16 @@ _OWNED = (
 )
 # Options of model.generate that repeat its prompt.
 _COPIES = ("num_beams", "num_return_sequences")
-# Options of model.generate that can't be exact from a compact cache, and why.
-_SPECULATIVE = "it reads several new tokens at once against a cache whose length isn't the text's"
+# Options of model.generate that can't be exact with a compact cache, and why.
+_SPECULATIVE = "it reads several new tokens at once, with a cache that is shorter than the text"
 _REFUSED = {
     "prompt_lookup_num_tokens": _SPECULATIVE,
     "assistant_early_exit": _SPECULATIVE,
     "assistant_model": _SPECULATIVE,
     "use_mtp": _SPECULATIVE,
-    "prefill_chunk_size": "its chunks start at the VoCo tokens, which are in the cache already",
-    "cache_implementation": "the cache is the one made from the compact entries",
+    "prefill_chunk_size": "its chunks start with the VoCo tokens, which are in the cache already",
+    "cache_implementation": "the cache is made from the compact entries",
 }
-
-
-@torch.no_grad()
-def compress(
-    model,
-    images: Any = None,
-    *,
-    processor=None,
-    inputs: Mapping[str, Tensor] | None = None,
-    num_voco: int | None = None,
-    batch_size: int = 8,
-    store: Store | None = None,
-    salt: str | bytes | None = None,
-    ground: tuple[int, int, int] | None = None,
-    limits: PictureLimits = _LIMITS,
-) -> list[CompactKV]:
-    """Pass 1: one entry an image, in their order. The language model's head doesn't run.
-
-    Args:
-        model: enabled, in eval mode.
-        images: an image, or an iterable of them, each in any form that ``voco_model.pictures.decode``
-            takes; an array of four dimensions is its images. An iterator is read as far as the batch
-            needs.
-        processor: the one given to ``enable``; needed for images.
-        inputs: instead of images, what a processor made of prompts with one image a row:
-            ``input_ids`` ``[B, S]``, ``pixel_values`` with B rows, ``attention_mask`` ``[B, S]``
-            where rows are padded (left or right), ``image_sizes`` for LLaVA-NeXT. What follows the
-            VoCo tokens is not read, and doesn't matter.
-        num_voco: VoCo tokens an image; by default the number given to ``enable``. With ``inputs``
-            it is what stands there.
-        batch_size: images in one forward pass.
-        store: with images, what was compressed before comes from here (a ``KVStore`` or another store),
-            under its ``image_key``, and what is compressed now is put there. An image that comes twice
-            is compressed once. If the store can't keep an entry, that is logged and the entry returned.
-        salt: of a tenant, for ``image_key``.
-        ground: red, green and blue, 0 to 255, that transparent pixels are shown on; by default what the
-            model was trained with, else white.
-        limits: what an image may cost.
-
-    Raises:
-        PictureError: an image that isn't one, that can't be read, or that is beyond the limits.
-        ValueError: a model that isn't enabled or is in training mode; a row without VoCo tokens, or
-            with several images; one that is too long for a rotation that depends on the length.
-    """
-    check_ready(model)
-    if (images is None) == (inputs is None):
-        raise ValueError("expected either images or inputs, got both or neither")
-    batch_size = whole_number("batch_size", batch_size, at_least=1)
-    if num_voco is not None:
-        num_voco = whole_number("num_voco", num_voco, at_least=1)
-    if store is None and salt is not None:
-        raise ValueError("expected a salt only with a store, got one without")
-    if store is not None:
-        if inputs is not None:
-            raise ValueError(
-                "expected images with a store, whose keys are made from their pixels, got inputs"
-            )
-    if inputs is None:
-        _check_processor(processor)
-        ground = ground_of(model.config, ground)
-        pictures = decode_each(images, ground=ground, limits=limits, processor=processor)
-    if store is not None:
-        options = {"processor": processor, "num_voco": num_voco, "limits": limits}
-        compress_these = partial(compress, model, batch_size=batch_size, **options)
-        known = fingerprint(model)
-        key_of = partial(image_key, model=model, salt=salt, fingerprint=known, **options)
-        entries: list[CompactKV] = []
-        # Decoded once, for the key and for the processor; not all at once, they take memory.
-        while some := list(islice(pictures, _BATCHES_AT_ONCE * batch_size)):
-            entries += compress_stored(some, compress_these, key_of, known, store)
-        return entries
-    if inputs is not None:
-        if num_voco is not None:
-            raise ValueError(
-                f"expected num_voco with images only, got num_voco {num_voco} with inputs, which "
-                "hold their VoCo tokens already"
-            )
-        batches = _split_rows(inputs, batch_size)
-    else:
-        text = image_part(model.config.num_voco if num_voco is None else num_voco)
-        batches = _prepare(processor, pictures, text, batch_size)
-    return [entry for batch in batches for entry in _first_pass(model, batch)]
 
 
 def generate(
@@ -161,29 +55,29 @@ def generate(
 ) -> Tensor | ModelOutput:
     """Pass 2: answer from compressed images, through the model's own ``generate``.
 
-    One entry goes with many questions, and one question with many entries; otherwise the two lists
-    go row by row. Entries are not changed and serve any number of calls.
+    A single entry is used for all questions, and a single question for all entries; otherwise the two
+    lists are paired row by row. Entries are not modified and can be reused.
 
     Args:
         model: enabled, in eval mode.
         compact: from ``compress``. Entries may differ in their number of VoCo tokens.
-        text: a question, a conversation (messages as in transformers, the last one the user's), or
-            a list of either. Or token ids, int64 ``[B, T]``, that follow the VoCo tokens.
-        processor: the one given to ``enable``; needed unless text is token ids.
+        text: a question, a conversation (messages as in Transformers, the last one the user's), or a
+            list of either. Or token ids, int64 ``[B, T]``, that follow the VoCo tokens. ``compact``
+            takes the place of an image in the messages.
+        processor: the one given to ``enable``; required unless ``text`` is token ids.
         attention_mask: ``[B, T]`` for token ids, 0 for padding on the left.
-        generate_kwargs: as for ``model.generate``: ``max_new_tokens``, ``do_sample``,
-            ``num_beams``, ``num_return_sequences``, ``streamer``, ``return_dict_in_generate``, ...
-            ``max_length`` counts the VoCo tokens and the text.
+        generate_kwargs: as for ``model.generate``: ``max_new_tokens``, ``do_sample``, ``num_beams``,
+            ``num_return_sequences``, ``streamer``, ``return_dict_in_generate``, ... ``max_length``
+            counts the VoCo tokens and the text.
 
     Returns:
-        int64 ``[B * num_return_sequences, new]``, the new tokens only; with
-        ``return_dict_in_generate`` what ``model.generate`` returns, its ``sequences`` cut likewise.
+        int64 ``[B * num_return_sequences, new]``, the new tokens only; with ``return_dict_in_generate``
+        the output of ``model.generate``, its ``sequences`` cut likewise.
 
     Raises:
-        ValueError: entries of another model, lists that don't pair up, or an option that can't be
-            exact from a compact cache (``prompt_lookup_num_tokens``, an assistant,
-            ``prefill_chunk_size``, ``use_cache=False``); a text that ends too far behind its image for a
-            rotation that depends on the length.
+        ValueError: entries of another model, lists that don't pair up, or an option that can't be exact
+            with a compact cache (``prompt_lookup_num_tokens``, an assistant, ``prefill_chunk_size``,
+            ``use_cache=False``); a prompt too long for a rotation that depends on the length.
     """
     check_ready(model)
     _check_options(model, generate_kwargs)
@@ -193,7 +87,7 @@ def generate(
     entries, rows = _pair_up(entries, rows)
     cache = CompactCache(entries, _layer_devices(model), model.dtype)
     prompt = _second_pass_prompt(model, cache, rows)
-    # generate repeats the prompt for beams and samples, not a cache that it is given.
+    # generate repeats the prompt for beams and samples, but not a given cache.
     copies = max(_option(model, generate_kwargs, name) or 1 for name in _COPIES)
     if copies > 1:
         cache.batch_repeat_interleave(copies)
@@ -205,104 +99,8 @@ def generate(
     return output
 
 
-def _split_rows(inputs: Mapping[str, Tensor], batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """The inputs in batches; checked before the first one is read."""
-    expected = {"input_ids", "attention_mask", "pixel_values", "image_sizes"}
-    if not {"input_ids", "pixel_values"} <= set(inputs) <= expected:
-        raise ValueError(
-            f"expected inputs with input_ids and pixel_values, and of {sorted(expected)} only, got "
-            f"{sorted(inputs)}"
-        )
-    rows = {name: value.shape[0] for name, value in inputs.items()}
-    if len(set(rows.values())) > 1:
-        raise ValueError(
-            f"expected one image a row, got rows {rows}; compress each image by itself"
-        )
-    for start in range(0, rows["input_ids"], batch_size):
-        yield {name: value[start : start + batch_size] for name, value in inputs.items()}
-
-
-def _prepare(
-    processor, pictures: Iterator[Image.Image], text: str, batch_size: int
-) -> Iterator[Mapping[str, Tensor]]:
-    while batch := list(islice(pictures, batch_size)):
-        yield processor(images=batch, text=[text] * len(batch), padding=True, return_tensors="pt")
-
-
-def _check_processor(processor) -> None:
-    if processor is None:
-        raise ValueError("expected a processor to prepare the images, got none")
-
-
-def _first_pass(model, batch: Mapping[str, Tensor]) -> list[CompactKV]:
-    device = execution_device(model.get_input_embeddings())
-    input_ids = batch["input_ids"].to(device)
-    real = torch.ones_like(input_ids, dtype=torch.bool)
-    if batch.get("attention_mask") is not None:
-        real = batch["attention_mask"].to(device) != 0
-    starts, stops = _voco_runs(input_ids, real, model.config)
-    # Cut off what follows the VoCo tokens: as padding in a row, as columns for the whole batch.
-    column = torch.arange(input_ids.shape[1], device=device)
-    width = int(stops.max())
-    real = (real & (column < stops[:, None]))[:, :width]
-    position_ids = (real.cumsum(1) - 1).clamp(min=0)
-    check_length(model.model.language_model, int(position_ids.max()) + 1, "a first pass")
-    counts = (stops - starts).tolist()
-    columns = (starts[:, None] + column[: max(counts)]).clamp(max=width - 1)
-    cache = VoCoCollector(columns)
-    vision = {
-        name: batch[name].to(device, model.dtype if name == "pixel_values" else None)
-        for name in ("pixel_values", "image_sizes")
-        if name in batch
-    }
-    model.model(
-        input_ids=input_ids[:, :width],
-        attention_mask=real.long(),
-        position_ids=position_ids,
-        use_cache=True,
-        **{CACHE_ARGUMENT: cache},
-        **vision,
-    )
-    kv = cache.kept()
-    positions = position_ids.gather(1, columns).cpu()
-    rope = rope_of(model.model.language_model)
-    entries = []
-    for row, count in enumerate(counts):
-        kept = positions[row, :count].clone()
-        own = kv[:, :, row, :, :count].clone(memory_format=torch.contiguous_format)
-        entries.append(CompactKV(own, kept, int(kept[-1]) + 1, rope=rope))
-    return entries
-
-
-def _voco_runs(input_ids: Tensor, real: Tensor, config) -> tuple[Tensor, Tensor]:
-    """Where each row's only run of VoCo tokens starts and stops, int64 ``[B]``."""
-    is_voco = real & (input_ids == config.voco_token_id)
-    count = is_voco.sum(1)
-    column = torch.arange(input_ids.shape[1], device=input_ids.device)
-    starts = is_voco.long().argmax(1)
-    stops = starts + count
-    together = ((column >= starts[:, None]) & (column < stops[:, None])) == is_voco
-    is_image = real & (input_ids == config.image_token_id)
-    behind = (is_image & (column >= stops[:, None])).sum(1)
-    before = (is_image & (column < starts[:, None])).sum(1)
-    for row in range(input_ids.shape[0]):
-        if not count[row]:
-            raise ValueError(
-                f"expected VoCo tokens (id {config.voco_token_id}) in each row, got none in row "
-                f"{row}; build the prompt with voco_model.prompt or the processor's chat template"
-            )
-        if not before[row] or behind[row] or not together[row].all():
-            raise ValueError(
-                "expected one image and then one run of VoCo tokens in each row, got in row "
-                f"{row} {int(before[row])} image tokens before and {int(behind[row])} behind "
-                f"{int(count[row])} VoCo tokens, {'' if together[row].all() else 'not '}in one "
-                "run; several images a row are not supported in two passes: compress each by itself"
-            )
-    return starts, stops
-
-
 def _option(model, generate_kwargs: Mapping, name: str) -> Any:
-    """A generation option where ``generate`` would look for it: argument, given config, model's."""
+    """A generation option, looked up as in ``generate``: arguments, given config, model's config."""
     sources = (generate_kwargs.get("generation_config"), model.generation_config)
     values = (generate_kwargs.get(name), *(getattr(source, name, None) for source in sources))
     return next((value for value in values if value is not None), None)
@@ -312,14 +110,11 @@ def _check_options(model, generate_kwargs: Mapping) -> None:
     owned = sorted(set(_OWNED) & set(generate_kwargs))
     if owned:
         raise ValueError(
-            f"expected none of {', '.join(_OWNED)}, got {', '.join(owned)}; the second "
-            "pass makes them from the compact entries and the text"
+            f"expected none of {', '.join(_OWNED)}, got {', '.join(owned)}; pass 2 derives them from "
+            "the compact entries and the text"
         )
     if _option(model, generate_kwargs, "use_cache") is False:
-        raise ValueError(
-            "expected use_cache=True, got False; without its cache the second pass doesn't know "
-            "the image"
-        )
+        raise ValueError("expected use_cache=True, got False; the image is only in the cache")
     for name, why in _REFUSED.items():
         value = _option(model, generate_kwargs, name)
         if value:
@@ -330,10 +125,9 @@ def _check_entries(model, entries: Sequence[CompactKV]) -> None:
     if not entries:
         raise ValueError("expected at least one compact entry, got none")
     text = model.config.text_config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    # A model whose heads all have keys of their own may not name their number again.
+    # Without grouped-query attention, a config may lack num_key_value_heads.
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    expected = (text.num_hidden_layers, kv_heads, head_dim)
+    expected = (text.num_hidden_layers, kv_heads, head_dim_of(text))
     for index, entry in enumerate(entries):
         if not isinstance(entry, CompactKV):
             raise TypeError(
@@ -350,7 +144,7 @@ def _check_entries(model, entries: Sequence[CompactKV]) -> None:
 def _token_rows(
     model, text: str | Sequence | Tensor, processor, attention_mask: Tensor | None
 ) -> list[list[int]]:
-    """The text's token ids, a list without padding for each row."""
+    """The text's token ids, one list without padding per row."""
     if isinstance(text, Tensor):
         rows = _rows_of_ids(text, attention_mask)
         _check_text_only(rows, model.config)
@@ -372,11 +166,11 @@ def _token_rows(
 
 
 def _tokenize(tokenizer, config, turns: Turns) -> list[int]:
-    images = 0 if isinstance(turns, str) else images_in(messages_of(turns))
+    images = images_in(turns, question=0)
     if images > 1:
         raise ValueError(
-            f"expected at most one image part in a conversation, got {images}; several images a "
-            "row are not supported in two passes"
+            f"expected at most one image part in a conversation, got {images}; two passes don't support "
+            "several images per row"
         )
     written = text_part(
         turns,
@@ -384,7 +178,7 @@ def _tokenize(tokenizer, config, turns: Turns) -> list[int]:
         style=style_in(config),
         control_tokens=control_tokens(tokenizer),
     )
-    # Behind a VoCo token, as in the whole prompt: tokenizers may treat the start of a string apart.
+    # After a VoCo token, as in the whole prompt: tokenizers may treat the start of a string differently.
     whole = token_ids(tokenizer, VOCO_TOKEN + written, add_special_tokens=False)
     first, *ids = whole["input_ids"]
     if first != config.voco_token_id:
@@ -401,9 +195,9 @@ def _check_text_only(rows: list[list[int]], config) -> None:
         for index, row in enumerate(rows):
             if token_id in row:
                 raise ValueError(
-                    "expected ids of the text behind the VoCo tokens only, got "
+                    "expected only ids of the text after the VoCo tokens, got "
                     f"{name} {token_id} at position {row.index(token_id)} of row {index}; leave the "
-                    "image and the VoCo tokens out, compact stands for both"
+                    "image and the VoCo tokens out, which are in compact"
                 )
 
 
@@ -424,7 +218,7 @@ def _rows_of_ids(ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
         if ragged.any():
             row = int(ragged.long().argmax())
             raise ValueError(
-                "expected text padded on the left, got an attention_mask with zeros behind ones, "
+                "expected text padded on the left, got an attention_mask with zeros after ones, "
                 f"or only zeros, in row {row}: {real[row].int().tolist()}; set padding_side='left'"
             )
     return [row[mask].tolist() for row, mask in zip(ids, real, strict=True)]
@@ -435,8 +229,8 @@ def _pair_up(
 ) -> tuple[list[CompactKV], list[list[int]]]:
     if not rows or (len(entries) != len(rows) and 1 not in (len(entries), len(rows))):
         raise ValueError(
-            f"expected as many texts as entries, or one of either, got {len(entries)} entries and "
-            f"{len(rows)} texts"
+            f"expected as many texts as entries, or a single one of either, got {len(entries)} entries "
+            f"and {len(rows)} texts"
         )
     if len(entries) == 1:
         entries = entries * len(rows)
@@ -452,8 +246,8 @@ def _layer_devices(model) -> list[torch.device]:
 def _second_pass_prompt(
     model, cache: CompactCache, rows: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
-    """``input_ids``, ``attention_mask``, ``position_ids``, int64 ``[B, n + T]``: the VoCo tokens
-    that are in the cache, for ``generate`` to skip, then the text, padded on the left."""
+    """``input_ids``, ``attention_mask``, ``position_ids``, int64 ``[B, n + T]``: the VoCo tokens in the
+    cache, which ``generate`` skips, then the text, padded on the left."""
     device = execution_device(model.get_input_embeddings())
     text_length = max(map(len, rows))
     pad = model.generation_config.pad_token_id or 0

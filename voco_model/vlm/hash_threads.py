@@ -1,4 +1,4 @@
-"""How many threads BLAKE3 may use."""
+"""The number of threads for BLAKE3, also after a fork."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def hash_threads() -> int:
-    """``max_threads`` for ``blake3``: -1, its ``AUTO``; 1 in a process that was forked.
+    """``max_threads`` for ``blake3``: -1, its ``AUTO``, or 1 in a forked process.
 
-    BLAKE3's pool of threads belongs to the process that first hashed something large. A child has the
-    pool but not its threads, and would wait for them without end.
+    BLAKE3's thread pool is created in the process that first hashes something large. A forked child
+    inherits the pool without its threads, and would wait for them forever.
     """
     return 1 if _forked else -1

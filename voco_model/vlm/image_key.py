@@ -1,4 +1,4 @@
-"""``image_key``: the address of an image's entry, computed from everything that it depends on."""
+"""``image_key``: the key of an image's entry, a hash of everything that the entry depends on."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from voco_model.vlm.fingerprint import fingerprint as fingerprint_of
 from voco_model.vlm.hash_threads import hash_threads
 from voco_model.vlm.prompt import image_part
 
-# Of a processor, beside its image processor's parameters: what decides an image's tokens.
+# Attributes of a processor, besides its image processor's parameters, that affect an image's tokens.
 _PROCESSOR = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
 _SALT_CONTEXT = "voco-kernels 2026-11 image key, salt of a tenant"
-# How pixels are made of what a caller gives (voco_model.pictures). Whoever changes a rule there counts
-# this up, so that entries made from other pixels are not found any more.
+# The version of the rules by which voco_model.pictures turns any image into pixels. Increase it when a
+# rule changes, so that entries made from other pixels are no longer found.
 _PIXELS = "rgb8 v2"
 _LIMITS = PictureLimits()
 
@@ -37,35 +37,35 @@ def image_key(
 ) -> str:
     """The key of the entry that ``compress(model, image, processor=processor)`` makes.
 
-    BLAKE3 over the decoded pixels (8-bit RGB, upright, transparency composited on its ground), the
-    preprocessing parameters, the token ids and positions of what the first pass reads, the number of
-    VoCo tokens and the model's ``fingerprint``. So two files with the same pixels have one key, and
-    whatever would give another entry gives another key.
+    BLAKE3 of the decoded pixels (8-bit RGB, upright, transparency composited on ``ground``), the
+    preprocessing parameters, the token ids and positions that pass 1 reads, the number of VoCo tokens
+    and the model's ``fingerprint``. Two files with the same pixels have the same key; anything that
+    would change the entry changes the key.
 
     Args:
-        image: as ``voco_model.pictures.decode`` takes it. However a picture is given, it has one key.
-            What ``decode`` returned is not decoded again.
+        image: in any form that ``voco_model.pictures.decode`` accepts; the key doesn't depend on the
+            form. An image returned by ``decode`` is not decoded again.
         model: the model that compresses.
         processor: its processor.
-        num_voco: VoCo tokens an image; by default the number given to ``enable``.
-        salt: of a tenant. With it the hash is keyed: nobody without the salt can tell the key of an
-            image that he has, and no two tenants share an entry.
+        num_voco: VoCo tokens per image; by default the number given to ``enable``.
+        salt: a tenant's secret. It keys the hash: without it, the key can't be computed even from the
+            image, and no two tenants share an entry.
         ground, limits: as for ``compress``.
-        fingerprint: the model's ``fingerprint``, if it was computed already. Computing it looks at each
-            module and samples every weight.
+        fingerprint: the model's ``fingerprint``, if it is known. Computing it visits each module and
+            samples every weight.
 
     Returns:
         64 hexadecimal digits.
 
     Raises:
-        PictureError: not a picture, one that can't be read, or one beyond the limits.
+        PictureError: not an image, an unreadable one, or one over the limits.
         ValueError: an empty salt.
     """
     from blake3 import blake3  # here: everything but keys works without it
 
     if salt is not None and not salt:
         raise ValueError(
-            "expected a salt of at least one byte, got an empty one; None is for no salt"
+            "expected a salt of at least one byte, got an empty one; pass None for no salt"
         )
     ground = ground_of(model.config, ground)
     picture = decode(image, ground=ground, limits=limits, processor=processor)
@@ -77,7 +77,7 @@ def image_key(
         "version": 2,
         "pixels": _described(picture),
         "preprocessing": _preprocessing(processor),
-        # The image's token stands for as many as the preprocessing makes of it.
+        # With one image token; the preprocessing parameters determine how many it expands to.
         "prefix_ids": prefix_ids,
         "first_position": 0,
         "num_voco": num_voco,
@@ -98,7 +98,7 @@ def image_key(
 
 
 def pixel_digest(image: Any) -> str:
-    """64 hexadecimal digits that tell an image's pixels, whatever model reads them.
+    """64 hexadecimal digits that identify an image's pixels, independent of any model.
 
     Raises:
         PictureError: as ``image_key``.
@@ -110,12 +110,12 @@ def pixel_digest(image: Any) -> str:
 
 
 def _described(picture: Image.Image) -> dict:
-    # Not the ground: a picture without transparency is the same on any.
+    # Without the ground: the pixels of an opaque image don't depend on it.
     return {"made": _PIXELS, "shape": [picture.height, picture.width]}
 
 
 def _autocast(device_type: str) -> str | None:
-    """The dtype that torch.autocast makes a model on this device compute in."""
+    """The dtype of an active ``torch.autocast`` on this device, else None."""
     if not torch.is_autocast_enabled(device_type):
         return None
     return str(torch.get_autocast_dtype(device_type))

@@ -1,4 +1,4 @@
-"""``load``: a VoCo model as a training run has left it, ready to answer."""
+"""``load``: a trained VoCo model and its processor, enabled."""
 
 from __future__ import annotations
 
@@ -12,9 +12,29 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     PreTrainedConfig,
 )
+from transformers.processing_utils import ProcessorMixin
 
-from voco_model.checkpoint_files import check_files, listed
-from voco_model.vlm.attach import SUPPORTED, enable
+from voco_model.checkpoint_files import check_files, check_folder, listed
+from voco_model.vlm.attach import SUPPORTED, Enabled, enable
+
+
+class Loaded(tuple):
+    """``(model, processor)``, with what ``enable`` returned as ``handle``.
+
+    Attributes:
+        model: enabled, in eval mode.
+        processor: its processor.
+        handle: ``handle.undo()`` gives the plain LLaVA back.
+    """
+
+    model: LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
+    processor: ProcessorMixin
+    handle: Enabled
+
+    def __new__(cls, model, processor, handle: Enabled) -> Loaded:
+        loaded = super().__new__(cls, (model, processor))
+        loaded.model, loaded.processor, loaded.handle = model, processor, handle
+        return loaded
 
 
 def load(
@@ -22,39 +42,44 @@ def load(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
+    isolated: bool | None = None,
     **options,
-) -> tuple[LlavaForConditionalGeneration | LlavaNextForConditionalGeneration, object]:
-    """A model and its processor, enabled, in eval mode.
+) -> Loaded:
+    """A model and its processor, enabled, in eval mode: ``model, processor = load(path)``.
 
-    How many VoCo tokens an image has, whether they are distinct or isolated, and how prompts are
-    written stands in the model's config.
+    The model's config records the number of VoCo tokens, whether they are distinct or isolated, and the
+    prompt style.
 
     Args:
-        path: folder or hub name of a checkpoint in the Hugging Face layout; a plain LLaVA gets one VoCo
+        path: folder or hub name of a checkpoint in Transformers' layout. A plain LLaVA gets one VoCo
             token.
-        options: more for ``from_pretrained``, such as ``device_map``.
+        isolated: as for ``enable``; by default what the config says.
+        options: passed to ``from_pretrained``, such as ``device_map``.
 
     Returns:
-        model and processor.
+        the pair of model and processor, whose ``handle`` has ``undo()``.
 
     Raises:
+        FileNotFoundError: no such folder, or one without a checkpoint.
         TypeError: a checkpoint of another model.
-        ValueError: one whose projector is a baseline's: ``voco_model.baselines.load`` reads these; files
-            or weights that are missing.
+        ValueError: a checkpoint with a baseline's projector, which ``voco_model.baselines.load`` reads;
+            missing files or weights.
+
+    Warns:
+        VoCoWarning: a model that wasn't trained with VoCo tokens, by its config.
     """
     model = load_weights(model_class(path), path, dtype=dtype, **options).eval()
     if device is not None:
         model.to(device)
     processor = load_processor(path)
-    enable(model, processor)
-    return model, processor
+    return Loaded(model, processor, enable(model, processor, isolated=isolated))
 
 
 def load_weights(cls: type, path: str | os.PathLike, **options):
-    """``cls.from_pretrained(path)``, which alone would draw weights that are missing at random.
+    """``cls.from_pretrained(path)``, which alone would initialize missing weights at random.
 
     Raises:
-        ValueError: weights that no file of the checkpoint has.
+        ValueError: weights that are in no file of the checkpoint.
     """
     model, found = cls.from_pretrained(path, output_loading_info=True, **options)
     missing = sorted(found["missing_keys"])
@@ -67,40 +92,47 @@ def load_weights(cls: type, path: str | os.PathLike, **options):
 
 
 def read_config(path: str | os.PathLike) -> PreTrainedConfig:
-    """A checkpoint's config, once its files are all there.
+    """A checkpoint's config, after a check of its files.
 
     Raises:
+        FileNotFoundError: no such folder, or one without a checkpoint.
         TypeError: a checkpoint in the layout of the authors' code and of the original LLaVA.
-        ValueError: files that are missing, see ``checkpoint_files``, or a type that Transformers doesn't
-            know.
+        ValueError: missing files, see ``checkpoint_files``, or a type that Transformers doesn't know.
     """
+    check_folder(path)
     check_files(path)
     raw, _ = PreTrainedConfig.get_config_dict(path)
-    # One of these has model_type "llava" as well, and Transformers would read none of its weights.
+    # Some of these say model_type "llava" as well, and Transformers would read none of their weights.
     if "mm_vision_tower" in raw or str(raw.get("model_type")).startswith("llava_llama"):
         raise TypeError(
-            f"expected a checkpoint in Transformers' layout, got {path} in that of the authors and "
-            "of the original LLaVA; turn a LLaVA-1.5 around with: python -m voco_model convert "
-            "from-authors SOURCE TARGET"
+            f"expected a checkpoint in Transformers' layout, got {path} in the layout of the authors "
+            "and of the original LLaVA; convert a LLaVA-1.5 with: "
+            "python -m voco_model convert from-authors "
+            "SOURCE TARGET"
         )
     return AutoConfig.from_pretrained(path)
 
 
-def load_processor(path: str | os.PathLike):
-    """The processor of a checkpoint, as ``enable`` takes it."""
+def load_processor(path: str | os.PathLike) -> ProcessorMixin:
+    """A checkpoint's processor.
+
+    Raises:
+        FileNotFoundError: no such folder, or one without a checkpoint.
+    """
+    check_folder(path)
     return AutoProcessor.from_pretrained(path)
 
 
 def model_class(path: str | os.PathLike, *, replaced_projector: bool = False) -> type:
-    """The class of a checkpoint.
+    """A checkpoint's model class.
 
     Args:
-        replaced_projector: whether it may be one of a baseline with another projector, whose weights the
-            class itself would leave unread.
+        replaced_projector: whether to accept the projector of a baseline, whose weights the class itself
+            would not read.
 
     Raises:
-        TypeError: none that ``enable`` takes, or in another layout.
-        ValueError: a baseline's projector where there may be none; see ``read_config``.
+        TypeError: a class that ``enable`` doesn't support, or another layout.
+        ValueError: a baseline's projector, unless accepted; or as ``read_config``.
     """
     config = read_config(path)
     baseline = (getattr(config, "voco_baseline", None) or {}).get("name", "full")

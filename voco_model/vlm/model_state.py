@@ -1,7 +1,7 @@
 """What a model computes with besides its weights: modules, their attributes, adapters, hooks.
 
-``describe`` writes it down as text, which becomes part of the fingerprint. What can't be written down,
-such as a user's hook, is refused: its entries would have the same keys as those made without it.
+``describe`` turns it into text, which becomes part of the fingerprint. What has no description, such as
+a user's hook, is refused: entries made with it would have the same keys as those made without it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# A hook or a replaced function says with this attribute, a string, what it does to an answer.
+# An attribute of a hook or a replaced function: a string that identifies its effect on answers.
 MARK = "voco_fingerprint"
-# Their functions are known by name: what else they depend on is in the modules' attributes.
+# Functions of these libraries are described by name; their state is in the modules' attributes.
 _LIBRARIES = {
     "accelerate",
     "bitsandbytes",
@@ -43,7 +43,7 @@ _LIBRARIES = {
     "voco_model",
 }
 _PLAIN = {type(None), bool, int, float, complex, str, bytes}
-# Attributes that say how a model is stored, spread, trained or called, not what it computes.
+# Attributes about how a model is stored, distributed, trained or called, not what it computes.
 _NOT_DESCRIBED = {
     *vars(nn.Module()),
     "_caches",  # PEFT's, of one forward pass
@@ -61,14 +61,14 @@ _NOT_DESCRIBED = {
     "max_seq_len_cached",
     "name_or_path",
     "original_max_seq_len",
-    "peft_config",  # its layers hold what counts of it
+    "peft_config",  # the relevant values are in its layers
     "warnings_issued",
 }
 _SHARDED = (
-    "expected whole weights, from which a fingerprint is computed, got {}; save the model and load it "
-    "whole on one device"
+    "expected complete weights to compute a fingerprint from, got {}; save the model and load it on one "
+    "device"
 )
-# What a config says of where it came from and how it is run. Weights have a dtype of their own.
+# Entries of a config about its origin and how it is run. The weights have their own dtype.
 _NOT_IN_CONFIG = {
     "_attn_implementation",
     "_experts_implementation",
@@ -85,16 +85,16 @@ def describe(model: nn.Module, *, strict: bool = True) -> tuple[dict[str, str], 
     """What a model computes with.
 
     Args:
-        strict: refuse functions whose effect isn't known. Otherwise they are described by their address,
-            which is enough to notice that one was added or removed.
+        strict: refuse functions with unknown effects. Otherwise they are described by their address,
+            which is enough to detect that one was added or removed.
 
     Returns:
-        two dicts. By place, everything but tensors: configs, each module's class, children and
-        attributes (scales; adapters that are active, merged or disabled), hooks, replaced functions. By
-        name, the tensors: parameters, all buffers, and tensors in plain attributes.
+        two dicts: descriptions by place (configs; each module's class, children and attributes, such as
+        scales and active, merged or disabled adapters; hooks; replaced functions) and tensors by name
+        (parameters, all buffers, and tensors in plain attributes).
 
     Raises:
-        ValueError: a hook or function whose effect isn't known, or a model wrapped by FSDP.
+        ValueError: a hook or function with an unknown effect, or a model wrapped by FSDP.
     """
     description = _Description(strict)
     for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
@@ -116,7 +116,7 @@ class _Description:
         self._strict = strict
         self._classes: dict[type, str] = {}
         self._places: dict[int, str] = {}  # of modules, configs and objects, by id
-        self._kept: list[Any] = []  # so that no id is reused meanwhile
+        self._kept: list[Any] = []  # keeps ids from being reused
 
     def add_module(self, path: str, root: nn.Module) -> None:
         """A module and all below it."""
@@ -146,9 +146,9 @@ class _Description:
             if name in _NOT_DESCRIBED:
                 continue
             if name[0] == "_" and isinstance(module, PreTrainedModel):
-                continue  # Transformers' own books
+                continue  # internal bookkeeping of Transformers
             if name == "kwargs" and kind.__module__.startswith("peft."):
-                continue  # what PEFT's layers were made with
+                continue  # the arguments that PEFT's layers were created with
             if type(value) in _PLAIN:  # nearly all of them
                 self.texts[f"{place}.{name}"] = repr(value)
             elif isinstance(value, Tensor):
@@ -160,7 +160,7 @@ class _Description:
 
     def add_hooks(self, place: str, hooks: dict[int, Callable]) -> None:
         functions = [self._function(place, hook) for hook in hooks.values()]
-        # These only watch, or move weights. Transformers installs some during the first forward pass.
+        # Their hooks only observe, or move weights. Some are installed during the first forward pass.
         libraries = ("transformers", "accelerate")
         functions = [name for name in functions if name.partition(".")[0] not in libraries]
         if functions:
@@ -169,8 +169,8 @@ class _Description:
     def _add_replaced_forward(self, place: str, module: nn.Module, forward: Callable) -> None:
         """A forward that is an attribute of the module, not of its class.
 
-        Accelerate wraps the one there was to move weights, torch.compile to compile it; neither changes
-        the answer.
+        Accelerate wraps the original to move weights, torch.compile to compile it; neither changes the
+        result.
         """
         hook = getattr(module, "_hf_hook", None)
         if hook is not None and type(hook).__module__.partition(".")[0] == "accelerate":
@@ -180,7 +180,7 @@ class _Description:
             self.texts[place] = self._function(place, forward)
 
     def _class(self, place: str, kind: type) -> str:
-        """A class by name; with its forward's, where that isn't the class's own.
+        """A class by name, and its forward if another module defines it.
 
         Raises:
             ValueError: FSDP's, with original parameters or without: its weights are views of a shard.
@@ -195,10 +195,10 @@ class _Description:
         return f"{name} with forward {self._function(f'{name}.forward', forward)}"
 
     def _function(self, place: str, function: Callable) -> str:
-        """The name of a function, where that says what it does.
+        """The mark of a function, or its name if it belongs to a known library.
 
         Raises:
-            ValueError: a user's function, or object that can be called, without the mark.
+            ValueError: a user's function or callable object without the mark.
         """
         mark = getattr(function, MARK, None)
         if isinstance(mark, str):
@@ -213,12 +213,12 @@ class _Description:
             return f"{name} at {id(function):#x}"
         raise ValueError(
             f"expected a model without functions of unknown effect, got {name} at {place}, which may "
-            f"change answers without changing keys; remove it, or set its attribute {MARK} to a text "
+            f"change answers without changing keys; remove it, or set its attribute {MARK} to a string "
             "that changes whenever its effect does ('' if it has none)"
         )
 
     def _value(self, place: str, value: Any) -> str:
-        """An attribute's value, or part of one. Tensors and modules in it are added on their own."""
+        """An attribute's value, or part of one. Tensors and modules in it are added separately."""
         if type(value) in _PLAIN:
             return repr(value)
         if isinstance(value, Enum):
@@ -228,7 +228,7 @@ class _Description:
         if isinstance(value, torch.dtype | torch.Size):
             return str(value)
         if isinstance(value, torch.device):
-            return "a device"  # the same answer on any
+            return "a device"  # results don't depend on it
         if isinstance(
             value, bool | int | float | str
         ):  # a class of its own, derived from one of these
@@ -262,7 +262,7 @@ class _Description:
         return self._object(place, value)
 
     def _object(self, place: str, value: Any) -> str:
-        """Of a library's object the class; of a user's, and of plain data, its attributes as well."""
+        """An object's class; for a user's object and for plain data, its attributes as well."""
         mark = getattr(value, MARK, None)
         if isinstance(mark, str):
             return f"marked {mark!r}"
@@ -276,7 +276,7 @@ class _Description:
         return f"{name} {self._value(place, dict(vars(value)) if hasattr(value, '__dict__') else None)}"
 
     def _seen(self, place: str, value: Any) -> bool:
-        """Whether this object was met before, at ``_places``."""
+        """Whether this object was described before, at the place in ``_places``."""
         if id(value) in self._places:
             return True
         self._places[id(value)] = place
@@ -284,7 +284,7 @@ class _Description:
         return False
 
     def _check_attention(self, place: str, config: PretrainedConfig) -> None:
-        """Raise ``ValueError`` for an attention that a user has registered without the mark."""
+        """Raise ``ValueError`` for an attention that a user registered without the mark."""
         name = getattr(config, "_attn_implementation", None)
         function = ALL_ATTENTION_FUNCTIONS.get(name)
         if function is not None:
@@ -296,10 +296,10 @@ def _name_of(function: Callable) -> str:
 
 
 def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The strided tensors that a tensor is made of: itself, or what its subclass wraps (torchao).
+    """The strided tensors that make up a tensor: itself, or those that its subclass wraps (torchao).
 
     Raises:
-        ValueError: one that isn't here as a whole, or whose bytes can't be read.
+        ValueError: an incomplete tensor, or one whose bytes can't be read.
     """
     _check_whole(name, tensor)
     if is_traceable_wrapper_subclass(tensor):
@@ -309,15 +309,15 @@ def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
             yield from plain_tensors(f"{name}.{inner} of {kind}", getattr(tensor, inner))
     elif tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(
-            f"expected weights as dense tensors, got {name} as {tensor.layout} {tensor.dtype}; their "
-            "bytes don't tell their values: load the model with another quantization"
+            f"expected weights as dense tensors, got {name} as {tensor.layout} {tensor.dtype}, whose "
+            "bytes don't determine its values; load the model with another quantization"
         )
     else:
         yield name, tensor
 
 
 def _check_whole(name: str, tensor: Tensor) -> None:
-    """Raise ``ValueError`` for a weight of which only a part, or nothing, is here."""
+    """Raise ``ValueError`` for a weight that is incomplete in this process."""
     if isinstance(tensor, DTensor):
         sharded = "a shard of a DTensor (FSDP2 or tensor parallelism)"
     elif getattr(getattr(tensor, "ds_status", None), "name", "AVAILABLE") != "AVAILABLE":
@@ -326,8 +326,8 @@ def _check_whole(name: str, tensor: Tensor) -> None:
         sharded = "a flat shard (FSDP)"
     elif tensor.device.type == "meta":
         raise ValueError(
-            f"expected weights that are loaded, got {name} on the meta device; load the model whole, "
-            "without offloading (device_map to a disk or CPU)"
+            f"expected loaded weights, got {name} on the meta device; load the model without offloading "
+            "(device_map to a disk or CPU)"
         )
     else:
         return
@@ -335,7 +335,7 @@ def _check_whole(name: str, tensor: Tensor) -> None:
 
 
 def difference(before: dict[str, str], now: dict[str, str]) -> str | None:
-    """The first place where two descriptions differ, in words; None where they don't."""
+    """The first difference between two descriptions, in words; None if there is none."""
     for place in [*before, *now]:
         old, new = before.get(place), now.get(place)
         if old != new:

@@ -1,8 +1,8 @@
-"""Keyword arguments by which collators mark packed documents, as an enabled model reads them.
+"""Markers of packed documents in an enabled model's keyword arguments.
 
-Besides position_ids that start again and numbers in attention_mask, which every model has, these are
-``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k`` (FlashAttention's) and
-``seq_idx`` of ``transformers.DataCollatorWithFlattening``.
+Besides restarting position_ids and document numbers in attention_mask, these are ``cu_seq_lens_q``,
+``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k`` (FlashAttention's) and ``seq_idx`` of
+``transformers.DataCollatorWithFlattening``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 _CUMULATIVE = ("cu_seq_lens_q", "cu_seq_lens_k")
 _LONGEST = ("max_length_q", "max_length_k")
 _NUMBERS = "seq_idx"
-# Names that other trainers use. A model would swallow them, and the documents see each other.
+# Names in other trainers. A model would ignore them, and the documents would see each other.
 _UNREAD = (
     "block_mask",
     "cu_seq_lens",
@@ -37,12 +37,12 @@ _UNREAD = (
     "text_position_ids",
 )
 _READ = (
-    "position_ids that start again, attention_mask with numbers (1, 1, 2, 2, 2), cu_seq_lens_q or "
+    "position_ids that restart, attention_mask with numbers (1, 1, 2, 2, 2), cu_seq_lens_q or "
     "seq_idx"
 )
 
 
-# Read before the code is compiled: what the models' forward names, and what they are given besides.
+# Read before the code is compiled: the parameters of the models' forward, and other known arguments.
 _NO_MARKERS = {
     *signature(LlavaModel.forward).parameters,
     *signature(LlavaNextModel.forward).parameters,
@@ -57,13 +57,16 @@ _NO_MARKERS = {
 
 
 def take_markers(kwargs: dict) -> dict[str, Tensor]:
-    """Take them out of ``kwargs``, and return those there are as ``MaskLayout.from_input_ids`` names
-    them: ``sequence_ids``, ``cu_seqlens``.
+    """Remove the markers from ``kwargs``.
+
+    Returns:
+        those present, under their names in ``MaskLayout.from_input_ids``: ``sequence_ids``,
+        ``cu_seqlens``.
 
     Raises:
         TypeError: a marker that isn't a tensor.
-        ValueError: names that aren't read; cu_seq_lens_q and cu_seq_lens_k that differ; a max_length
-            without them, or less than a document's length.
+        ValueError: an unsupported name; different cu_seq_lens_q and cu_seq_lens_k; a max_length without
+            them, or below a document's length.
     """
     read = (*_CUMULATIVE, *_LONGEST, _NUMBERS)
     unread = [
@@ -73,7 +76,7 @@ def take_markers(kwargs: dict) -> dict[str, Tensor]:
     ]
     if unread:
         raise ValueError(
-            f"expected packed documents marked by {_READ}, got {', '.join(unread)}, which is not read: "
+            f"expected packed documents marked by {_READ}, got {', '.join(unread)}, which is not read; "
             "pass one of these instead"
         )
     cumulative = _given(kwargs, _CUMULATIVE)
@@ -88,7 +91,7 @@ def take_markers(kwargs: dict) -> dict[str, Tensor]:
         markers["cu_seqlens"] = lengths
     elif longest:
         raise ValueError(
-            f"expected cu_seq_lens_q beside {', '.join(longest)}, got none; a longest length alone "
+            f"expected cu_seq_lens_q with {', '.join(longest)}, got none; a maximum length alone "
             "doesn't say where documents start"
         )
     numbers = kwargs.pop(_NUMBERS, None)
@@ -100,7 +103,7 @@ def take_markers(kwargs: dict) -> dict[str, Tensor]:
 def refuse_markers(cache: Cache, length: int, kwargs: dict) -> None:
     """Raise ``ValueError`` for documents packed into tokens that follow a cache.
 
-    A single token is one document; nothing is read from the device then.
+    For a single token, nothing is read from the device.
     """
     names = (*_CUMULATIVE, *_LONGEST, _NUMBERS, *_UNREAD)
     found = [name for name in names if kwargs.get(name) is not None]
@@ -111,7 +114,7 @@ def refuse_markers(cache: Cache, length: int, kwargs: dict) -> None:
             found.append("attention_mask with numbers above 1")
         if position_ids is not None and position_ids.dim() == 2:
             goes_on = position_ids[:, 1:] == position_ids[:, :-1] + 1
-            if plain:  # positions of padding are anything
+            if plain:  # padding may have any position
                 real = mask[:, -length:] != 0
                 goes_on = goes_on | ~(real[:, 1:] & real[:, :-1])
             if not bool(goes_on.all()):
@@ -119,13 +122,13 @@ def refuse_markers(cache: Cache, length: int, kwargs: dict) -> None:
     if found:
         raise ValueError(
             f"expected tokens of one document to follow a cache of {int(cache.get_seq_length())}, got "
-            f"{', '.join(found)}; documents are packed in training only: leave that out, or pass "
+            f"{', '.join(found)}; documents can only be packed without a cache: leave that out, or pass "
             "use_cache=False and no cache"
         )
 
 
 def _may_mark(name: str, value: Any) -> bool:
-    """Whether this could be numbers or lengths of documents, under a name that isn't known."""
+    """Whether an argument with an unknown name could hold document numbers or lengths."""
     if name in _NO_MARKERS or not isinstance(value, Tensor) or value.dim() == 0:
         return False
     return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
@@ -152,7 +155,7 @@ def _check_equal(name: str, lengths: Tensor, other: str, values: Tensor) -> None
 
 
 def _check_longest(name: str, lengths: Tensor, other: str, length: int | Tensor) -> None:
-    """Only where it costs no host sync: nothing here depends on it."""
+    """Checked only if that needs no host sync: nothing here depends on it."""
     if not isinstance(lengths, Tensor) or not _readable(lengths) or len(lengths) < 2:
         return
     longest = int(lengths.diff().max())

@@ -1,8 +1,9 @@
-"""Whether a processor writes what its model reads: as many image tokens, and ends of answers."""
+"""Whether a processor fits a model: its image token, how many of them it writes, how answers end."""
 
 from __future__ import annotations
 
 from PIL import Image
+from transformers.processing_utils import ProcessorMixin
 
 from voco_model.vlm.prompt import style_of
 
@@ -10,22 +11,45 @@ from voco_model.vlm.prompt import style_of
 _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
+def checked_tokenizer(model, processor):
+    """The tokenizer of a model's processor.
+
+    Raises:
+        TypeError: not a processor with a tokenizer.
+        ValueError: a processor whose image token isn't the model's.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    if not isinstance(processor, ProcessorMixin) or tokenizer is None:
+        raise TypeError(
+            "expected a processor with a tokenizer (LlavaProcessor, LlavaNextProcessor), got "
+            f"{type(processor).__name__}"
+        )
+    image_id = tokenizer.convert_tokens_to_ids(processor.image_token)
+    if image_id != model.config.image_token_id:
+        raise ValueError(
+            "expected the processor's image token to be the model's "
+            f"{model.config.image_token_id}, got {processor.image_token} = {image_id}; they come "
+            "from different checkpoints"
+        )
+    return tokenizer
+
+
 def check_processor(processor, config, style: str) -> None:
-    """Raise ``ValueError`` for a processor that doesn't fit a model or a style of prompts.
+    """Raise ``ValueError`` for a processor that doesn't fit a model or a prompt style.
 
     Args:
         processor: with an image processor and a tokenizer.
-        config: of the model.
-        style: a name of ``voco_model.vlm.prompt.STYLES``.
+        config: the model's.
+        style: a name in ``voco_model.vlm.prompt.STYLES``.
     """
     _check_end(processor.tokenizer, style)
     vision = config.vision_config
-    right = {
+    expected = {
         "patch_size": getattr(vision, "patch_size", None),
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "num_additional_image_tokens": _CLASS_TOKENS.get(vision.model_type),
     }
-    for name, value in right.items():
+    for name, value in expected.items():
         got = getattr(processor, name, value)
         if value is not None and got != value:
             raise ValueError(
@@ -45,7 +69,7 @@ def check_processor(processor, config, style: str) -> None:
 
 
 def _check_end(tokenizer, style: str) -> None:
-    end = style_of(style).behind_answer or tokenizer.eos_token
+    end = style_of(style).after_answer or tokenizer.eos_token
     if end is None:
         raise ValueError(
             f"expected a tokenizer with an eos_token, which ends answers in style {style!r}, got one "
@@ -60,7 +84,7 @@ def _check_end(tokenizer, style: str) -> None:
 
 
 def _check_size(image_processor, side: int) -> None:
-    # Wide, so that a missing crop shows.
+    # Twice as wide as high, to reveal a missing crop.
     picture = Image.new("RGB", (2 * side, side))
     pixels = image_processor(images=picture, return_tensors="pt")["pixel_values"]
     got = tuple(pixels.shape[-2:])

@@ -131,7 +131,9 @@ def test_saved_and_loaded(fresh, llava_processor, name, tmp_path):
         again = baselines.apply(name, loaded.model, loaded.processor)
         assert torch.equal(again.generate(PICTURES, QUESTIONS, **options), tokens)
         again.undo()
-        with pytest.raises(ValueError, match="as the model was built, got {'num_tokens': 3}"):
+        with pytest.raises(
+            ValueError, match="with which the model was built, got {'num_tokens': 3}"
+        ):
             baselines.apply(name, loaded.model, loaded.processor, 3)
     half = baselines.load(tmp_path / "once", dtype=torch.bfloat16).model
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
@@ -146,11 +148,11 @@ def test_saved_and_loaded(fresh, llava_processor, name, tmp_path):
 @pytest.mark.parametrize(
     "name, num_tokens, options, message",
     [
-        ("pooling", 7, {}, "rows x columns of at most 4 each, got 7, which is 1 x 7"),
-        ("pooling", None, {}, "expected num_tokens, of an image, got None"),
-        ("pooling", 0, {}, "expected num_tokens >= 1, got 0"),
-        ("qformer", 2, {"width": 32, "heads": 3}, "heads divide, got 32 and 3"),
-        ("qformer", 2, {"layers": 0}, "expected layers >= 1, got 0"),
+        ("pooling", 7, {}, "rows x columns with at most 4 each, got 7, which is 1 x 7"),
+        ("pooling", None, {}, "expected num_tokens per image, got None"),
+        ("pooling", 0, {}, "expected an int num_tokens >= 1, got 0"),
+        ("qformer", 2, {"width": 32, "heads": 3}, "divisible by the number of heads, got 32 and 3"),
+        ("qformer", 2, {"layers": 0}, "expected an int layers >= 1, got 0"),
         ("qformer", 2, {"dropout": 1.0}, "expected a dropout from 0 to below 1, got 1.0"),
     ],
 )

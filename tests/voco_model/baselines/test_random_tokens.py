@@ -96,5 +96,5 @@ def test_refuses_image_tokens_without_pixels(llava, llava_processor):
         del inputs["pixel_values"]
         with pytest.raises(ValueError, match="expected pixel_values of 1 images, got 0"):
             llava(**inputs)
-    with pytest.raises(ValueError, match="expected seed >= 0, got -1"):
+    with pytest.raises(ValueError, match="expected an int seed >= 0, got -1"):
         baselines.apply("random", llava, llava_processor, KEPT, seed=-1)

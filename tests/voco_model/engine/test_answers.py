@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import threading
 from dataclasses import replace
 
@@ -21,7 +23,7 @@ from tests.voco_model.engine.conftest import (
     images_of,
     inputs_of,
 )
-from voco_model import Request, Sampling
+from voco_model import Request, RequestError, Sampling
 from voco_model.engine import second_pass
 from voco_model.kv_store.memory_store import MemoryStore
 
@@ -165,6 +167,21 @@ def test_images_may_be_paths(world, engine_of, tmp_path):
     path = tmp_path / "picture.png"
     world.cases[0].request.images.save(path)
     assert engine_of().answer(path, world.cases[0].request.text).tokens == world.cases[0].tokens
+
+
+def test_images_may_be_in_the_messages(world, engine_of):
+    """OpenAI's form, with the picture as a data URI."""
+    buffer = io.BytesIO()
+    picture = world.cases[0].request.images
+    picture.save(buffer, format="png")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Who?"}]
+    engine = engine_of()
+    answer = engine.answer(None, [{"role": "user", "content": parts}])
+    assert answer.tokens == engine.answer(picture, "Who?").tokens
+    with pytest.raises(RequestError, match="expected messages with content") as caught:
+        engine.answer(None, [{"role": "user", "content": [{"type": "image_url"}]}])
+    assert caught.value.reason == "prompt"
 
 
 @pytest.mark.parametrize("max_images", [3, 5])

@@ -480,9 +480,9 @@ def test_no_image_in_the_list(world, engine_of, images):
 @pytest.mark.parametrize(
     "images, message",
     [
-        (b"abc", "got 3 bytes, of no format that Pillow knows"),
+        (b"abc", "got 3 bytes, in no format that Pillow can read"),
         ({"image": 1}, "expected an image (PIL's, a path or URL, "),
-        (["no-such-file.jpg"], "expected an image, got no-such-file.jpg, which isn't there"),
+        (["no-such-file.jpg"], "expected an image, got no-such-file.jpg, which was not found"),
         ([tiny.picture(0), None], "image 2 of 2: expected an image "),
         ([], "or None for a question without any, got an empty list"),
         (np.zeros((0, 9, 9, 3)), "expected at least one image, got an array of shape [0, 9, 9, 3]"),

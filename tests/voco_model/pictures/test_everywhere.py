@@ -87,7 +87,7 @@ def test_baselines_and_evaluation_agree(photo):
             inputs = method.inputs([given], ["Who?"])
             assert torch.equal(inputs["pixel_values"], want["pixel_values"])
         with pytest.raises(
-            voco_model.PictureError, match="image 2 of 2: .* nowhere.png, which isn't"
+            voco_model.PictureError, match="image 2 of 2: .* nowhere.png, which was not found"
         ):
             method.inputs([path, "nowhere.png"], ["Who?", "What?"])
 

@@ -205,20 +205,20 @@ def test_arrays():
 @pytest.mark.parametrize(
     "array, message",
     [
-        (np.zeros((2, 8, 8, 3)), "a batch; give its images one by one"),
+        (np.zeros((2, 8, 8, 3)), "a batch; pass its images one by one"),
         (np.zeros((8, 8, 2)), "expected 1, 3 or 4 channels, first or last"),
         (np.zeros((3, 8, 3)), "where the channels are"),
         (np.zeros(8), r"expected an image of shape \[H, W\]"),
-        (np.zeros((8, 8, 3), np.int64), "got an array of int64; if its values are 0 to 255"),
+        (np.zeros((8, 8, 3), np.int64), "got an array of int64, whose range is unknown; if"),
         (np.zeros((8, 8, 3), np.int8), "of int8"),
         (np.zeros((8, 8), complex), "of complex128"),
         (np.full((8, 8), np.nan), "with NaN or infinity"),
         (np.full((8, 8), np.inf), "with NaN or infinity"),
-        (np.linspace(-2.1, 2.6, 64).reshape(8, 8), "not what a processor has normalized"),
-        (np.full((8, 8), 1.001), "if 255 is white, give it as uint8"),
+        (np.linspace(-2.1, 2.6, 64).reshape(8, 8), "not a processor's normalized output"),
+        (np.full((8, 8), 1.001), "if 255 is white, pass it as uint8"),
         (torch.full((3, 8, 8), 255.0), "got a tensor with 255 to 255"),
         (np.zeros((0, 8), np.uint8), "expected an image of at least one pixel"),
-        (torch.zeros(3, 8, 8, device="meta"), "expected an image that can be read, got a tensor"),
+        (torch.zeros(3, 8, 8, device="meta"), "reading a tensor as an image failed"),
     ],
 )
 def test_arrays_that_do_not_say_what_they_are(array, message):

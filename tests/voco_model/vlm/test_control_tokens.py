@@ -254,7 +254,7 @@ def test_an_end_of_sequence_that_the_tokenizer_adds_is_left_out(kind, how):
 
 
 def test_an_end_that_stays_is_refused(model, processor):
-    message = r"puts nothing behind a text, got one that puts \['</s>'\] there"
+    message = r"appends nothing to a text, got one that appends \['</s>'\], which"
     with voco_model.enable(model, processor):
         with_end(processor.tokenizer, "template")
         with pytest.raises(ValueError, match=message):

@@ -67,7 +67,7 @@ def test_errors(model, processor):
         voco_model.enable(model, processor, num_voco=2, distinct=True)
     with pytest.raises(ValueError, match="expected distinct as True or False, got 1"):
         voco_model.enable(model, processor, distinct=1)
-    with pytest.raises(ValueError, match="expected a prompt style of vicuna, .* got 'llama'"):
+    with pytest.raises(ValueError, match="expected a prompt style among vicuna, .* got 'llama'"):
         voco_model.enable(model, processor, prompt="llama")
     with pytest.raises(ValueError, match="embedding rows, got 261 to 262; pass the processor"):
         voco_model.enable(model, num_voco=2, voco_token_id=tiny.VOCO, distinct=True)

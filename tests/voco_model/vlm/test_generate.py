@@ -209,10 +209,10 @@ def test_refuses_a_compact_cache_with_wrong_neighbours(enabled, compact):
             enabled.generate(**given, past_key_values=cache, **STEPS)
 
     _, prompt = compact()
-    refused("got .*; without them the text stands in the image's place", position_ids=None)
-    refused("without them the text stands", position_ids=prompt["position_ids"] + 1)
+    refused("got .*; without them the text takes the image's positions", position_ids=None)
+    refused("without them the text takes", position_ids=prompt["position_ids"] + 1)
     ones = torch.ones_like(prompt["attention_mask"])
-    refused("with the cache's prefix_mask in front", attention_mask=ones)
+    refused("starting with the cache's prefix_mask", attention_mask=ones)
     text_only = {name: value[:, 3:] for name, value in prompt.items()}
     refused(r"of shape \[2, 6\] .* got \[2, 3\]", **text_only)
     with pytest.raises(ValueError, match="got none; without them"), torch.no_grad():
@@ -242,7 +242,9 @@ def test_refuses_prompt_lookup_on_a_compact_cache(enabled):
     cache = CompactCache(entries, _layer_devices(enabled), enabled.dtype)
     prompt = _second_pass_prompt(enabled, cache, [[7, 8, 9, 7, 8, 9, 7, 8]])
     # Which of the two goes wrong first depends on the version of Transformers.
-    refusal = "with the cache's prefix_mask in front|position_ids that go on where the first pass"
+    refusal = (
+        "starting with the cache's prefix_mask|position_ids that continue after the first pass"
+    )
     with pytest.raises(ValueError, match=refusal):
         enabled.generate(**prompt, past_key_values=cache, **STEPS, prompt_lookup_num_tokens=2)
 

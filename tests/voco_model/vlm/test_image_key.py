@@ -56,7 +56,7 @@ def test_a_key_is_the_pixels_however_they_come(setting, tmp_path):
 def test_a_key_says_how_its_pixels_were_made(setting, monkeypatch):
     model, processor = setting
     key = image_key(picture(), model=model, processor=processor)
-    monkeypatch.setattr(sys.modules["voco_model.image_key"], "_PIXELS", "rgb8 v1")
+    monkeypatch.setattr(sys.modules["voco_model.vlm.image_key"], "_PIXELS", "rgb8 v1")
     assert image_key(picture(), model=model, processor=processor) != key
 
 
@@ -205,9 +205,7 @@ def test_a_fingerprint_wants_weights():
     with torch.device("meta"):
         model = torch.nn.Linear(2, 2)
     model.config = tiny.tiny_llava("llava").config
-    with pytest.raises(
-        ValueError, match="expected weights that are loaded, got weight on the meta"
-    ):
+    with pytest.raises(ValueError, match="expected loaded weights, got weight on the meta"):
         fingerprint(model)
 
 

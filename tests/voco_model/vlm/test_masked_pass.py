@@ -208,13 +208,13 @@ def test_refuses_what_it_cannot_mask(enabled):
     early = ids.clone()
     early[0, 0] = tiny.VOCO
     message = (
-        r"in front of every run of VoCo tokens \(id 261\), got one without at position 0 of row 0"
+        r"before every run of VoCo tokens \(id 261\), got a run without one at position 0 of row 0"
     )
     refused(enabled, message, **{**inputs, "input_ids": early})
     if "image_sizes" in inputs:
         refused(enabled, r"expected image_sizes, .*LLaVA-NeXT", **{**inputs, "image_sizes": None})
     with pytest.raises(TypeError, match="got 2 positional"):
         enabled.model(ids, inputs["pixel_values"])
-    refused(enabled, "attention weights never exist", **inputs, output_attentions=True)
+    refused(enabled, "attention weights are never computed", **inputs, output_attentions=True)
     enabled.set_attn_implementation({"text_config": "eager"})  # behind the handle's back
     refused(enabled, "got 'eager' and False", **inputs)

@@ -396,14 +396,18 @@ def test_shards_are_refused(world, one_rank):
     whole = linear.weight
     mesh = init_device_mesh("cpu", (1,))
     linear.weight = nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)]))
-    with pytest.raises(ValueError, match=r"expected whole weights.*up_proj.*FSDP2.*load it whole"):
+    with pytest.raises(
+        ValueError, match=r"expected complete weights.*up_proj.*FSDP2.*load it on one"
+    ):
         world.key()
     linear.weight = whole
     assert world.key() == key
     world.layer().mlp = FullyShardedDataParallel(
         world.layer().mlp, use_orig_params=True, device_id=torch.device("cpu")
     )
-    with pytest.raises(ValueError, match=r"expected whole weights.*layers\.0\.mlp in FullySharded"):
+    with pytest.raises(
+        ValueError, match=r"expected complete weights.*layers\.0\.mlp in FullySharded"
+    ):
         world.key()
 
 
@@ -414,7 +418,7 @@ def test_partitions_of_zero_3_are_refused(world):
     weight = world.layer().mlp.up_proj.weight
     whole, weight.data = weight.data, torch.empty(0)
     weight.ds_status = ZeroParamStatus.NOT_AVAILABLE
-    with pytest.raises(ValueError, match=r"expected whole weights.*up_proj.*ZeRO-3"):
+    with pytest.raises(ValueError, match=r"expected complete weights.*up_proj.*ZeRO-3"):
         world.key()
     weight.data, weight.ds_status = whole, ZeroParamStatus.AVAILABLE  # gathered
     assert world.key() == key

@@ -53,6 +53,6 @@ def test_an_engine_says_what_to_do(kind, tmp_path):
 
 def test_embeddings_that_have_to_grow_must_be_in_memory(kind, tmp_path):
     with pytest.raises(
-        ValueError, match="embeddings in memory.*got offloaded ones; leave embed_tokens"
+        ValueError, match="embeddings in memory.*got offloaded ones; keep embed_tokens"
     ):
         loaded(kind, tmp_path, LANGUAGE, vocab_size=tiny.VOCO)

@@ -167,7 +167,7 @@ REFUSED = {
     ),
     "a longest alone": (
         lambda d: {"input_ids": d.row(), "max_length_q": 30, "max_length_k": 30},
-        "cu_seq_lens_q beside max_length_q, max_length_k",
+        "cu_seq_lens_q with max_length_q, max_length_k",
     ),
     "positions that go on": (
         wrong(position_ids=lambda d: torch.arange(sum(d.lengths))[None]),

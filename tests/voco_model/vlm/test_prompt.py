@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 import voco_model
 from tests.voco_model import tiny
-from voco_model.vlm.prompt import image_part, text_part
+from voco_model.vlm.prompt import image_part, images_in, pictures_in, text_part
 
 ONE_QUESTION = (
     "<image>\n<VoCo><VoCo>\n A chat between a curious user and an artificial intelligence "
@@ -70,6 +72,37 @@ def test_chat_template_writes_the_same(with_processor, turns, num_voco, go_on):
     assert written == voco_model.prompt(turns, num_voco or 2, add_generation_prompt=go_on)
 
 
+@pytest.mark.parametrize("value", [{"url": "https://a.b/c.png", "detail": "low"}, "c.png"])
+def test_image_url_parts_are_images(with_processor, value):
+    parts = [
+        {"type": "image_url", "image_url": value},
+        {"type": "text", "text": "What is the man "},
+    ]
+    turns = [{"role": "user", "content": [*parts, {"type": "text", "text": "doing in the image?"}]}]
+    assert images_in(turns) == 1
+    assert voco_model.prompt(turns, 2) == ONE_QUESTION
+    written = with_processor.apply_chat_template(copy.deepcopy(turns), add_generation_prompt=True)
+    assert written == ONE_QUESTION
+    # The template by itself, as other renderers use it.
+    rendered = with_processor.tokenizer.apply_chat_template(
+        turns,
+        chat_template=with_processor.chat_template,
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert rendered == ONE_QUESTION
+    assert pictures_in(turns) == [{"image_url": value}]
+
+
+def test_pictures_in_messages_are_those_that_are_given():
+    picture = tiny.picture(0)
+    parts = [{"type": "image"}, {"type": "image", "image": picture}, {"type": "image", "url": "x"}]
+    turns = [{"role": "user", "content": [*parts, {"type": "text", "text": "a"}]}, *HELLO]
+    assert pictures_in(turns) == [{"image": picture}, {"url": "x"}]
+    assert pictures_in("Hello?") == pictures_in(HELLO) == []
+    assert (images_in("Hello?"), images_in("Hello?", question=0), images_in(turns)) == (1, 0, 3)
+
+
 def test_bos_comes_once(with_processor):
     picture = {"type": "image", "image": tiny.picture(0)}
     turns = [{"role": "user", "content": [picture, {"type": "text", "text": "Who?"}]}]
@@ -109,7 +142,8 @@ def test_refuses_what_it_cannot_write(with_processor):
     refused("without <VoCo>", [{"role": "user", "content": "<VoCo>"}])
     refused("'tool' in message 0", [{"role": "tool", "content": "x"}])
     refused("'system' in message 1", HELLO + SYSTEM)
-    refused("'image' and 'text'", [{"role": "user", "content": [{"type": "video"}]}])
+    refused("'text', 'image' and 'im", [{"role": "user", "content": [{"type": "video"}]}])
+    refused("got .* as message 0", [{"role": "user", "content": [{"type": "image_url"}]}])
     refused("got none", [])
     for wrong in (0, 2.0, True, "2", None):
         refused(f"int num_voco >= 1, got {wrong!r}", "Hello?", num_voco=wrong)

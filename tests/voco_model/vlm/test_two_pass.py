@@ -272,10 +272,10 @@ def test_refuses_what_cannot_be_compressed(enabled):
     refused("in row 0 .* 3 VoCo tokens, not in one run", inputs={**inputs, "input_ids": broken})
     second = ids.clone()
     second[1, kinds[1].index("t")] = tiny.IMAGE
-    refused("in row 1 .* 1 behind", inputs={**inputs, "input_ids": second})
+    refused("in row 1 .* 1 after", inputs={**inputs, "input_ids": second})
     one_picture = {name: value[:1] for name, value in inputs.items()}
     one_picture["input_ids"] = ids
-    refused("one image a row", inputs=one_picture)
+    refused("one image per row", inputs=one_picture)
     refused("got both or neither")
     refused("expected a processor", images=[tiny.picture(0)])
     refused("num_voco 3 with inputs", inputs=inputs, num_voco=3)

@@ -1,4 +1,4 @@
-"""``assistant_masks`` of conversations about images, token by token."""
+"""What ``enable`` adds to a processor: ``assistant_masks``, token by token, and a model card."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from transformers import AutoProcessor
 
 import voco_model
 from tests.voco_model import tiny
-from voco_model.vlm.answer_mask import _AnswerMask
+from voco_model import baselines
+from voco_model.vlm.enabled_processor import EnabledProcessor
 
 OPTIONS = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
 
@@ -85,7 +86,7 @@ def test_processors_are_copied_pickled_and_saved(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     assert type(AutoProcessor.from_pretrained(tmp_path)) is type(processor).__bases__[1]
     for other in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
-        assert isinstance(other, _AnswerMask) and type(other) is type(processor)
+        assert isinstance(other, EnabledProcessor) and type(other) is type(processor)
         made = other.apply_chat_template(turns("A cup.", images=1), **OPTIONS)
         assert marked(other, made) == [[" A cup.</s>"]]
 
@@ -110,3 +111,30 @@ def test_answers_are_marked_beside_padding_and_without_images(processor, side):
         [" bb</s>", " Longer than that.</s>"],
         [" c</s>"],
     ]
+
+
+def test_a_saved_checkpoint_says_how_to_load_it(kind, tmp_path):
+    model, processor = tiny.tiny_llava(kind), tiny.tiny_processor(kind)
+    card = tmp_path / "README.md"
+    with voco_model.enable(model, processor, num_voco=3):
+        model.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+        text = card.read_text()
+        assert "voco_model.load(" in text and "VoCo tokens (3 per image)" in text
+        assert "`from_pretrained` alone is not enough" in text
+        card.write_text("a card of the user's own")
+        processor.save_pretrained(tmp_path)
+        assert card.read_text() == "a card of the user's own"
+        processor.save_pretrained(tmp_path / "alone")  # before the model: no config yet
+        assert "only\nthrough its VoCo tokens." in (tmp_path / "alone" / "README.md").read_text()
+    card.unlink()
+    processor.save_pretrained(tmp_path)
+    assert not card.exists()
+
+
+def test_an_upper_bound_has_no_card(tmp_path):
+    model, processor = tiny.tiny_llava("llava"), tiny.tiny_processor("llava")
+    with baselines.apply("full", model, processor, num_voco=2):
+        model.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()

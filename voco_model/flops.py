@@ -1,15 +1,15 @@
 """Floating-point operations of a LLaVA's parts, counted from its config.
 
-A product of ``[m, k]`` and ``[k, n]`` is 2 m n k operations: a multiplication and an addition each. What
-isn't a product (norms, softmax, rotation, activations, biases, embedding lookups) is not counted, as in
-``torch.utils.flop_counter``. Each part has two counts:
+The product of ``[m, k]`` and ``[k, n]`` takes 2 m n k operations, a multiplication and an addition each.
+Everything else (norms, softmax, activations, biases, embedding lookups) is left out, as in
+``torch.utils.flop_counter``. There are two counts:
 
-* ``full``: what torch's counter finds in Transformers' own forward pass of the same tokens, whose
-  attention multiplies all queries with all keys and whose vision tower runs all its layers;
-* ``useful``: pairs of a query and a key that it may see only (DESIGN: what is masked earns no credit),
-  and the vision tower up to the layer whose features are taken.
+* ``full``: what torch's counter finds in Transformers' own forward pass, whose attention multiplies all
+  queries with all keys and whose vision tower runs all of its layers;
+* ``useful``: only visible pairs of a query and a key (masked work earns no credit), and the vision tower
+  only up to the layer whose features are used.
 
-Padding to the engine's sizes of work is in neither. Of a training step only the useful ones are counted.
+Neither includes the engine's padding. For training steps only useful operations are counted.
 """
 
 from __future__ import annotations
@@ -19,11 +19,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of one sequence, or one image.
-
-    Attributes:
-        useful, full: see the module.
-    """
+    """Operations for one sequence or one image; the module's docstring defines both counts."""
 
     useful: int
     full: int
@@ -38,19 +34,28 @@ class Flops:
 
 
 def product(m: int, k: int, n: int) -> Flops:
-    """Of ``[m, k]`` and ``[k, n]``."""
+    """The product of ``[m, k]`` and ``[k, n]``."""
     return Flops(2 * m * k * n, 2 * m * k * n)
 
 
 def attention(num_heads: int, head_dim: int, visible_pairs: int, all_pairs: int) -> Flops:
-    """Scores and weighted values, 2 head_dim operations each a pair and a head."""
-    each = 4 * num_heads * head_dim
-    return Flops(each * visible_pairs, each * all_pairs)
+    """Scores and weighted values: 2 head_dim operations each, per pair and head."""
+    per_pair = 4 * num_heads * head_dim
+    return Flops(per_pair * visible_pairs, per_pair * all_pairs)
+
+
+def head_dim_of(text) -> int:
+    """Elements of a key, from a language model's config."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def vision_tower(config, tiles: int = 1) -> Flops:
-    """CLIP's (Radford et al. 2021, arXiv 2103.00020, section 2.4) of a LLaVA's config, for images of
-    one tile or cut into several."""
+    """CLIP's vision transformer (Radford et al. 2021, arXiv 2103.00020, section 2.4) on the tiles of an
+    image.
+
+    Args:
+        config: a LLaVA's.
+    """
     vision = config.vision_config
     hidden, inner = vision.hidden_size, vision.intermediate_size
     patches = patches_of(config)
@@ -67,7 +72,7 @@ def vision_tower(config, tiles: int = 1) -> Flops:
     layers = vision.num_hidden_layers
     chosen = config.vision_feature_layer
     chosen = [chosen] if isinstance(chosen, int) else chosen
-    # States are the embedding's and then each layer's: layers + 1, counted from either end.
+    # Hidden states are the embedding's, then one per layer: layers + 1, indexed from either end.
     needed = max(index % (layers + 1) for index in chosen)
     one = Flops(
         embedding.useful + needed * layer.useful,
@@ -88,32 +93,41 @@ def projector(config, tiles: int = 1) -> Flops:
 
 
 def patches_of(config) -> int:
-    """Of one tile."""
+    """Patches of one tile."""
     vision = config.vision_config
     return (vision.image_size // vision.patch_size) ** 2
 
 
-def language(config, new: int, past: int = 0) -> Flops:
-    """The language model's layers on ``new`` tokens behind ``past`` ones whose keys and values are in a
-    cache (Llama, arXiv 2302.13971, section 2.2: gated MLP; grouped-query attention, arXiv 2305.13245).
+def decoder_layer(text, new: int, past: int = 0) -> Flops:
+    """One layer of a language model, causal (Llama, arXiv 2302.13971, section 2.2: gated MLP;
+    grouped-query attention, arXiv 2305.13245).
+
+    Args:
+        text: the language model's config.
+        new: tokens computed.
+        past: tokens before them, whose keys and values are in a cache.
     """
-    text = config.text_config
-    hidden, inner = text.hidden_size, text.intermediate_size
-    head_dim = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    hidden, inner, head_dim = text.hidden_size, text.intermediate_size, head_dim_of(text)
     queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
     visible = new * past + new * (new + 1) // 2
-    layer = (
+    return (
         2 * product(new, hidden, queries)  # q and the output
         + 2 * product(new, hidden, keys)
         + attention(text.num_attention_heads, head_dim, visible, new * (past + new))
         + 3 * product(new, hidden, inner)  # gate, up, down
     )
-    angles = product(head_dim // 2, 1, new)  # of the rotation: positions times frequencies, once
-    return text.num_hidden_layers * layer + angles
+
+
+def language(config, new: int, past: int = 0) -> Flops:
+    """All layers of a LLaVA's language model; see ``decoder_layer``."""
+    text = config.text_config
+    # Positions times frequencies: the angles of the rotary embedding, computed once for all layers.
+    angles = product(head_dim_of(text) // 2, 1, new)
+    return text.num_hidden_layers * decoder_layer(text, new, past) + angles
 
 
 def head(config, tokens: int = 1) -> Flops:
-    """Logits. The engine, and ``generate``, compute them for a prompt's last token only."""
+    """Logits. The engine and ``generate`` compute them for a prompt's last token only."""
     return product(tokens, config.text_config.hidden_size, config.text_config.vocab_size)
 
 
@@ -123,7 +137,7 @@ def see(config, tiles: int = 1) -> Flops:
 
 
 def first_token(config, new: int, past: int = 0) -> Flops:
-    """A prompt's forward pass, up to the logits of its first new token. With ``new`` 1, a decoding
+    """A prompt's forward pass up to the logits of its first new token; with ``new=1``, a decoding
     step."""
     return language(config, new, past) + head(config)
 
@@ -131,20 +145,20 @@ def first_token(config, new: int, past: int = 0) -> Flops:
 def training(config, *, tokens: int, pairs: int, labels: int, images: int) -> int:
     """Useful operations of a LLaVA's forward and backward pass, its vision tower frozen.
 
-    A trained product costs two more of its size, the gradients of both factors; the projector's first
-    one a single one, as nobody asks for the gradient of the features. Attention costs 2.5 times its
-    forward pass (five products for two). A logit is useful where there is a label, and a pair of tokens
-    where one may see the other; what gradient checkpointing computes again is not.
+    A trained product costs two more of its size in the backward pass, the gradients of both factors; the
+    projector's first product costs one more, because the frozen tower's features need no gradient.
+    Backward, attention costs 2.5 times its forward pass (five products instead of two). Logits count
+    where there is a label; recomputation by gradient checkpointing doesn't count.
 
     Args:
-        tokens: of all sequences, padding left out.
-        pairs: of a query and a key that it may see.
+        tokens: in all sequences, without padding.
+        pairs: visible pairs of a query and a key.
         labels: tokens with a label.
-        images: of one tile each.
+        images: images of one tile each.
     """
     text = config.text_config
     hidden, heads = text.hidden_size, text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    head_dim = head_dim_of(text)
     layer = (
         2 * product(tokens, hidden, heads * head_dim)
         + 2 * product(tokens, hidden, text.num_key_value_heads * head_dim)
@@ -163,12 +177,13 @@ def training(config, *, tokens: int, pairs: int, labels: int, images: int) -> in
 
 
 def q_former_training(config, *, queries: int, features: int, hidden: int, images: int) -> int:
-    """Useful operations of a Q-Former's forward and backward pass and of the linear layer behind it
+    """Useful operations of the forward and backward pass of a Q-Former and the linear layer after it
     (BLIP-2, arXiv 2301.12597, section 3.1), on frozen features.
 
     Args:
         config: a ``Blip2QFormerConfig``.
-        queries, features: tokens an image, of the Q-Former and of the vision tower.
+        queries: learned queries of the Q-Former.
+        features: the vision tower's features per image.
         hidden: width of the language model.
     """
     own, heads = config.hidden_size, config.num_attention_heads
