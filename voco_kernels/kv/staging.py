@@ -45,7 +45,7 @@ class EntryMemory(NamedTuple):
         return cls(tuple(torch.empty_like(each, device=device) for each in tensors), tensors)
 
     def addresses(self) -> tuple[int, int]:
-        """Of keys and values, and of scales; 0 if there are none."""
+        """The addresses of keys and values, and of scales (0 if there are none)."""
         kv, *scales = self.tensors
         return kv.data_ptr(), scales[0].data_ptr() if scales else 0
 

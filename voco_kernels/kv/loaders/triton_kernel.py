@@ -17,7 +17,7 @@ OFFSET = tl.constexpr(move.OFFSET)
 SHIFT = tl.constexpr(move.SHIFT)
 TOKEN_COLUMNS = tl.constexpr(move.TOKEN_COLUMNS)
 
-# Of rows, in bytes. Rows of 8-bit entries have half as many bytes as 16-bit ones.
+# Alignment of rows, in bytes. Rows of 8-bit entries have half as many bytes as 16-bit ones.
 ALIGNMENT = tl.constexpr(move.ALIGNMENT)
 ALIGNMENT_OF_8_BITS = tl.constexpr(move.ALIGNMENT // 2)
 SCALE_BYTES = tl.constexpr(4)
