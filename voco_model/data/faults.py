@@ -108,15 +108,35 @@ def listed(faults: Iterable[Fault]) -> str:
 
 
 class FaultLog:
-    """Counts faults, and writes each of them to a JSON Lines file once."""
+    """Counts faults, and writes each of them once to a JSON Lines file.
 
-    def __init__(self, path: str | os.PathLike | None = None) -> None:
+    Args:
+        path: the file; None for none.
+        resume: continue the counts of the file that is there; else it is replaced.
+    """
+
+    def __init__(self, path: str | os.PathLike | None = None, *, resume: bool = False) -> None:
         self.counts: Counter[str] = Counter()
         self._path = None if path is None else Path(path)
         self._seen: set[tuple[str, str]] = set()
+        if self._path is not None and self._path.exists():
+            if resume:
+                self._read(self._path)
+            else:
+                self._path.unlink()
+
+    def _read(self, path: Path) -> None:
+        text = path.read_text(encoding="utf-8")
+        complete = text[: text.rfind("\n") + 1]
+        if complete != text:  # killed while writing the last line
+            path.write_text(complete, encoding="utf-8")
+        for line in complete.splitlines():
+            fault = Fault(**json.loads(line))
+            self._seen.add((fault.kind, fault.where))
+            self.counts[fault.kind] += 1
 
     def add(self, faults: Iterable[Fault]) -> list[Fault]:
-        """Those of them that are new: a sample comes by once an epoch."""
+        """Record faults and return the new ones: a sample returns in every epoch."""
         new = [fault for fault in faults if (fault.kind, fault.where) not in self._seen]
         for fault in new:
             self._seen.add((fault.kind, fault.where))

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from transformers import LogitsProcessor
 
 from voco_model import baselines
+from voco_model.devices import usable_device
 from voco_model.evaluate import requests as ask
-from voco_model.evaluate.devices import default_device
 from voco_model.pictures import ground_of
 from voco_model.vlm.control_tokens import as_text, control_tokens
 
@@ -79,7 +79,7 @@ class LMMSModel(lmms):
             "batch_size": int(given.pop("batch_size", 1)),
             "several_images": given.pop("several_images", "refuse"),
         }
-        given.setdefault("device", default_device())
+        given["device"] = usable_device(given.get("device"))
         path, name = given.pop("pretrained"), given.pop("method", None)
         return cls(baselines.load(path, name, **given), **own)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import logging
 import os
 import time
 from argparse import Namespace
@@ -16,13 +17,15 @@ import torch
 from transformers import AutoConfig
 
 from voco_model import baselines
+from voco_model.devices import device_name, usable_device
 from voco_model.evaluate import results
 from voco_model.evaluate.benchmarks import BENCHMARKS, check_tasks
-from voco_model.evaluate.devices import default_device, device_name
 from voco_model.evaluate.paper import model_of
 from voco_model.evaluate.requests import SEVERAL_IMAGES
 from voco_model.evaluate.tables import BOUNDS
 from voco_model.vlm.load import model_class, read_config
+
+logger = logging.getLogger(__name__)
 
 # Not tuned to compress: measured on the model that was tuned without the mask.
 ON_UPPER = (*BOUNDS, "fastv", "random")
@@ -71,7 +74,7 @@ def evaluate(
         batch_size: questions at a time.
         several_images: what becomes of a question with several images; see ``requests.image_of``.
         dtype: of the weights; ``"auto"`` as they are.
-        device: by default ``default_device()``.
+        device: where the model runs; by default a GPU, if there is one.
         task_manager: lmms-eval's, where it has other tasks than its own.
 
     Returns:
@@ -87,15 +90,17 @@ def evaluate(
     """
     output = Path(output)
     options = options or {}
+    device = usable_device(device)
     _check(tasks, limit, batch_size, several_images)
     named = _named(methods, num_tokens)
     names = list(dict.fromkeys(name for name, _ in named))
     if upper is not None:
         measured_on_it = [name for name in ON_UPPER if name in names]
         if not measured_on_it:
-            raise ValueError(
-                f"expected upper with one of {', '.join(ON_UPPER)}, got it with {', '.join(names)}; "
-                "name one among the methods, or leave upper out"
+            logger.warning(
+                "upper is not used: of these methods (%s) none is measured on it; %s would be",
+                ", ".join(names),
+                ", ".join(ON_UPPER),
             )
         checkpoints = {**dict.fromkeys(measured_on_it, upper), **(checkpoints or {})}
     for name in (*(checkpoints or {}), *options):
@@ -123,7 +128,6 @@ def evaluate(
     task_manager = _checked_manager(task_manager, tasks)
     _check_writable(output)
 
-    device = default_device() if device is None else device
     for run, (name, tokens) in runs.items():
         given = options[name]
         method = baselines.load(

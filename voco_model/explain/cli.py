@@ -20,20 +20,25 @@ def explain(
         "explain.png"
     ),
     new_tokens: Annotated[int, typer.Option(help="an answer's length")] = 32,
-    device: Annotated[str, typer.Option(help="such as cuda")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; by default a GPU, if there is one")
+    ] = None,
 ) -> None:
     """Draw what each VoCo token looked at in an image, and what the text took from it."""
 
     from voco_model import load
+    from voco_model.devices import usable_device
     from voco_model.explain import attention, draw
     from voco_model.explain.drawing import check_path
     from voco_model.pictures import size_of
     from voco_model.vlm.load import read_config
 
     try:
+        # Everything that can be wrong is checked before the model is loaded.
         check_path(output)
-        size_of(image)  # before a model is loaded for what is no picture
-        # load would give a plain LLaVA a VoCo token, which has learnt nothing.
+        size_of(image)
+        usable = usable_device(device)
+        # load would add an untrained VoCo token to a plain LLaVA.
         config = read_config(model)
         if getattr(config, "num_voco", None) is None:
             raise ValueError(
@@ -43,10 +48,10 @@ def explain(
         baseline = getattr(config, "voco_baseline", None)
         if baseline is not None:
             raise ValueError(
-                f"expected a model that was trained with VoCo's mask, got {model}, made for "
-                f"{baseline['name']!r}; name one that python -m voco_model train has made"
+                f"expected a model that was trained with VoCo's mask, got {model}, trained for "
+                f"{baseline['name']!r}; python -m voco_model train makes one"
             )
-        loaded, processor = load(model, device=device)
+        loaded, processor = load(model, device=usable)
         found = attention(loaded, image, question, processor=processor, max_new_tokens=new_tokens)
         draw(found, output)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:

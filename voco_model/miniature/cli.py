@@ -12,33 +12,47 @@ import typer
 
 
 def miniature(
-    output: Annotated[Path, typer.Option(help="folder of checkpoints, tables and the plot")] = Path(
-        "miniature"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="Folder for checkpoints, tables and the plot.")
+    ] = Path("miniature"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="one seed, one token, shorter trainings")
+        bool, typer.Option("--quick", help="Use one seed, one VoCo token and fewer steps.")
     ] = False,
-    seeds: Annotated[int | None, typer.Option(help="in place of the recipe's", min=1)] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Number of seeds, instead of the recipe's.", min=1)
+    ] = None,
     distinct: Annotated[
         list[int] | None,
         typer.Option(
-            help="in place of the recipe's: counts of VoCo tokens with a row each; may be given several "
-            "times",
+            help="Numbers of VoCo tokens with an embedding row each, instead of the recipe's; can be "
+            "repeated.",
             min=2,
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="processes; by default one a CPU, or one on a GPU", min=1)
+        int | None, typer.Option(help="Processes; by default one per CPU, or one on a GPU.", min=1)
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one")
+        str | None, typer.Option(help="cpu or cuda; by default a GPU, if there is one.")
+    ] = None,
+    write_data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Only write 1,000 training conversations with their pictures to this folder, for "
+            "python -m voco_model train."
+        ),
     ] = None,
 ) -> None:
-    """Train small LLaVAs on pictures of digits, compress them in every way, and compare."""
+    """Train small LLaVAs on pictures of digits, compress their images by each method, and compare."""
     from rich.console import Console
     from rich.markdown import Markdown
 
     try:
+        if write_data is not None:
+            from voco_model.miniature.dataset import write_data as write
+
+            print(f"written: {write(write_data)}")
+            return
         from voco_model.miniature.recipe import FULL, QUICK
         from voco_model.miniature.report import tables
         from voco_model.miniature.run import run

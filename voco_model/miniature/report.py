@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 
 from voco_model.miniature.exam import PRICED
 from voco_model.miniature.results import LABELS, Rows, spread
@@ -26,6 +28,13 @@ def tables(results: dict) -> dict[str, str]:
         "cost": _cost(rows),
         "made": _made(results),
     }
+
+
+def save(results: dict, output: Path) -> None:
+    """Write ``results.json``, ``tables.md`` and ``retention.png``."""
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (output / "tables.md").write_text("\n\n".join(tables(results).values()) + "\n")
+    plot(results, output / "retention.png")
 
 
 def _by_count(rows: Rows, title: str, numbers) -> str:

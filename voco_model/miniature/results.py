@@ -51,15 +51,6 @@ def collect(recipe: Recipe, output: Path) -> dict:
     }
 
 
-def save(results: dict, output: Path) -> None:
-    """``results.json``, ``tables.md`` and ``retention.png``."""
-    from voco_model.miniature.report import plot, tables
-
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (output / "tables.md").write_text("\n\n".join(tables(results).values()) + "\n")
-    plot(results, output / "retention.png")
-
-
 class Rows:
     """The rows of a result, to ask for numbers by name, tokens and seed."""
 

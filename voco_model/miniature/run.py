@@ -26,8 +26,10 @@ from rich.progress import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from voco_model.devices import available_cpus, usable_device
 from voco_model.miniature.recipe import Job, Recipe, jobs
-from voco_model.miniature.results import collect, save
+from voco_model.miniature.report import save
+from voco_model.miniature.results import collect
 from voco_model.miniature.scenes import digits
 
 _REPORT_EVERY = 10  # steps
@@ -58,15 +60,9 @@ def run(
         RuntimeError: a training that failed.
     """
     console = console or Console()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # unknown, not there, or without numbers: meta
-        raise ValueError(
-            f"expected a device such as cpu or cuda, got {device!r}: {error}"
-        ) from None
+    device = str(usable_device(device))
     if workers is None:
-        workers = 1 if device.startswith("cuda") else _cpus()
+        workers = 1 if device.startswith("cuda") else available_cpus()
     if workers < 1:
         raise ValueError(f"expected workers >= 1, got {workers}")
     digits("train")
@@ -86,13 +82,6 @@ def run(
         results = collect(recipe, output)
         save(results, output)
     return results
-
-
-def _cpus() -> int:
-    """Those that this process may use, where the system tells."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def is_done(output: Path, name: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from datetime import date
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from voco_model import baselines
 from voco_model.baselines.base import Method
+from voco_model.devices import device_name
 from voco_model.miniature.batches import batches
 from voco_model.miniature.exam import PRICED, make_exam, score
 from voco_model.miniature.model import build_model, build_processor
@@ -67,17 +67,6 @@ def do(job: Job, recipe: Recipe, folder: Path, device: str, progress: Progress) 
     partial = target / "scores.json.part"
     partial.write_text(json.dumps(facts, indent=1) + "\n")
     partial.replace(target / "scores.json")
-
-
-def device_name(device: str) -> str:
-    """What it is called by whoever sells it."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    described = Path("/proc/cpuinfo")
-    for line in described.read_text().splitlines() if described.exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _tune(

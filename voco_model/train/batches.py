@@ -112,7 +112,7 @@ def make_batches(
             config.voco.most,
             truncate=truncate,
             trim=policy["loose_turns"] == "trim",
-            workers=config.data.workers,
+            workers=config.data.num_workers,
             progress=progress,
         )
         policy.check(index.faults)  # here: what is fatal isn't kept, it will be mended
@@ -212,6 +212,6 @@ def _streamed(config, encoder, policy, collate, rank: int, world_size: int) -> B
 
 
 def _reading(config: TrainConfig) -> dict:
-    workers = config.data.workers
+    workers = config.data.num_workers
     more = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
     return {"num_workers": workers, "pin_memory": torch.cuda.is_available(), **more}

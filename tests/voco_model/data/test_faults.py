@@ -305,6 +305,22 @@ def test_a_log_counts_each_fault_once_and_writes_it_down(tmp_path):
     assert FaultLog().add([one]) == [one]
 
 
+def test_a_resumed_log_continues_its_file(tmp_path):
+    path = tmp_path / "faults.jsonl"
+    one, other = Fault("broken_image", "a.json:1", "é"), Fault("over_long", "a.json:2", "long")
+    FaultLog(path).add([one])
+    with path.open("a") as file:
+        file.write('{"kind": "over_lo')  # killed while writing
+    log = FaultLog(path, resume=True)
+    assert log.counts == {"broken_image": 1}
+    assert log.add([one, other]) == [other]
+    assert [json.loads(line)["where"] for line in path.read_text().splitlines()] == [
+        "a.json:1",
+        "a.json:2",
+    ]
+    assert FaultLog(path).counts == {} and not path.exists()
+
+
 def test_policies():
     default = FaultPolicy()
     assert {kind: default[kind] for kind in KINDS} == {
