@@ -141,15 +141,16 @@ class Meter(TrainerCallback):
 
     def _said(self, logs: dict[str, Any], room: int) -> str:
         """As many of the numbers as fit into ``room`` characters, the most wanted first."""
-        said = f"loss {logs.get('loss', float('nan')):.4f}"
-        more = [f"{logs['tokens_per_second']:,.0f} tokens/s"]
+        texts = [f"loss {logs['loss']:.4f}", f"{logs['tokens_per_second']:,.0f} tokens/s"]
         if self._log.counts:
-            more.append(f"{self._log.counts.total()} skipped or cut")
-        more.append(f"padding {logs['padding']:.1%}")
-        more.append(f"{logs['useful_tflops']:.1f} TFLOP/s per GPU")
-        for text in more:
-            if len(said) + 2 + len(text) <= room:
-                said += f"  {text}"
+            texts.append(f"{self._log.counts.total()} skipped or cut")
+        texts.append(f"padding {logs['padding']:.1%}")
+        texts.append(f"{logs['useful_tflops']:.1f} TFLOP/s per GPU")
+        said = ""
+        for text in texts:
+            longer = f"{said}  {text}" if said else text
+            if len(longer) <= room:
+                said = longer
         return said
 
 

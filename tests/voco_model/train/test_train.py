@@ -277,7 +277,7 @@ def test_a_full_disk_costs_no_checkpoint(values, tmp_path, monkeypatch):
                 full = usage(output)._replace(free=1000)
                 monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
 
-    with pytest.raises(OSError, match="expected room for a checkpoint"):
+    with pytest.raises(OSError, match="of free space for a checkpoint"):
         train(config, callbacks=[Fill()])
     assert [p.name for p in checkpoints.folders(output)] == ["checkpoint-2"]
     assert checkpoints.newest(output).name == "checkpoint-2"
@@ -324,7 +324,10 @@ def test_what_is_left_out_is_told(values, data, tmp_path, capsys):
     train(make_config(values(data={**source, "max_length": 320, "faults": faults})))
     said = capsys.readouterr().err
     line = 1 + path.read_text()[: path.read_text().index('"id": "5"')].count("\n") - 1
-    assert f"{path}:{line}: expected an image, got {data.parent / 'nowhere.png'}" in said
+    assert (
+        f"{path}:{line}: missing_file: expected an image, got no such file: {data.parent / 'nowhere.png'}"
+        in said
+    )
     assert said.count("skipped or cut: ") == 1 and "broken_image" in said  # once, in two epochs
     told = (tmp_path / "out" / "left-out-0.jsonl").read_text().splitlines()
     assert [json.loads(one)["kind"] for one in told] == ["broken_image"]
@@ -472,7 +475,7 @@ def test_the_bar_keeps_its_place_at_any_width(width, monkeypatch):
     meter.on_train_end(None, state, None)
     shown = [line for line in re.split("[\r\n]", sys.stderr.getvalue()) if "step" in line][-1]
     assert "step 1200/1200" in shown and "…" not in shown
-    assert shown.count("━") >= (5 if width == 40 else 10)
+    assert shown.count("━") >= 10
     assert ("loss 1.2345  45,678 tokens/s" in shown) == (width >= 80)
     assert ("TFLOP/s per GPU" in shown) == (width == 160)
 
