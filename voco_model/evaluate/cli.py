@@ -13,41 +13,49 @@ import typer
 
 def evaluate(
     model: Annotated[
-        str, typer.Option(help="folder or hub name of a checkpoint in the Hugging Face layout")
+        str, typer.Option(help="Folder or hub name of a checkpoint (Hugging Face layout).")
     ],
-    tasks: Annotated[str, typer.Option(help="names of lmms-eval, with commas between them")],
-    output: Annotated[Path, typer.Option(help="a folder for results and table")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lmms-eval, separated by commas.")],
+    output: Annotated[Path, typer.Option(help="Folder for the results and the table.")],
     method: Annotated[
         list[str],
         typer.Option(
-            help="a name of voco_model.baselines.METHODS, or NAME:TOKENS; may be repeated"
+            help="NAME or NAME:TOKENS of a method (voco_model.baselines.METHODS); repeatable."
         ),
     ] = ["full", "untrained", "voco"],  # noqa: B006
     num_tokens: Annotated[
-        int | None, typer.Option(help="an image, of methods that come without; not of full")
+        int | None, typer.Option(help="Tokens per image, for methods named without them.")
     ] = None,
     upper: Annotated[
         str | None,
-        typer.Option(help="in place of --model for the methods that aren't tuned to compress"),
+        typer.Option(help="Checkpoint instead of --model, for methods not trained to compress."),
     ] = None,
     checkpoint: Annotated[
         list[str] | None,
-        typer.Option(help="METHOD=PATH, in place of --model for it; may be repeated"),
+        typer.Option(
+            help="METHOD=PATH: checkpoint instead of --model, for one method; repeatable."
+        ),
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(help="METHOD.NAME=VALUE of a method's own, such as fastv.layer=3"),
+        typer.Option(
+            help="METHOD.NAME=VALUE: a method's option, such as fastv.layer=3; repeatable."
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="questions a task; by default all")] = None,
-    batch_size: Annotated[int, typer.Option(help="questions at a time")] = 8,
+    limit: Annotated[int | None, typer.Option(help="Questions per task; by default all.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 8,
     several_images: Annotated[
-        str, typer.Option(help="of one question: refuse, or take the middle one")
+        str, typer.Option(help="For questions with several images: refuse, or take the middle one.")
     ] = "refuse",
-    dtype: Annotated[str, typer.Option(help="of the weights, by default as they are")] = "auto",
-    device: Annotated[str | None, typer.Option(help="by default a GPU, if there is one")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the weights; auto keeps the checkpoint's.")
+    ] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; by default a GPU, if there is one.")
+    ] = None,
 ) -> None:
     """Measure methods on the paper's benchmarks through lmms-eval; see docs/evaluation.md."""
-    # lmms-eval's logger reads it when it is imported, and would say much before a line that matters.
+    # lmms-eval's logger reads this on import; its default prints a lot before anything that matters.
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")
     try:
         checkpoints = dict(_pair(text, "METHOD=PATH") for text in checkpoint or ())
@@ -96,6 +104,6 @@ def _options(given: list[str]) -> dict[str, dict]:
         try:
             value = json.loads(value)
         except ValueError:
-            pass  # a text
+            pass  # text, not JSON
         options.setdefault(method, {})[own] = value
     return options

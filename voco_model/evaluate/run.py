@@ -27,11 +27,11 @@ from voco_model.vlm.load import model_class, read_config
 
 logger = logging.getLogger(__name__)
 
-# Not tuned to compress: measured on the model that was tuned without the mask.
+# Methods that aren't trained to compress, measured on the model that was trained without the mask.
 ON_UPPER = (*BOUNDS, "fastv", "random")
-# Of tasks, what LMMSModel answers; the first is lmms-eval's default.
+# Kinds of tasks that LMMSModel answers; the first is lmms-eval's default.
 OUTPUT_TYPES = ("generate_until", "multiple_choice", "loglikelihood")
-# What LLaVAs were trained with that aren't LLaVA-1.5, by the paper's names; their configs don't say.
+# Prompt styles that LLaVA-1.6 was trained with, by the paper's names; its configs don't say.
 _OWN_STYLES = {"LLaVA-1.6-7B": "mistral", "LLaVA-1.6-34B": "chatml"}
 
 
@@ -54,19 +54,20 @@ def evaluate(
 ) -> str | None:
     """Measure each method on each task; see ``docs/evaluation.md``.
 
-    A method's results are written as soon as it is done. What the folder has already is in the table
-    too, so a table can be made in several calls.
+    A method's results are written as soon as it is done. The table includes results that the folder
+    already has, so that it can be made in several calls.
 
     Args:
         model: folder or hub name of a checkpoint in the Hugging Face layout.
-        tasks: names of lmms-eval.
+        tasks: names of lmms-eval's tasks.
         output: a folder.
-        methods: names of ``baselines.METHODS``, or with a number of tokens an image: ``"fastv:64"``.
-        num_tokens: an image, for methods that come without; by default what the checkpoint says. Not for
-            ``"full"``, which has all.
-        upper: in place of ``model`` for the methods that aren't tuned to compress, ``ON_UPPER``: the
-            paper's bounds are of a model that was tuned without the mask.
-        checkpoints: in place of ``model``, by method.
+        methods: names in ``baselines.METHODS``, or with a number of tokens per image: ``"fastv:64"``.
+        num_tokens: tokens per image for methods given without; by default the checkpoint's. ``"full"``
+            has all tokens.
+        upper: checkpoint for the methods that aren't trained to compress (``ON_UPPER``), instead of
+            ``model``: the paper's bounds are from a model trained without the mask. If no such method
+            is named, it is not used, and a warning says so.
+        checkpoints: checkpoints by method, instead of ``model``.
         options: of ``baselines.apply``, by method. The ``style`` of prompts is by default what the
             method's checkpoint was tuned with; of a plain LLaVA what ``model``'s config says, else what
             LLaVA-1.6 was trained with, else ``"vicuna"``.

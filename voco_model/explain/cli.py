@@ -11,17 +11,17 @@ import typer
 
 
 def explain(
-    image: Annotated[Path, typer.Argument(help="a picture", show_default=False)],
-    model: Annotated[str, typer.Option(help="folder or hub name of a VoCo model")],
+    image: Annotated[Path, typer.Argument(help="The image.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Folder or hub name of a VoCo model.")],
     question: Annotated[
-        str, typer.Option(help="about the picture")
+        str, typer.Option(help="The question about the image.")
     ] = "Describe this image in one sentence.",
-    output: Annotated[Path, typer.Option(help="a .png, or an .html with every layer")] = Path(
+    output: Annotated[Path, typer.Option(help="A .png, or an .html with every layer.")] = Path(
         "explain.png"
     ),
-    new_tokens: Annotated[int, typer.Option(help="an answer's length")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 32,
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; by default a GPU, if there is one")
+        str | None, typer.Option(help="cpu or cuda; by default a GPU, if there is one.")
     ] = None,
 ) -> None:
     """Draw what each VoCo token looked at in an image, and what the text took from it."""

@@ -24,8 +24,8 @@ def miniature(
     distinct: Annotated[
         list[int] | None,
         typer.Option(
-            help="Numbers of VoCo tokens with an embedding row each, instead of the recipe's; can be "
-            "repeated.",
+            help="Numbers of VoCo tokens with an embedding row each, instead of the recipe's; "
+            "repeatable.",
             min=2,
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""A run's tables, in Markdown, and its plot."""
+"""The report of a run: Markdown tables and a plot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TABLES = ("main", "retention", "share", "kinds", "cost", "made")
 
 
 def tables(results: dict) -> dict[str, str]:
-    """Markdown by name, for each of ``TABLES``."""
+    """The Markdown tables by name, one for each of ``TABLES``."""
     rows = Rows(results)
     return {
         "main": _by_count(rows, "accuracy, %", rows.accuracy),
@@ -38,7 +38,7 @@ def save(results: dict, output: Path) -> None:
 
 
 def _by_count(rows: Rows, title: str, numbers) -> str:
-    """A row a method, a column a count of tokens; mean and standard deviation over the seeds."""
+    """A row per method, a column per number of tokens: mean and standard deviation over seeds."""
     counts = sorted(
         {count for name in rows.names() if name != "full" for count in rows.counts(name)}
     )
@@ -120,10 +120,10 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def plot(results: dict, path: str | PathLike, metadata: Mapping[str, str] | None = None) -> None:
-    """Retention over the count of tokens, a line a method, bars of a standard deviation.
+    """Plot retention over the number of tokens: a line per method, error bars of a standard deviation.
 
     Args:
-        metadata: text entries of the PNG.
+        metadata: text entries for the PNG.
     """
     from matplotlib.figure import Figure
 

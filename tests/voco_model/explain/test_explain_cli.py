@@ -55,8 +55,8 @@ def test_a_picture_is_written(folder, tmp_path):
         ("photo.jpg", "plain", "out.png", "expected a model that was trained with VoCo tokens"),
         ("photo.jpg", "full", "out.png", "trained with VoCo's mask"),
         ("photo.jpg", "missing", "out.png", "missing"),
-        ("photo.jpg", "voco", "out.gif", "expected a file .png or .html"),
-        ("photo.jpg", "missing", "folder/out.png", "expected a file in a folder that is there"),
+        ("photo.jpg", "voco", "out.gif", "expected a file ending in .png or .html"),
+        ("photo.jpg", "missing", "folder/out.png", "expected a file in an existing folder"),
     ],
 )
 def test_errors(folder, tmp_path, image, model, output, message):

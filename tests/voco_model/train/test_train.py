@@ -324,10 +324,8 @@ def test_what_is_left_out_is_told(values, data, tmp_path, capsys):
     train(make_config(values(data={**source, "max_length": 320, "faults": faults})))
     said = capsys.readouterr().err
     line = 1 + path.read_text()[: path.read_text().index('"id": "5"')].count("\n") - 1
-    assert (
-        f"{path}:{line}: missing_file: expected an image, got no such file: {data.parent / 'nowhere.png'}"
-        in said
-    )
+    missing = f"expected an image, got no such file: {data.parent / 'nowhere.png'}"
+    assert f"{path}:{line}: {missing}" in said
     assert said.count("skipped or cut: ") == 1 and "broken_image" in said  # once, in two epochs
     told = (tmp_path / "out" / "left-out-0.jsonl").read_text().splitlines()
     assert [json.loads(one)["kind"] for one in told] == ["broken_image"]
