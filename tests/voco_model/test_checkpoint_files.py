@@ -58,7 +58,7 @@ def test_whole_checkpoints_are_let_through(copy, shards):
 )
 def test_a_pointer_of_git_lfs(copy, name):
     (copy / name).write_text(POINTER)
-    refused(copy, f"a pointer of Git LFS in {copy / name}", f"git -C {copy} lfs pull")
+    refused(copy, f"a Git LFS pointer in {copy / name}", f"git -C {copy} lfs pull")
 
 
 def test_a_pointer_that_nobody_reads_is_no_fault(copy):
@@ -67,7 +67,7 @@ def test_a_pointer_that_nobody_reads_is_no_fault(copy):
     (copy / "training_args.bin").write_text(POINTER)
     voco_model.load(copy)
     (copy / WEIGHTS).unlink()
-    refused(copy, f"a pointer of Git LFS in {copy / 'pytorch_model.bin'}")
+    refused(copy, f"a Git LFS pointer in {copy / 'pytorch_model.bin'}")
 
 
 def test_every_way_in_says_so(copy, tmp_path):
@@ -106,7 +106,7 @@ def test_an_index_that_is_none(shards, text):
 
 def test_an_index_that_is_a_pointer(shards):
     (shards / INDEX).write_text(POINTER)
-    refused(shards, f"a pointer of Git LFS in {shards / INDEX}")
+    refused(shards, f"a Git LFS pointer in {shards / INDEX}")
 
 
 @pytest.mark.parametrize("kept", [0, 7, 8, 200, -1])

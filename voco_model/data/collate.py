@@ -1,4 +1,4 @@
-"""From documents to a batch: one packed row, or rows padded on the right."""
+"""The collator: documents into one packed row, or into rows padded on the right."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ STATS = "voco_stats"
 
 @dataclass
 class BatchStats:
-    """What is in a micro-batch; travels with it, and isn't the model's business.
+    """Counts for a micro-batch, passed along with it and removed before the model sees it.
 
     Attributes:
-        samples: documents, fillers not counted.
-        tokens: of them; ``computed`` counts padding and fillers too.
-        pairs: visible (query, key) pairs, for one head.
-        tiles: images that the vision tower reads.
-        faults: samples that were left out.
+        samples: number of documents, without fillers.
+        tokens: number of their tokens.
+        computed: number of tokens with padding and fillers.
+        pairs: number of visible (query, key) pairs, for one head.
+        tiles: number of images that the vision tower reads.
+        faults: samples that were skipped.
     """
 
     samples: int = 0
@@ -49,12 +50,12 @@ class Collator:
     """Puts documents into a batch for an enabled model.
 
     Attributes:
-        packed: one row ``[1, S]`` with ``position_ids`` that start again with each document, so that
-            none sees another; else rows ``[B, S]`` with ``attention_mask``.
-        filler: a document with nothing to learn. It stands in where there is no document, and, with
-            ``always_image``, where there is no image: ranks that share a model's parts must all run all
-            of them, or wait for each other forever.
-        voco_token_id, image_token_id, isolated: of the model, to count what its mask shows.
+        packed: make one row ``[1, S]`` with ``position_ids`` that restart with each document, so that
+            no document sees another; else rows ``[B, S]`` with ``attention_mask``.
+        filler: a document without labels, added to a batch without documents and, if ``always_image``,
+            to one without images: with sharded weights, every rank must run the same modules, or all
+            wait forever.
+        voco_token_id, image_token_id, isolated: as the model has them, to count the visible pairs.
     """
 
     packed: bool
@@ -66,7 +67,7 @@ class Collator:
     isolated: bool = False
 
     def __call__(self, documents: Sequence[Encoded | Fault]) -> dict:
-        """Faults among the documents are left out and handed on.
+        """Make a batch; faults among the documents go into its statistics.
 
         Returns:
             ``input_ids``, ``labels``, ``attention_mask`` or ``position_ids``, ``pixel_values`` and
@@ -96,7 +97,7 @@ class Collator:
         positions = [torch.arange(len(row.input_ids)) for row in rows]
         labels = [row.labels.clone() for row in rows]
         for document in labels:
-            document[0] = IGNORE  # it would be predicted from the document before
+            document[0] = IGNORE  # the previous document would predict it
         return {
             "input_ids": torch.cat([row.input_ids for row in rows])[None],
             "labels": torch.cat(labels)[None],
@@ -117,7 +118,9 @@ class Collator:
         pixels = [row.pixel_values for row in rows if row.pixel_values is not None]
         if not pixels:
             return {}
-        if pixels[0].dim() == 5:  # [images, tiles, 3, H, W]: an image has as many tiles as it needs
+        if (
+            pixels[0].dim() == 5
+        ):  # [images, tiles, 3, H, W]: the number of tiles differs between images
             most = max(part.shape[1] for part in pixels)
             pixels = [
                 torch.cat(

@@ -1,4 +1,4 @@
-"""From a sample to token ids, labels and pixels, as Listing 1 of the supplement lays them out."""
+"""The encoder: a sample into token ids, labels and pixels, laid out as Listing 1 of the supplement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from voco_model.vlm.control_tokens import check_appends_nothing, control_tokens,
 from voco_model.vlm.prompt import image_part, text_pieces
 
 _LIMITS = PictureLimits()
-IGNORE = -100  # what losses of PyTorch and Transformers leave out
+IGNORE = -100  # the label that losses of PyTorch and Transformers ignore
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Encoded:
 
     Attributes:
         input_ids: int64 ``[S]``, each image as its run of image tokens.
-        labels: int64 ``[S]``, ``IGNORE`` but for answers and their ends.
-        pixel_values: what the image processor made, the first dimension over images; None without.
-        image_sizes: int64 ``[images, 2]``, height and width, where the model asks for them.
+        labels: int64 ``[S]``, ``IGNORE`` except for answers and their end tokens.
+        pixel_values: the image processor's output, images first; None without images.
+        image_sizes: int64 ``[images, 2]``, height and width, for models that need them.
     """
 
     input_ids: Tensor
@@ -40,18 +40,18 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes samples for one processor and prompt style; safe to copy into worker processes.
+    """Encodes samples for one processor and prompt style; can be pickled for worker processes.
 
     Args:
-        processor: of an enabled model: its tokenizer knows ``<VoCo>``. The tokenizer must be a fast one,
-            which tells the characters that a token stands for.
-        style: a name of ``voco_model.vlm.prompt.STYLES``.
-        max_length: tokens of a document, image tokens included; more are cut off at the end.
-        ground: red, green and blue, 0 to 255, that transparent pixels are shown on.
-        limits: what an image may cost.
+        processor: an enabled model's processor, whose tokenizer has ``<VoCo>``. It must be a fast
+            tokenizer, which gives the characters of each token.
+        style: a name in ``voco_model.vlm.prompt.STYLES``.
+        max_length: most tokens of a document, image tokens included; the rest is cut off.
+        ground: color (red, green, blue, 0 to 255) behind transparent pixels.
+        limits: largest images accepted.
 
     Raises:
-        ValueError: a tokenizer without offsets, or one that ends every text in tokens of its own.
+        ValueError: a slow tokenizer, or one that appends tokens of its own to every text.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Encoder:
     ) -> None:
         if not processor.tokenizer.is_fast:
             raise ValueError(
-                "expected a fast tokenizer, which knows the characters of each token, got "
+                "expected a fast tokenizer, which gives the characters of each token, got "
                 f"{type(processor.tokenizer).__name__}; load the processor with use_fast=True"
             )
         check_appends_nothing(processor.tokenizer)
@@ -76,11 +76,10 @@ class Encoder:
         self._image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
 
     def length(self, sample: Sample, num_voco: int) -> int:
-        """Tokens of the document, before anything is cut off. Reads no more of an image than its header.
+        """Number of tokens of the document before it is cut; reads only the headers of images.
 
         Raises:
-            DataError: of kind ``over_long``, if nothing to learn remains within ``max_length``;
-                ``broken_image``.
+            DataError: ``over_long``, if no answer begins within ``max_length``; ``broken_image``.
         """
         ids, learnt = self._tokens(sample, num_voco)
         sizes = [picture.size(**self._pictures) for picture in sample.pictures]
@@ -90,10 +89,10 @@ class Encoder:
         return len(ids)
 
     def encode(self, sample: Sample, num_voco: int) -> Encoded:
-        """The document, its images read and processed.
+        """The document, with its images decoded and processed.
 
         Raises:
-            DataError: as ``length``.
+            DataError: like ``length``.
         """
         ids, learnt = self._tokens(sample, num_voco)
         pixels: dict[str, Tensor] = {}
@@ -108,7 +107,7 @@ class Encoder:
         )
 
     def filler(self, num_voco: int) -> Encoded:
-        """A document with a black image and nothing to learn: work for a rank that has no image."""
+        """A document with a black image and no labels, for a rank without an image."""
         picture = Picture(Image.new("RGB", (32, 32)), "filler")
         pixels, counts = self._pixels([picture])
         text = image_part(num_voco)
@@ -117,7 +116,7 @@ class Encoder:
         return Encoded(torch.from_numpy(ids), torch.full((len(ids),), IGNORE), **pixels)
 
     def _tokens(self, sample: Sample, num_voco: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids with one token an image, and which of them are answers."""
+        """Token ids with one token per image, and a mask of those that belong to answers."""
         tokenizer = self._processor.tokenizer
         images = len(sample.pictures)
         pieces = text_pieces(

@@ -1,4 +1,4 @@
-"""What can be wrong with a sample, and what becomes of it: never silent."""
+"""Faults of samples: their kinds, the policy for each kind, and the log."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# What can be wrong, and what each may be answered with; the first is the default.
+# Kinds of fault with the actions that each allows; the first one is the default.
 KINDS: dict[str, tuple[str, ...]] = {
     "bad_record": ("fatal", "skip"),  # not JSON, or without conversations
     "unknown_role": ("fatal", "skip"),
-    "empty_answer": ("fatal", "skip"),  # or no answer at all: nothing to learn
+    "empty_answer": ("fatal", "skip"),  # or no answer at all
     "misplaced_images": (
         "fatal",
         "skip",
-    ),  # another number of <image> than of images; <VoCo> in a text
+    ),  # the numbers of <image> and of images differ, or a text has <VoCo>
     "missing_file": ("fatal", "skip"),
     "broken_image": ("fatal", "skip"),
     "loose_turns": (
         "trim",
         "skip",
         "fatal",
-    ),  # an answer in front of all questions, a question at the end
+    ),  # an answer before the first question, or a last question without an answer
     "over_long": ("truncate", "skip", "fatal"),  # more tokens than max_length
 }
 _SHOWN = 5
@@ -35,7 +35,7 @@ class Fault:
     """One sample that can't be used as it is.
 
     Attributes:
-        kind: a name of ``KINDS``.
+        kind: a key of ``KINDS``.
         where: file and line, or data set and row.
     """
 
@@ -48,10 +48,10 @@ class Fault:
 
 
 class DataError(ValueError):
-    """A fault that is fatal, or is on its way to whoever decides that."""
+    """A fault as an exception; the policy decides whether it ends the run."""
 
     def __init__(self, kind: str, where: str, message: str) -> None:
-        # All three in args: exceptions cross from worker processes by pickle.
+        # All three in args, so that the exception can be pickled by a worker process.
         super().__init__(kind, where, message)
         self.fault = Fault(kind, where, message)
 
@@ -60,14 +60,14 @@ class DataError(ValueError):
 
 
 class FaultPolicy:
-    """What to do about each kind of fault.
+    """The action for each kind of fault.
 
     Args:
-        actions: by kind, or one action for all but over-long samples. What isn't named has its default:
-            the first of its ``KINDS``.
+        actions: actions by kind, or one action for every kind except ``over_long``. Other kinds have
+            their default, the first action in ``KINDS``.
 
     Raises:
-        ValueError: an unknown kind, or an action that it doesn't have.
+        ValueError: an unknown kind, or an action that its kind doesn't allow.
     """
 
     def __init__(self, actions: Mapping[str, str] | str | None = None) -> None:
@@ -76,7 +76,7 @@ class FaultPolicy:
         self._actions = {kind: choices[0] for kind, choices in KINDS.items()}
         for kind, action in (actions or {}).items():
             if kind not in KINDS:
-                raise ValueError(f"expected a kind of fault of {', '.join(KINDS)}, got {kind!r}")
+                raise ValueError(f"expected kinds of fault among {', '.join(KINDS)}, got {kind!r}")
             if action not in KINDS[kind]:
                 raise ValueError(f"expected {' or '.join(KINDS[kind])} for {kind}, got {action!r}")
             self._actions[kind] = action
@@ -90,7 +90,7 @@ class FaultPolicy:
         if fatal:
             raise ValueError(
                 f"expected samples that can be used, got {len(fatal)} that can't:\n{listed(fatal)}\n"
-                "mend them, or leave them out with data.faults: {KIND: skip}"
+                "fix them, or skip them with data.faults: {KIND: skip}"
             )
 
 
@@ -108,15 +108,35 @@ def listed(faults: Iterable[Fault]) -> str:
 
 
 class FaultLog:
-    """Counts faults, and writes each of them to a JSON Lines file once."""
+    """Counts faults, and writes each of them once to a JSON Lines file.
 
-    def __init__(self, path: str | os.PathLike | None = None) -> None:
+    Args:
+        path: the file; None for none.
+        resume: continue the counts of the file that is there; else it is replaced.
+    """
+
+    def __init__(self, path: str | os.PathLike | None = None, *, resume: bool = False) -> None:
         self.counts: Counter[str] = Counter()
         self._path = None if path is None else Path(path)
         self._seen: set[tuple[str, str]] = set()
+        if self._path is not None and self._path.exists():
+            if resume:
+                self._read(self._path)
+            else:
+                self._path.unlink()
+
+    def _read(self, path: Path) -> None:
+        text = path.read_text(encoding="utf-8")
+        complete = text[: text.rfind("\n") + 1]
+        if complete != text:  # killed while writing the last line
+            path.write_text(complete, encoding="utf-8")
+        for line in complete.splitlines():
+            fault = Fault(**json.loads(line))
+            self._seen.add((fault.kind, fault.where))
+            self.counts[fault.kind] += 1
 
     def add(self, faults: Iterable[Fault]) -> list[Fault]:
-        """Those of them that are new: a sample comes by once an epoch."""
+        """Record faults and return the new ones: a sample returns in every epoch."""
         new = [fault for fault in faults if (fault.kind, fault.where) not in self._seen]
         for fault in new:
             self._seen.add((fault.kind, fault.where))

@@ -1,4 +1,4 @@
-"""What a file of records is by its first bytes, and what to do where it isn't UTF-8 text."""
+"""Detects what a file of records holds by its first bytes, and says how to convert it to UTF-8 text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import shlex
 from pathlib import Path
 
-# The pointer that a clone without Git LFS has in a large file's place.
+# How the pointer begins that a clone without Git LFS has instead of a large file.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _PACKED = {  # magic number -> what it is, the command that unpacks it to stdout, its suffix
     b"\x1f\x8b": ("gzip", "gzip -dc", ".gz"),
@@ -21,10 +21,10 @@ _PARQUET = b"PAR1"
 
 
 def start_of_text(path: Path) -> int:
-    """Where the text of a JSON file begins: behind its byte order mark, if there is one.
+    """Offset of the text in a JSON file: after the byte order mark, if there is one.
 
     Raises:
-        ValueError: no UTF-8: another encoding, a compressed file, Parquet, a pointer of Git LFS.
+        ValueError: not UTF-8: another encoding, a compressed file, Parquet, or a Git LFS pointer.
     """
     with path.open("rb") as file:
         head = file.read(64)
@@ -34,14 +34,14 @@ def start_of_text(path: Path) -> int:
             suffixed = path.suffix.lower() == suffix
             unpacked = path.with_suffix("") if suffixed else _beside(path, "unpacked")
             raise ValueError(
-                f"expected JSON as text, got {name} in {path}; records are read by their place, which "
-                f"compressed text doesn't have: {_shell(command, path, unpacked)}"
+                f"expected JSON as text, got {name} in {path}; records are read at their offsets, so "
+                f"unpack it first: {_shell(command, path, unpacked)}"
             )
     if head.startswith(_PARQUET):
         raise ValueError(f"expected JSON, got Parquet in {path}; name the file .parquet")
     if head and not head.strip(b"\0"):
         raise ValueError(
-            f"expected JSON, got zero bytes in {path}; it wasn't written to its end: make it again"
+            f"expected JSON, got only zero bytes in {path}; its writing was interrupted: write it again"
         )
     encoding = json.detect_encoding(head)
     if not encoding.startswith("utf-8"):
@@ -53,7 +53,7 @@ def start_of_text(path: Path) -> int:
 
 
 def check_parquet(path: Path) -> None:
-    """Raise ``ValueError`` for a ``.parquet`` that is none, or not a whole one."""
+    """Raise ``ValueError`` for a ``.parquet`` that isn't Parquet or is truncated."""
     with path.open("rb") as file:
         head = file.read(64)
         file.seek(-min(4, path.stat().st_size), 2)
@@ -62,15 +62,15 @@ def check_parquet(path: Path) -> None:
     if not head.startswith(_PARQUET):
         raise ValueError(f"expected Parquet, got something else in {path}")
     if tail != _PARQUET:
-        raise ValueError(f"expected Parquet, got a file that breaks off: {path}; download it again")
+        raise ValueError(f"expected Parquet, got a truncated file: {path}; download it again")
 
 
 def check_no_pointer(head: bytes, path: Path) -> None:
-    """Raise ``ValueError`` where a file begins as a pointer of Git LFS."""
+    """Raise ``ValueError`` for a file that begins like a Git LFS pointer."""
     if head.startswith(LFS_POINTER):
         raise ValueError(
-            f"expected a file's content, got a pointer of Git LFS in {path}; the large files are "
-            f"missing: git -C {shlex.quote(str(path.parent))} lfs pull"
+            f"expected a file's content, got a Git LFS pointer in {path}; download the large files "
+            f"with: git -C {shlex.quote(str(path.parent))} lfs pull"
         )
 
 

@@ -1,4 +1,4 @@
-"""How records give an image: a file's name, a file's bytes, base64, or an address."""
+"""Images in records: file names, encoded bytes, base64, and URLs."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from voco_model.data.faults import DataError
 from voco_model.pictures import PictureError
 from voco_model.pictures.sources import decode_base64
 
-# Longer than any file's name: what comes as a string of this length is the file itself, in base64.
+# Longer than any file name: a longer string is the file itself, in base64.
 _LONGEST_NAME = 4096
-# Where content parts have their image: Transformers' and Qwen's names; datasets' come as a pair.
+# Keys of an image in a content part, as Transformers, Qwen and OpenAI name them.
 _NAMES_IN_PARTS = ("image", "image_url", "url", "path", "base64")
 
 
 def in_part(part: Mapping[str, Any], where: str) -> Any:
-    """The image that a content part holds, as ``in_column`` returns it; None where it holds none.
+    """The image in a content part, as ``in_column`` returns it; None if there is none.
 
     Raises:
         DataError: as ``in_column``; an image under several names.
     """
     given = {name: part[name] for name in _NAMES_IN_PARTS if part.get(name) is not None}
-    if part.get("bytes") is not None:  # beside it, path is only a name
+    if part.get("bytes") is not None:  # then path is only a name
         given = {**{n: v for n, v in given.items() if n != "path"}, "bytes": part["bytes"]}
     if len(given) > 1:
         raise DataError(
@@ -39,12 +39,12 @@ def in_part(part: Mapping[str, Any], where: str) -> Any:
 
 
 def in_column(value: Any, where: str) -> Any:
-    """What ``Picture.of`` takes, from a value as data sets have it.
+    """Convert a data set's value to what ``Picture.of`` takes.
 
-    ``data:`` addresses and base64 become bytes, ``file:`` addresses a path; all else stays as it is.
+    ``data:`` URLs and base64 become bytes, ``file:`` URLs a path; other values are returned unchanged.
 
     Raises:
-        DataError: an address on the network; broken base64.
+        DataError: a URL on the network, or invalid base64.
     """
     if not isinstance(value, str):
         return value
@@ -60,8 +60,8 @@ def in_column(value: Any, where: str) -> Any:
         raise DataError(
             "missing_file",
             where,
-            f"expected an image in a file, got the address {value[:200]}; training doesn't download: "
-            "save the image and write its file name here",
+            f"expected an image in a file, got the URL {value[:200]}; training doesn't download: "
+            "save the image and give its file name",
         )
     if scheme == "file":
         return unquote(urlsplit(value).path)

@@ -1,4 +1,4 @@
-"""What each sample of a run's data is like: its length, or what is wrong with it. Made once, kept."""
+"""The index of a run's data: the length or the fault of each sample, computed once and kept on disk."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from voco_model.data.samples import Sample, sample_of
 logger = logging.getLogger(__name__)
 
 _CHUNK = 256
-_PATIENCE = 60.0  # seconds of waiting for another process's index until the next word about it
-_READING = 2  # counts changes in how samples are read: with each, kept lengths are wrong
+_PATIENCE = 60.0  # seconds between messages while another process makes the index
+_READING = 2  # incremented when samples are read differently, which makes kept lengths wrong
 
 
 @dataclass(frozen=True)
 class Source:
-    """Records, and where their images are."""
+    """Records and the folder of their images."""
 
     records: Records
     folder: Path
@@ -42,9 +42,9 @@ class Source:
 @dataclass(frozen=True)
 class Index:
     """Attributes:
-    lengths: int32, tokens of each sample at the largest number of VoCo tokens, cut to ``max_length``;
-        0 for one that can't be used.
-    faults: over-long samples that are cut are among them.
+    lengths: int32, tokens of each sample with the most VoCo tokens, after cutting to ``max_length``;
+        0 for an unusable sample.
+    faults: faults of the samples, including over-long ones that are cut.
     """
 
     lengths: np.ndarray
@@ -82,16 +82,16 @@ def make_index(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Index:
-    """Look at every sample once: text tokenized, headers of images read.
+    """Check every sample once: tokenize its text and read the headers of its images.
 
     Args:
-        truncate: whether an over-long sample is cut, or not used.
-        trim: whether a sample is used without its loose turns, or not.
-        workers: processes; 0 for none beside this one.
-        progress: told how many are done, of how many.
+        truncate: cut over-long samples instead of skipping them.
+        trim: use samples without their loose turns instead of skipping them.
+        workers: number of worker processes; 0 for none.
+        progress: called with the number of samples done and of all samples.
 
     Raises:
-        OSError: a worker process that was killed.
+        OSError: a worker process was killed.
     """
     starts = range(0, len(samples), _CHUNK)
     arguments = (samples, encoder, num_voco, truncate, trim)
@@ -112,8 +112,8 @@ def make_index(
                 gather(pool.map(_measured, starts))
             except BrokenProcessPool as error:
                 raise OSError(
-                    f"looking through the data failed after sample {len(lengths)} of {len(samples)}: a "
-                    "worker process was killed, perhaps for want of memory; lower data.workers"
+                    f"checking the data failed after sample {len(lengths)} of {len(samples)}: a worker "
+                    "process was killed, perhaps because memory ran out; lower data.workers"
                 ) from error
     else:
         _begin(*arguments)
@@ -152,14 +152,14 @@ def _measured(start: int) -> tuple[list[int], list[Fault]]:
 
 
 def loose_turns(sample: Sample) -> Fault:
-    said = f"expected questions and answers in pairs, got {sample.loose} turns beside them"
+    said = f"expected questions and answers in pairs, got {sample.loose} turns without a partner"
     return Fault("loose_turns", sample.where, said)
 
 
 def kept_index(folder: Path, key: str, make: Callable[[], Index]) -> Index:
-    """The index in this folder that was made under the same key, or a new one, kept there.
+    """The folder's index for this key, made and saved there if it is missing.
 
-    Of several processes one makes it, and the others wait, which they say once a minute.
+    Of several processes one makes it; the others wait, and log that once a minute.
     """
     name = hashlib.sha256(f"{_READING} {key}".encode()).hexdigest()[:16]
     path = folder / f"index-{name}.npz"
@@ -169,8 +169,8 @@ def kept_index(folder: Path, key: str, make: Callable[[], Index]) -> Index:
             try:
                 return _read(path)
             except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
-                # A machine that went down may have left the name without the content.
-                logger.warning("%s can't be read and is made again: %s", path, error)
+                # A crash of the machine can leave the file without its content.
+                logger.warning("reading %s failed, making it again: %s", path, error)
         index = make()
         partial = folder / f"index-{name}.partial.npz"
         written = json.dumps([asdict(fault) for fault in index.faults])
@@ -194,8 +194,8 @@ def _held(path: Path) -> Iterator[None]:
             break
         except Timeout:
             logger.warning(
-                "waiting for another process that looks through the data and holds %s; if none of "
-                "yours does, one of another run is stopped or hangs",
+                "waiting for another process that checks the data and holds %s; if none of your runs "
+                "does, another one is stopped or hangs",
                 path,
             )
     try:

@@ -1,4 +1,4 @@
-"""Batches for one rank: which samples come next, with how many VoCo tokens, read by worker processes."""
+"""The data loader of one rank: its samples in order, with their number of VoCo tokens."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from voco_model.data.plan import BatchPlan
 
 
 class Key(NamedTuple):
-    """What a worker is asked for."""
+    """What a worker process reads: a sample, encoded with this many VoCo tokens."""
 
     sample: int
     num_voco: int
 
 
 class Documents(Dataset):
-    """Samples, encoded when they are asked for.
+    """Samples, encoded on access.
 
-    What is found only when an image is decoded comes as a ``Fault``: whether it is fatal is for the
-    process that trains to say, which can say it without a worker's traceback around it.
+    A fault that only decoding finds is returned as a ``Fault``. The training process decides whether it
+    is fatal, and can report it without a worker's traceback.
     """
 
     def __init__(self, samples: Samples, encoder: Encoder) -> None:
@@ -41,14 +41,14 @@ class Documents(Dataset):
             return error.fault
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Encoded | Fault]:
-        return [self[key] for key in keys]  # none at all is a batch too: of a filler
+        return [self[key] for key in keys]  # an empty batch gets a filler
 
 
 class RankBatches(Sampler):
-    """The micro-batches of one rank, an epoch after the other.
+    """The micro-batches of one rank, epoch by epoch.
 
     Args:
-        num_voco: VoCo tokens an image; of several, each step draws one, for all ranks.
+        num_voco: numbers of VoCo tokens per image; each step draws one, the same on all ranks.
     """
 
     def __init__(self, plan: BatchPlan, rank: int, num_voco: Sequence[int]) -> None:
@@ -70,7 +70,7 @@ class RankBatches(Sampler):
 
 
 class RankLoader(DataLoader):
-    """A DataLoader that tells its batch sampler the epoch, as the Trainer does."""
+    """A DataLoader whose ``set_epoch``, which the Trainer calls, reaches the batch sampler."""
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)

@@ -1,4 +1,4 @@
-"""Images of a sample: named first, opened when they are wanted."""
+"""Images of a sample, opened only when they are needed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ class Frame:
     """A frame of a video file.
 
     Attributes:
-        index, count: which of how many.
-        spread: whether they are spread evenly over the file; else they are all it has.
+        index: number of the frame among the frames used.
+        count: how many frames are used.
+        spread: whether these are spread evenly over the file; else they are all of its frames.
         size: height and width, upright.
     """
 
@@ -41,8 +42,8 @@ class Picture:
 
     Attributes:
         source: path, bytes, or a PIL image.
-        where: of the sample, for errors.
-        frame: of a video.
+        where: place of the sample, for errors.
+        frame: the frame, if ``source`` is a video.
     """
 
     source: Path | bytes | Image.Image
@@ -51,7 +52,7 @@ class Picture:
 
     @classmethod
     def of(cls, value: Any, where: str, folder: Path) -> Picture:
-        """From a file name, base64, or what ``datasets`` gives: ``{"bytes", "path"}`` or a PIL image."""
+        """From a file name, base64, or a value of ``datasets``: ``{"bytes", "path"}`` or a PIL image."""
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes | Image.Image):
@@ -63,9 +64,7 @@ class Picture:
             encoded = base64_in(value)
             if encoded is not None:
                 return cls(encoded, where)
-            raise DataError(
-                "missing_file", where, f"expected an image, got {path}, which isn't there"
-            )
+            raise DataError("missing_file", where, f"expected an image, got no such file: {path}")
         return cls(path, where)
 
     def size(self, **options) -> tuple[int, int]:
@@ -75,7 +74,7 @@ class Picture:
             options: ``limits`` and ``processor``, as for ``voco_model.pictures.size_of``.
 
         Raises:
-            DataError: of kind ``broken_image``: it can't be read, or is beyond the limits.
+            DataError: ``broken_image``: it can't be read, or exceeds the limits.
         """
         with self._faults():
             if self.frame is None:
@@ -87,10 +86,10 @@ class Picture:
         """RGB, decoded, by the rules of ``voco_model.pictures.decode``.
 
         Args:
-            options: of ``decode``.
+            options: as for ``decode``.
 
         Raises:
-            DataError: as ``size``.
+            DataError: like ``size``.
         """
         with self._faults():
             if self.frame is None:
@@ -108,18 +107,17 @@ class Picture:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # not a valid file name
         return False
 
 
 def frames_of(video: Any, where: str, folder: Path, max_frames: int) -> list[Picture]:
-    """Frames of a video: of a list of images, of a folder of images in order of name, or of a file.
+    """Frames of a video: a list of images, a folder of images ordered by name, or a video file.
 
-    ``max_frames`` of them, spread evenly from the first to the last; all, once each, where there are
-    fewer.
+    Returns ``max_frames`` frames, spread evenly from the first to the last, or all if there are fewer.
 
     Raises:
-        DataError: no such file or folder, nothing in it, or a file that can't be decoded.
+        DataError: no such file or folder, no frames in it, or a file that can't be decoded.
         ValueError: ``max_frames`` below 1.
     """
     if max_frames < 1:
@@ -147,7 +145,7 @@ def frames_of(video: Any, where: str, folder: Path, max_frames: int) -> list[Pic
 
 @contextmanager
 def _opened(path: Path, where: str) -> Iterator[Any]:
-    """A video's container; what PyAV raises while it is open becomes a ``DataError``."""
+    """A video's container; errors of PyAV while it is open become a ``DataError``."""
     try:
         import av
     except ModuleNotFoundError as error:
@@ -164,8 +162,8 @@ def _opened(path: Path, where: str) -> Iterator[Any]:
 def _frames_of_file(path: Path, where: str, max_frames: int) -> list[Picture]:
     with _opened(path, where) as container:
         stream = container.streams.video[0]
-        # Decoded, not only counted by packets: the first frame tells which way is up, and some
-        # packets hold none. No more than is asked for, so that a long film costs no more.
+        # Frames are decoded, not just counted by packets: the first one has the rotation, and some
+        # packets hold no frame. At most max_frames + 1 of them, however long the video is.
         first, count = None, 0
         for frame in islice(container.decode(stream), max_frames + 1):
             first, count = first or frame, count + 1
@@ -190,9 +188,9 @@ def _read_frame(path: Path, wanted: Frame, where: str) -> Image.Image:
 
 
 def _frame_at(container, stream, wanted: Frame) -> Any:
-    """The frame nearest behind its share of the way from the first frame to the last."""
-    # In units of the stream's clock; some files don't say how many frames they have, and some
-    # (Matroska) give a length only to the whole file.
+    """The first frame at or after its share of the way from the first frame to the last."""
+    # By time, in units of the stream's clock: some files don't store a number of frames, and some
+    # (Matroska) have a duration only for the whole file.
     length = stream.duration
     if length is None:
         length = int((container.duration or 0) * stream.time_base.denominator)
@@ -210,5 +208,5 @@ def _frame_at(container, stream, wanted: Frame) -> Any:
 
 
 def _upright(frame) -> Image.Image:
-    """A phone's film is stored as the sensor lies, with the angle to turn it by, counterclockwise."""
+    """The frame turned upright: phones store the sensor's view with a counterclockwise angle."""
     return frame.to_image().rotate(frame.rotation, expand=True)

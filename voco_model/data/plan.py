@@ -1,13 +1,13 @@
-"""Which sample goes where: into steps of the optimizer, and in a step to ranks and micro-batches.
+"""Batch plans: which samples make a step, and their assignment to ranks and micro-batches.
 
-A step has the ``global_batch`` samples that a shuffled epoch has next, whatever the number of GPUs and
-however they are arranged: packed rows and padded ones, one process and eight, train on the same
-samples in the same steps. Within the step
+A step takes the next ``global_batch`` samples of a shuffled epoch. This depends neither on the number of
+GPUs nor on the layout: packed or padded, one process or eight train on the same samples in the same
+steps. Within a step
 
-* packed, samples go, the longest first, each to the micro-batch that has the fewest tokens yet. No
-  micro-batch may hold more than ``max_tokens``, and since packed rows have no padding, what is left to
-  gain is that all ranks finish together.
-* padded, samples are sorted by length and cut into equal runs.
+* packed: each sample, longest first, goes to the micro-batch with the fewest tokens so far. No
+  micro-batch may exceed ``max_tokens``. Packed rows have no padding, so only balance between ranks
+  remains to be gained.
+* padded: samples are sorted by length and split into groups of equal size.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ Step = list[list[list[int]]]
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the samples of an epoch are put into batches; a value, the same on every rank.
+    """How the samples of an epoch are batched; the same on every rank.
 
     Attributes:
-        lengths: tokens of each sample; 0 for one that isn't used.
-        accumulation: micro-batches of a rank in a step.
-        max_tokens: of a packed micro-batch; None for padded ones.
+        lengths: tokens of each sample; 0 for an unused one.
+        global_batch: samples per step.
+        accumulation: micro-batches per rank and step.
+        max_tokens: most tokens of a packed micro-batch; None for padded ones.
     """
 
     lengths: np.ndarray
@@ -41,7 +42,7 @@ class BatchPlan:
 
     @property
     def num_steps(self) -> int:
-        """Steps of an epoch; the last may have fewer samples."""
+        """Number of steps per epoch; the last one may have fewer samples."""
         return -(-int((self.lengths > 0).sum()) // self.global_batch)
 
     def order(self, epoch: int) -> np.ndarray:
@@ -53,7 +54,7 @@ class BatchPlan:
         count = self.world_size * self.accumulation
         if self.max_tokens is not None:
             groups = spread(self.lengths, samples, count)
-            # The fullest go together: a micro-batch takes as long as its slowest rank.
+            # The fullest run at the same time: a micro-batch takes as long as its slowest rank.
             groups.sort(key=lambda group: -int(self.lengths[group].sum()))
         else:
             groups = runs(self.lengths, samples, count)
@@ -68,7 +69,7 @@ class BatchPlan:
 
 
 def spread(lengths: np.ndarray, samples: Sequence[int], count: int) -> list[list[int]]:
-    """``count`` groups of about equal numbers of tokens: the longest sample first, into the emptiest."""
+    """``count`` groups with about equal numbers of tokens: longest sample first, into the emptiest."""
     heap = [(0, group) for group in range(count)]
     groups: list[list[int]] = [[] for _ in range(count)]
     for sample in sorted(samples, key=lambda i: (-lengths[i], i)):
@@ -79,7 +80,7 @@ def spread(lengths: np.ndarray, samples: Sequence[int], count: int) -> list[list
 
 
 def runs(lengths: np.ndarray, samples: Sequence[int], count: int) -> list[list[int]]:
-    """``count`` groups of equal size (the last ones one less), of similar length each."""
+    """``count`` groups of equal size (the last ones have one sample less) and similar lengths."""
     ordered = sorted(samples, key=lambda i: (-lengths[i], i))
     return [part.tolist() for part in np.array_split(np.array(ordered, dtype=np.int64), count)]
 
@@ -93,10 +94,10 @@ def packed_accumulation(
     seed: int,
     epochs: int,
 ) -> int:
-    """The fewest micro-batches a rank and step with which every step of every epoch fits.
+    """The fewest micro-batches per rank and step with which every step of every epoch fits.
 
-    Args:
-        lengths: none above ``max_tokens``.
+    Raises:
+        ValueError: a sample longer than ``max_tokens``.
     """
     longest = int(lengths.max(initial=0))
     if longest > max_tokens:
@@ -122,14 +123,14 @@ def _fits(lengths: np.ndarray, samples: list[int], count: int, max_tokens: int) 
 
 
 def padded_accumulation(global_batch: int, world_size: int, rows: int) -> int:
-    """Micro-batches a rank and step.
+    """Number of micro-batches per rank and step.
 
     Raises:
-        ValueError: a global batch that isn't a whole number of micro-batches.
+        ValueError: a global batch that doesn't divide into micro-batches.
     """
     if global_batch % (world_size * rows):
         raise ValueError(
             f"expected batch.global_size as a multiple of batch.rows times processes, got "
-            f"{global_batch} with {rows} rows on {world_size} processes; choose another number of rows"
+            f"{global_batch} with {rows} rows on {world_size} processes; change batch.rows"
         )
     return global_batch // (world_size * rows)

@@ -1,7 +1,7 @@
-"""Where records come from: JSON, JSON Lines, or a data set of Hugging Face ``datasets``.
+"""Records from JSON, JSON Lines, or a data set of Hugging Face ``datasets``.
 
-Files are read once for the places of their records, and a record when it is wanted: worker processes
-share a few megabytes of places instead of the 665k records of LLaVA-1.5, each with a copy.
+A file is scanned once for the offsets of its records, and each record is read on access: worker
+processes share a few megabytes of offsets, instead of holding a copy of LLaVA-1.5's 665k records each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from voco_model.data.file_kind import PACKED_SUFFIXES, check_parquet, start_of_t
 
 
 class Records(Protocol):
-    """A sequence of records (dicts), of which each can say where it stands."""
+    """A sequence of records (dicts) that knows the place of each."""
 
     def __len__(self) -> int: ...
 
@@ -33,28 +33,26 @@ class Records(Protocol):
     def where(self, index: int) -> str: ...
 
     def state(self) -> str:
-        """Changes whenever the records do, as far as that can be seen without reading them."""
+        """A text that changes with the records, as far as can be seen without reading them."""
 
 
 class FileRecords:
-    """Records of a JSON or JSON Lines file, by their place in it.
+    """Records of a JSON or JSON Lines file, read at their offsets.
 
     Args:
-        path: a file that holds one array of objects (``.json``), or an object a line (``.jsonl``,
+        path: a file with one array of objects (``.json``), or one object per line (``.jsonl``,
             ``.ndjson``), in UTF-8, with or without a byte order mark.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a ``.json`` that is no array, a ``.jsonl`` that is one, another encoding, a
+        ValueError: a ``.json`` that isn't an array, a ``.jsonl`` that is one, another encoding, or a
             compressed file; the message says what to do.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileNotFoundError(
-                f"expected a file of records, got {self.path}, which isn't there"
-            )
+            raise FileNotFoundError(f"expected a file of records, got no such file: {self.path}")
         start = start_of_text(self.path)
         read = _lines if self.path.suffix.lower() in _LINES else _elements
         self._places = np.array(list(read(self.path, start)), dtype=np.int64).reshape(-1, 3)
@@ -73,8 +71,8 @@ class FileRecords:
             raise DataError(
                 "bad_record", self.where(index), self._encoding(index, error)
             ) from error
-        except (ValueError, RecursionError) as error:  # brackets may be nested too deep
-            raise DataError("bad_record", self.where(index), f"no JSON: {error}") from error
+        except (ValueError, RecursionError) as error:  # RecursionError: brackets nested too deep
+            raise DataError("bad_record", self.where(index), f"not JSON: {error}") from error
         if not isinstance(record, dict):
             kind = type(record).__name__
             raise DataError("bad_record", self.where(index), f"expected an object, got {kind}")
@@ -90,7 +88,7 @@ class FileRecords:
         )
 
     def where(self, index: int) -> str:
-        """File and line; with the record's number too where a line has several."""
+        """File and line, and the record's number if its line has several."""
         line = self._places[index, 2]
         several = (self._places[max(index - 1, 0) : index + 2, 2] == line).sum() > 1
         return f"{self.path}:{line}" + (f", record {index}" if several else "")
@@ -118,7 +116,7 @@ def _lines(path: Path, start: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _check_first_line(word: bytes, number: int, path: Path) -> None:
-    said = f"expected an object a line, got {{}} at line {number} of {path}; name the file .json"
+    said = f"expected one object per line, got {{}} at line {number} of {path}; name the file .json"
     if word.startswith(b"["):
         raise ValueError(said.format("an array"))
     if word == b"{":
@@ -126,12 +124,12 @@ def _check_first_line(word: bytes, number: int, path: Path) -> None:
         raise ValueError(said.format("an object over several lines") + more)
 
 
-# What matters for the depth of nesting; strings are skipped whole, brackets in them too.
+# Tokens that decide the depth of nesting; a string, with any brackets in it, is one token.
 _TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}\n]|[^\s\[\]{}",:]+', re.DOTALL)
 
 
 def _elements(path: Path, begin: int) -> Iterator[tuple[int, int, int]]:
-    """Start, stop and line of each element of an array, in bytes; of no more than its brackets."""
+    """Start, stop and line of each element of an array, in bytes, found by its brackets alone."""
     if path.stat().st_size == begin:
         raise ValueError(f"expected a JSON array of records, got an empty file: {path}")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
@@ -151,7 +149,7 @@ def _elements(path: Path, begin: int) -> Iterator[tuple[int, int, int]]:
                 closed = depth == 0
                 if depth == 1:
                     yield start, token.end(), start_line
-            elif depth == 1:  # no object; whoever reads it says so
+            elif depth == 1:  # not an object, which reading it will report
                 yield token.start(), token.end(), line
             else:
                 line += word.count(b"\n")
@@ -160,10 +158,10 @@ def _elements(path: Path, begin: int) -> Iterator[tuple[int, int, int]]:
                 return
             word = b""
         if depth:
-            got = "one that breaks off"
-            advice = "the file isn't whole: download or write it again"
+            got = "one that is cut off"
+            advice = "the file is incomplete: download or write it again"
         elif closed:
-            got = "something behind it"
+            got = "something after it"
             advice = "put all records into one array"
         elif word == b"{":
             got, advice = _objects(text, begin, path)
@@ -176,7 +174,7 @@ def _elements(path: Path, begin: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _objects(text: mmap.mmap, begin: int, path: Path) -> tuple[str, str]:
-    """What a file is that begins with an object, and what to do with it."""
+    """What a file that begins with an object holds, and advice on it."""
     depth, objects, spread, arrays, previous = 0, 0, False, [], b""
     for token in _TOKENS.finditer(text, begin):
         word = token.group()
@@ -193,7 +191,7 @@ def _objects(text: mmap.mmap, begin: int, path: Path) -> tuple[str, str]:
         previous = word
     records = [name for name in arrays if name not in ("conversations", "messages")]
     if not objects:
-        return "an object that breaks off", "the file isn't whole: download or write it again"
+        return "an object that is cut off", "the file is incomplete: download or write it again"
     if objects == 1 and records == arrays and arrays:
         target = path.with_name(f"{path.stem}.{records[0]}{path.suffix}")
         command = (
@@ -201,16 +199,16 @@ def _objects(text: mmap.mmap, begin: int, path: Path) -> tuple[str, str]:
             f"[{records[0]!r}], open(sys.argv[2], 'w'))"
         )
         words = map(shlex.quote, ("python", "-c", command, str(path), str(target)))
-        return f"an object with lists under {', '.join(arrays)}", "take one out: " + " ".join(words)
+        return f"an object with lists under {', '.join(arrays)}", "extract one: " + " ".join(words)
     if spread:
         return "objects", "put them into one array: brackets around them and commas between"
-    return "an object a line", "name the file .jsonl"
+    return "one object per line", "name the file .jsonl"
 
 
 class DatasetRecords:
-    """Rows of a ``datasets.Dataset``: parquet, Arrow, or a data set of the hub.
+    """Rows of a ``datasets.Dataset``: Parquet, Arrow, or a data set of the hub.
 
-    Images stay encoded until they are wanted.
+    Images stay encoded until they are opened.
     """
 
     def __init__(self, dataset, name: str) -> None:
@@ -252,11 +250,11 @@ def _undecoded(feature):
 
 
 def load_dataset_of(path: str, split: str, *, streaming: bool = False):
-    """A data set of the hub, or of a local parquet file or folder, through ``datasets``.
+    """Load a data set from the hub, or from a local Parquet file or folder, through ``datasets``.
 
     Raises:
         ModuleNotFoundError: the extra ``train`` isn't installed.
-        ValueError: a file that is neither Parquet nor whole.
+        ValueError: a file that isn't Parquet or is incomplete.
     """
     try:
         from datasets import load_dataset
@@ -281,7 +279,7 @@ def load_dataset_of(path: str, split: str, *, streaming: bool = False):
     return load_dataset(path, split=split, streaming=streaming)
 
 
-_SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves, which load_dataset refuses
+_SAVED = ("state.json", "dataset_dict.json")  # written by save_to_disk; load_dataset refuses these
 
 
 def _saved(path: str, split: str, *, streaming: bool):
@@ -298,7 +296,7 @@ def _saved(path: str, split: str, *, streaming: bool):
 
 
 def open_records(path: str, split: str = "train") -> Records:
-    """Records of a ``.json``, ``.jsonl``, ``.ndjson``, ``.parquet``, or of a data set on the hub.
+    """Open the records of a ``.json``, ``.jsonl``, ``.ndjson``, ``.parquet``, or a data set on the hub.
 
     Raises:
         FileNotFoundError: no such file.
@@ -309,9 +307,9 @@ def open_records(path: str, split: str = "train") -> Records:
         return FileRecords(path)
     if Path(path).is_file() and suffix != ".parquet":
         if suffix in PACKED_SUFFIXES:
-            start_of_text(Path(path))  # which says how to unpack it
+            start_of_text(Path(path))  # raises, and says how to unpack it
         raise ValueError(
-            f"expected records in a .json, .jsonl, .ndjson or .parquet, got {path}; name it by what it "
-            "holds, or write it as one of these"
+            f"expected records in a .json, .jsonl, .ndjson or .parquet, got {path}; rename it by what "
+            "it holds, or write it as one of these"
         )
     return DatasetRecords(load_dataset_of(path, split), path)

@@ -1,4 +1,4 @@
-"""From a record to a sample: messages without placeholders, and the images in front of them."""
+"""Samples: a record's messages without image placeholders, and its images in order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from voco_model.data.image_values import in_column, in_part
 from voco_model.data.pictures import Picture, frames_of
 from voco_model.vlm.prompt import IMAGE_TOKEN, VOCO_TOKEN
 
-# LLaVA's names for roles, and those of everyone else.
+# LLaVA's names for roles, and the usual ones.
 _ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -28,14 +28,14 @@ _SHOWN = 80  # characters of a wrong value in a fault's message
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation and what it is about.
+    """A conversation and its images.
 
     Attributes:
         where: file and line, or data set and row.
-        messages: ``{"role": ..., "content": text}``, user and assistant in turns, the last one an
-            answer; perhaps a system message in front.
-        pictures: in the order in which they stand in front of the text.
-        loose: turns that were left out: answers in front of all questions, a question at the end.
+        messages: ``{"role": ..., "content": text}``, user and assistant alternating, ending with an
+            answer; possibly a system message first.
+        pictures: the images, in the order in which they precede the text.
+        loose: number of turns left out: answers before the first question, a last unanswered question.
     """
 
     where: str
@@ -46,11 +46,11 @@ class Sample:
 
 @dataclass
 class _Place:
-    """Where a turn has an image: a placeholder or a content part.
+    """The place of an image in a turn: a placeholder or a content part.
 
     Attributes:
-        image: the part's own image; None where a column of the record has it.
-        index: which image of the column; None for the next one.
+        image: the image in the part; None if it is in a column of the record.
+        index: number of the image in the column; None for the next one.
     """
 
     image: Any = None
@@ -78,19 +78,19 @@ def sample_of(
     list. ``video`` is a video file, a folder of frames, or a list of frames; each frame counts as an
     image. Empty columns (None, NaN, empty lists) count as missing; conversations may be JSON text.
 
-    ``<image>`` and image parts are taken out of the texts: images go to the front, in the order of
-    their places, also those of later turns (Listing 1 of the supplement). Images of turns that are left
-    out are left out too.
+    ``<image>`` and image parts are removed from the texts: all images, also those of later turns, go to
+    the front, in the order of their places (Listing 1 of the supplement). Turns that are left out lose
+    their images too.
 
     Args:
-        folder: of the images, for names that are relative.
-        max_frames: of a video, spread evenly over it.
+        folder: folder that relative names of images start from.
+        max_frames: most frames of a video, spread evenly over it.
 
     Raises:
-        DataError: with one of the kinds of fault.
+        DataError: a fault of any kind in ``KINDS``.
     """
     columns = {name: value for name, value in record.items() if not _is_empty(value)}
-    # With an empty column for videos, <video> in a text is the place of one that is missing.
+    # With an empty column for videos, <video> in a text is the place of a missing video.
     has_video = any(record.get(name) is not None for name in ("video", "videos"))
     turns = _turns(columns, where, has_video)
     pictures = _in_columns(columns, where, Path(folder), max_frames)
@@ -106,7 +106,7 @@ def sample_of(
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a merged data set has nothing in this column: None, NaN, an empty list, nested or not."""
+    """Whether a column is empty, as in merged data sets: None, NaN or an empty list, nested or not."""
     if isinstance(value, Mapping):
         return all(_is_empty(inner) for inner in value.values())
     missing = isinstance(value, float) and value != value  # as pandas writes it
@@ -158,7 +158,7 @@ def _turn(turn: Any, where: str, has_video: bool) -> _Turn:
         text = text.replace(_VIDEO_TOKEN, "")
     if places:
         text = text.replace(IMAGE_TOKEN, "").strip()
-    # What is left of the text may spell a token that wasn't there: <ima<image>ge>.
+    # Removing a token can spell a new one: <ima<image>ge>.
     if IMAGE_TOKEN in _checked_text(text, where).replace("\n", ""):
         raise DataError(
             "misplaced_images",
@@ -170,7 +170,7 @@ def _turn(turn: Any, where: str, has_video: bool) -> _Turn:
 
 
 def _joined(parts: list, where: str) -> tuple[str, list[_Place]]:
-    """The text of all parts, and the places of images among them."""
+    """The text of all parts, and the places of their images."""
     texts, places = [], []
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -178,7 +178,7 @@ def _joined(parts: list, where: str) -> tuple[str, list[_Place]]:
             texts.append(_checked_text(part.get("text"), where))
         elif kind in ("image", "image_url"):
             index = part.get("index")
-            if isinstance(index, float):  # as pandas keeps integers beside None
+            if isinstance(index, float):  # pandas stores integers as floats beside None
                 index = int(index) if index.is_integer() else None
             places.append(_Place(in_part(part, where), index))
         else:
@@ -195,7 +195,7 @@ def _checked_text(text: Any, where: str) -> str:
         raise DataError("bad_record", where, f"expected the text of a turn, got {_shown(text)}")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise DataError("bad_record", where, "expected text, got half of a surrogate pair in it")
-    if VOCO_TOKEN in text.replace("\n", ""):  # which the authors' prompts delete
+    if VOCO_TOKEN in text.replace("\n", ""):  # the authors' prompts delete newlines
         raise DataError("misplaced_images", where, f"expected texts without {VOCO_TOKEN}")
     return text
 
@@ -203,7 +203,7 @@ def _checked_text(text: Any, where: str) -> str:
 def _in_columns(
     columns: Mapping[str, Any], where: str, folder: Path, max_frames: int
 ) -> list[list[Picture]]:
-    """The images of the record's columns, each alone; of a video all frames together."""
+    """The images in the record's columns, one list each; the frames of a video are one list."""
     sound = [name for name in _SOUND if name in columns]
     if sound:
         raise DataError("bad_record", where, f"expected images and text, got {sound[0]}")
@@ -225,7 +225,7 @@ def _in_columns(
 
 
 def _place(turns: list[_Turn], pictures: list[list[Picture]], where: str, folder: Path) -> None:
-    """Give the turns the pictures of their places; without any place they belong to no turn."""
+    """Assign the pictures to the turns that have their places, if any turn has one."""
     places = [place for turn in turns for place in turn.places]
     own = [place.image for place in places if place.image is not None]
     if own:
@@ -233,10 +233,10 @@ def _place(turns: list[_Turn], pictures: list[list[Picture]], where: str, folder
             raise DataError(
                 "misplaced_images",
                 where,
-                "expected images in their parts or in a column, got some in either",
+                "expected images in their parts or in a column, got some in each",
             )
         pictures = [[Picture.of(image, where, folder)] for image in own]
-    if len(places) not in (0, len(pictures)):  # none at all: a file that leaves them out
+    if len(places) not in (0, len(pictures)):  # no places at all: the texts leave them out
         raise DataError(
             "misplaced_images",
             where,
@@ -259,10 +259,10 @@ def _place(turns: list[_Turn], pictures: list[list[Picture]], where: str, folder
 
 
 def _trimmed(turns: list[_Turn], where: str) -> list[_Turn]:
-    """The turns that pair, and a system message in front of them."""
+    """The turns that form pairs, after a system message if there is one."""
     start = 1 if turns[0].role == "system" else 0
     first, last = start, len(turns)
-    # Some of LLaVA's conversations start with an answer, which its own code drops.
+    # Some of LLaVA's conversations start with an answer, which LLaVA's code drops.
     while first < last and turns[first].role == "assistant":
         first += 1
     if first < last and turns[-1].role == "user":

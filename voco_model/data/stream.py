@@ -1,4 +1,4 @@
-"""Batches from a stream of records, whose number and lengths nobody knows: ``datasets`` streaming."""
+"""Batches from a stream of ``datasets``, whose number of records and their lengths are unknown."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from voco_model.data.samples import Sample, sample_of
 
 
 class StreamedBatches(IterableDataset):
-    """The micro-batches of one rank, without end: the stream starts again, shuffled anew.
+    """The micro-batches of one rank, without end: each pass over the stream is shuffled anew.
 
-    Every rank and every worker reads the records' text and makes the same plan of the same steps; an
-    image is read by the one whose turn it is. So each sample of a pass is trained on once, whatever the
-    number of ranks and workers. A step takes ``global_batch`` samples, or, where they would not fit into
-    its micro-batches, as many of them as fit; the others are first in the next step.
+    Every rank and every worker reads all records' text and makes the same plan; only the worker that
+    yields a micro-batch decodes its images. Each sample is thus trained on once per pass, for any number
+    of ranks and workers. A step takes ``global_batch`` samples, or as many as fit its micro-batches;
+    the rest come first in the next step.
 
     Args:
-        stream: a ``datasets.IterableDataset``, or anything with ``set_epoch`` that gives records.
-        name: of the stream, for errors.
-        accumulation: micro-batches of a rank in a step.
+        stream: a ``datasets.IterableDataset``, or an iterable of records with ``set_epoch``.
+        name: name of the stream, for errors.
+        accumulation: micro-batches per rank and step.
         num_voco: as in ``RankBatches``.
-        skip: micro-batches to leave out, of a run that goes on.
+
+    Attributes:
+        skip: number of micro-batches to skip, when a run resumes.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class StreamedBatches(IterableDataset):
                 )
 
     def lengths(self) -> Iterator[int]:
-        """Of the samples of the stream, in its order."""
+        """Lengths of the stream's usable samples, in order."""
         return (item[1] for item in self._measured() if not isinstance(item, Fault))
 
     def _read(self, sample: Sample, num_voco: int):
@@ -83,7 +85,7 @@ class StreamedBatches(IterableDataset):
             return error.fault
 
     def _micro_batches(self) -> Iterator[tuple[list[Sample], list[Fault]]]:
-        """For this rank; faults found on the way go with the first micro-batch of a step."""
+        """This rank's micro-batches; new faults are returned with the first one of a step."""
         waiting: deque[tuple[Sample, int]] = deque()
         faults: list[Fault] = []
         for item in self._measured():
@@ -117,10 +119,10 @@ class StreamedBatches(IterableDataset):
             waiting.appendleft(taken.pop())
 
     def _records(self, epoch: int) -> Iterator[dict]:
-        """All records of a pass, in the same order for every rank and worker."""
+        """All records of a pass, in the same order on every rank and worker."""
         stream = self._stream
         if hasattr(stream, "shuffle"):
-            # Not set_epoch: worker processes share its number, and they are not at the same pass.
+            # Not set_epoch: worker processes share its epoch, but may be in different passes.
             draw = np.random.default_rng([self._seed, 2, epoch])
             stream = stream.shuffle(generator=draw, buffer_size=self._shuffle_buffer)
         elif hasattr(stream, "set_epoch"):
@@ -128,18 +130,18 @@ class StreamedBatches(IterableDataset):
         if not hasattr(stream, "iter"):
             yield from stream
             return
-        # Iterated over plainly, a data set gives each worker process another part of itself.
+        # Iterating over the data set itself would split it between worker processes.
         for one in stream.iter(batch_size=1):
             yield {name: values[0] for name, values in one.items()}
 
     def _measured(self) -> Iterator[tuple[Sample, int] | Fault]:
-        """Samples with their lengths, pass after pass; which of them can't be used is told each time."""
+        """Samples with their lengths, pass after pass; faults are repeated in each pass."""
         largest = max(self._num_voco)
         epoch = 0
         while True:
             usable = 0
             for row, record in enumerate(self._records(epoch)):
-                name = record.get("id")  # rows change their places with each pass
+                name = record.get("id")  # the order of rows changes with each pass
                 where = f"{self._name}[{row if name is None else name}]"
                 try:
                     sample = sample_of(record, where, self._folder, self._max_frames)

@@ -1,4 +1,4 @@
-"""The paper's benchmarks, as tasks of lmms-eval and the one metric of each that the paper reports."""
+"""The paper's benchmarks: lmms-eval's tasks that measure them, and the metric that is reported."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Benchmark:
     """A column of the paper's tables.
 
     Attributes:
-        metric: of lmms-eval, whose key in its results is ``"<metric>,none"``.
-        factor: from lmms-eval's unit to the paper's.
-        tasks: names of lmms-eval that measure it; one of them in a run.
-        several_images: whether some of its questions come with several images.
+        metric: lmms-eval's metric, ``"<metric>,none"`` in its results.
+        factor: factor from lmms-eval's unit to the paper's.
+        tasks: lmms-eval's tasks that measure it; a run takes one of them.
+        several_images: whether some of its questions have several images.
     """
 
     name: str
@@ -28,18 +28,18 @@ _SEED = ("seedbench", "seedbench_lite")
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
-        # The paper sends answers on test-dev to a server; here it is the validation split.
+        # The validation split; the paper's test-dev is scored by a server.
         Benchmark("VQAv2", "exact_match", 100, ("vqav2_val", "vqav2_val_lite")),
         Benchmark("GQA", "exact_match", 100, ("gqa", "gqa_lite")),
-        # With the questions on videos, as in Table 1, and without them, as in the supplement's Table 4:
-        # its 68.2 of LLaVA-1.5-13B is that of SEED-Bench's own list on images alone (on all, 61.6).
+        # With questions about videos, as in Table 1, and without, as in the supplement's Table 4: its
+        # 68.2 for LLaVA-1.5-13B is SEED-Bench's own score for images alone (61.6 for all questions).
         Benchmark("SEED", "seed_all", 100, _SEED, several_images=True),
         Benchmark("SEED-I", "seed_image", 100, _SEED, several_images=True),
         Benchmark("SQA-I", "exact_match", 100, ("scienceqa_img",)),
-        # F1: the paper's 39.2 for FastV is no accuracy, which is 50 for a guess.
+        # F1, since the paper's 39.2 for FastV can't be an accuracy: guessing gives 50.
         Benchmark("POPE", "pope_f1_score", 100, ("pope",)),
         Benchmark("MME", "mme_perception_score", 1, ("mme",)),
-        # "static" matches letters and options; the others ask a model of OpenAI.
+        # "static" compares letters and options; the others ask an OpenAI model.
         Benchmark(
             "MMB",
             "gpt_eval_score",
@@ -69,11 +69,11 @@ def check_tasks(tasks: Iterable[str]) -> None:
 
 
 def scores_of(results: Mapping[str, Mapping]) -> dict[str, float]:
-    """A score for each benchmark that was measured, in the paper's units.
+    """Scores by benchmark, in the paper's units.
 
     Args:
-        results: what lmms-eval measured: task, then ``"<metric>,<filter>"``, then a number. Metrics of
-            other tasks come as they are, as ``"<task> <metric>"``.
+        results: lmms-eval's results, by task and ``"<metric>,<filter>"``. Metrics of other tasks are
+            returned unchanged, as ``"<task> <metric>"``.
     """
     scores = {}
     for benchmark in BENCHMARKS.values():
@@ -91,7 +91,7 @@ def scores_of(results: Mapping[str, Mapping]) -> dict[str, float]:
 
 
 def _is_metric(key: str) -> bool:
-    """Not an error of one, and not the name or number of samples that stands beside them."""
+    """Whether a key is a metric, not its standard error, the task's name or a number of samples."""
     return "," in key and "stderr" not in key
 
 

@@ -72,7 +72,7 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Measure methods on the paper's benchmarks through lmms-eval; see docs/evaluation.md."""
-    # lmms-eval's logger reads it when it is imported, and would say much before a line that matters.
+    # lmms-eval's logger reads this on import; its default prints a lot before anything that matters.
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")
     with reported_errors(RuntimeError, options=("num_tokens", "batch_size", "several_images")):
         checkpoints = dict(_pair(text, "METHOD=PATH") for text in checkpoint or ())
@@ -119,6 +119,6 @@ def _options(given: list[str]) -> dict[str, dict]:
         try:
             value = json.loads(value)
         except ValueError:
-            pass  # a text
+            pass  # text, not JSON
         options.setdefault(method, {})[own] = value
     return options

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from transformers import LogitsProcessor
 
 from voco_model import baselines
+from voco_model.devices import usable_device
 from voco_model.evaluate import requests as ask
-from voco_model.evaluate.devices import default_device
 from voco_model.pictures import ground_of
 from voco_model.vlm.control_tokens import as_text, control_tokens
 
@@ -26,18 +26,18 @@ logger = logging.getLogger(__name__)
 
 
 class LMMSModel(lmms):
-    """What lmms-eval calls to have its questions answered.
+    """The model class that lmms-eval calls to have its questions answered.
 
     Args:
-        method: applied to its model.
-        batch_size: questions in one call of ``method.answer``.
+        method: a method that is applied to its model.
+        batch_size: questions per call of ``method.answer``.
         several_images: ``"refuse"`` or ``"middle"``; see ``requests.image_of``.
 
     Raises:
-        ValueError: another batch size or another value of ``several_images``.
+        ValueError: a batch size below 1, or another value of ``several_images``.
     """
 
-    is_simple = True  # asked with a text and images, not with messages
+    is_simple = True  # requests are text and images, not messages
 
     def __init__(
         self,
@@ -64,8 +64,8 @@ class LMMSModel(lmms):
     ) -> LMMSModel:
         """For ``lmms-eval --model voco --model_args pretrained=...,method=...,num_tokens=...``.
 
-        ``method`` is by default what the checkpoint was made for. Further arguments: ``dtype``,
-        ``device``, ``several_images``, and the method's own options.
+        ``method`` defaults to the one that the checkpoint was trained for. Further arguments:
+        ``dtype``, ``device``, ``several_images``, and the method's own options.
         """
         given = {**(additional_config or {}), **simple_parse_args_string(arg_string)}
         given = {name: value for name, value in given.items() if value is not None}
@@ -79,7 +79,7 @@ class LMMSModel(lmms):
             "batch_size": int(given.pop("batch_size", 1)),
             "several_images": given.pop("several_images", "refuse"),
         }
-        given.setdefault("device", default_device())
+        given["device"] = usable_device(given.get("device"))
         path, name = given.pop("pretrained"), given.pop("method", None)
         return cls(baselines.load(path, name, **given), **own)
 
@@ -88,9 +88,9 @@ class LMMSModel(lmms):
         return self.method.model.device
 
     def generate_until(self, requests: Sequence) -> list[str]:
-        """An answer each, greedy unless the task says otherwise, cut at the task's ``until``.
+        """Answers, greedy unless the task says otherwise, cut at the task's ``until``.
 
-        Options of a task that mean nothing to ``generate`` are left out, with one warning.
+        Options of a task that ``generate`` doesn't have are ignored, with one warning.
         """
         for task, given in {request.args[4]: request.args[1] for request in requests}.items():
             if unknown := ask.unknown_options(given):
@@ -107,11 +107,11 @@ class LMMSModel(lmms):
         return answers
 
     def loglikelihood(self, requests: Sequence) -> list[tuple[float, bool]]:
-        """For each continuation its loss, and whether it is what a greedy answer says.
+        """For each continuation, its loss and whether a greedy answer would be the same.
 
-        The loss is the mean of ``-log p`` over its tokens, as of lmms-eval's own models: its multiple
-        choice takes the smallest. It comes out of ``method.generate``, made to say the continuation, so
-        that each method answers in the way in which it answers questions.
+        The loss is the mean of ``-log p`` over its tokens, as in lmms-eval's own models; its multiple
+        choice takes the smallest. ``method.generate`` is forced to produce the continuation, so that it
+        is scored the same way in which the method answers questions.
         """
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for indices in self._batches(requests):
@@ -140,7 +140,7 @@ class LMMSModel(lmms):
         )
 
     def _batches(self, requests: Sequence, key=lambda args: "") -> Iterator[list[int]]:
-        """Indices of requests that go together: of one key, long questions first, beside their like."""
+        """Batches of request indices with the same key, long questions first."""
         order = sorted(
             range(len(requests)),
             key=lambda index: (key(requests[index].args), -len(requests[index].args[0])),
@@ -189,9 +189,9 @@ class LMMSModel(lmms):
         return ids[len(before) :]
 
 
-@cache  # once a task, whatever the number of methods
+@cache  # once per task, for any number of methods
 def _warn_left_out(task: str, names: tuple[str, ...]) -> None:
-    logger.warning("generation options of %s are left out: %s", task, ", ".join(names))
+    logger.warning("generation options of %s are ignored: %s", task, ", ".join(names))
 
 
 def _options_of(args: tuple) -> str:
@@ -201,7 +201,7 @@ def _options_of(args: tuple) -> str:
 def _by_image(
     indices: Sequence[int], rows: Sequence[tuple]
 ) -> Iterator[tuple[list[int], list[Image.Image] | None, list[list[dict]]]]:
-    """A batch in two, with images and without: a processor takes one kind at a time."""
+    """Split a batch into rows with and without images, since a processor takes one kind at a time."""
     for with_image in (True, False):
         chosen = [
             (index, *row)
@@ -214,11 +214,11 @@ def _by_image(
 
 
 class Told(LogitsProcessor):
-    """Lets ``generate`` say nothing but given tokens, and keeps what it would have thought of them.
+    """Forces ``generate`` to produce given tokens, and records their probabilities.
 
     Args:
-        targets: token ids, a row each. Behind a row's last one comes the end of the sequence.
-        eos_token_id: that end.
+        targets: token ids of each row; shorter rows are filled with ``eos_token_id``.
+        eos_token_id: the token that ends a sequence.
     """
 
     def __init__(self, targets: Sequence[Sequence[int]], eos_token_id: int) -> None:

@@ -1,11 +1,11 @@
-"""What the paper reports (arXiv 2406.12275v2 and its supplement). None of it was measured here."""
+"""Scores that the paper reports (arXiv 2406.12275v2 and its supplement), not measured here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# In the order of the columns of the supplement's tables 3 and 4.
+# The order of columns in the supplement's tables 3 and 4.
 _COLUMNS = ("VQAv2", "GQA", "SEED", "SQA-I", "POPE", "MME", "MMB")
 COLUMNS = {
     "LLaVA-1.5-7B": _COLUMNS,
@@ -22,12 +22,12 @@ class Reported:
 
     Attributes:
         model: the LLaVA, a key of ``COLUMNS``.
-        method: as in ``voco_model.baselines.METHODS``.
-        tokens: that stand for an image.
+        method: a key of ``voco_model.baselines.METHODS``.
+        tokens: tokens per image.
         source: the table.
-        scores: by benchmark; of some rows the paper gives averages alone.
-        retention: percent, the average as printed, where there is one.
-        share: percent, the average as printed, where there is one.
+        scores: scores by benchmark; empty where the paper has only averages.
+        retention: the printed average in percent, if there is one.
+        share: the printed average in percent, if there is one.
     """
 
     model: str
@@ -58,7 +58,7 @@ _TABLE_1 = _table(
         ("untrained", 1, (37.7, 22.3, 617.3, 53.9, 36.9, 60.7, 41.2), {"retention": 0.0}),
     ],
 )
-# At one token it says 83.8, Table 1 says 83.7 and has the scores for it.
+# For one token Table 2 says 83.8; Table 1 says 83.7 and has the scores.
 _TABLE_2 = [
     Reported("LLaVA-1.5-7B", "voco", tokens, "Table 2", retention=retention)
     for tokens, retention in {
@@ -103,7 +103,7 @@ REPORTED = (*_TABLE_1, *_TABLE_2, *_SUPPLEMENT_3, *_SUPPLEMENT_4)
 
 
 def model_of(config) -> str | None:
-    """The paper's name of a LLaVA, told from its config, or None if the paper has no such model."""
+    """The paper's name for a LLaVA, derived from its config; None if the paper has no such model."""
     text = config.text_config
     shape = (config.model_type, text.model_type, text.hidden_size, text.num_hidden_layers)
     return {
@@ -115,7 +115,7 @@ def model_of(config) -> str | None:
 
 
 def reported(model: str | None, method: str, tokens: int | None = None) -> Reported | None:
-    """The paper's row, or None. Of the bounds, ``"full"`` and ``"untrained"``, it has one each."""
+    """The paper's row, or None. The bounds, ``"full"`` and ``"untrained"``, match any ``tokens``."""
     for row in REPORTED:
         same_tokens = method in ("full", "untrained") or row.tokens == tokens
         if row.model == model and row.method == method and same_tokens:

@@ -1,10 +1,10 @@
-"""The entry point ``lmms_eval.models``: what makes ``lmms-eval --model voco`` find ``LMMSModel``."""
+"""The entry point ``lmms_eval.models``, by which ``lmms-eval --model voco`` finds ``LMMSModel``."""
 
 from __future__ import annotations
 
 
 def manifests() -> list:
-    """The manifest that lmms-eval's registry asks for."""
+    """The manifest for lmms-eval's registry."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return [

@@ -1,4 +1,4 @@
-"""From what lmms-eval asks to what a model is given, and from its answer to what lmms-eval takes."""
+"""Conversions between lmms-eval's requests and a model's inputs, options and answers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from voco_model.pictures import WHITE, PictureError, decode
 from voco_model.vlm.prompt import IMAGE_TOKEN
 
 SEVERAL_IMAGES = ("refuse", "middle")
-# For tasks that name no limit of their own; their answers are an option's letter or a few words.
+# For tasks without a limit of their own, whose answers are a letter or a few words.
 MAX_NEW_TOKENS = 128
 
 
 def question_of(context: str) -> str:
-    """A task's text without its ``<image>`` placeholders: a prompt puts the image in front by itself."""
+    """A task's text without ``<image>`` placeholders, since the prompt puts the image first anyway."""
     return context.replace(IMAGE_TOKEN, "").strip()
 
 
@@ -35,10 +35,10 @@ def image_of(
     """The image of a question, decoded by the rules of ``voco_model.pictures``; None without one.
 
     Args:
-        several: what becomes of several images: ``"refuse"`` them, or take the ``"middle"`` one, as
-            LLaVA's authors do with the frames of a video.
-        where: names the question in an error.
-        ground: that transparent pixels are shown on.
+        several: with several images, ``"refuse"`` the question or take the ``"middle"`` one, as LLaVA's
+            authors do with the frames of a video.
+        where: name of the question, for errors.
+        ground: color behind transparent pixels.
 
     Raises:
         ValueError: several images that are refused; a video or sound; an image that can't be read.
@@ -60,12 +60,12 @@ def image_of(
         raise PictureError(f"{error}, in {where}") from error
 
 
-# Names under which tasks give the texts that end an answer, and the most tokens of one.
+# Tasks' names for the texts that end an answer, and for its most tokens.
 _ENDS = ("until", "stop", "stop_sequences", "stop_strings")
 _LENGTHS = ("max_new_tokens", "max_tokens", "max_completion_tokens", "max_gen_toks")
-# What shapes a sample; of no effect on a greedy answer.
+# Options of sampling, without effect on a greedy answer.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
-# Other options that mean to ``generate`` what they mean to a task.
+# Other options that mean the same to tasks and to ``generate``.
 _OTHERS = (
     "do_sample",
     "num_beams",
@@ -75,7 +75,7 @@ _OTHERS = (
     "no_repeat_ngram_size",
     "min_new_tokens",
 )
-# It speaks to the code of LLaVA's authors; here images are prepared as the checkpoint's processor says.
+# For the code of LLaVA's authors; here the checkpoint's processor decides how images are prepared.
 _MEANT_FOR_OTHERS = ("image_aspect_ratio",)
 _KNOWN = (*_ENDS, *_LENGTHS, *_SAMPLING, *_OTHERS, *_MEANT_FOR_OTHERS)
 
@@ -83,7 +83,7 @@ _KNOWN = (*_ENDS, *_LENGTHS, *_SAMPLING, *_OTHERS, *_MEANT_FOR_OTHERS)
 def generation_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A task's ``generation_kwargs`` as options of ``generate``, and the texts that end an answer.
 
-    Greedy unless the task asks for samples. What ``unknown_options`` lists is left out.
+    Greedy unless the task asks for samples. Options in ``unknown_options`` are dropped.
     """
     given = {name: value for name, value in given.items() if value is not None}
     options = {name: given[name] for name in (*_SAMPLING, *_OTHERS) if name in given}
@@ -104,7 +104,7 @@ def generation_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
 
 
 def unknown_options(given: Mapping[str, Any]) -> list[str]:
-    """Those of a task's ``generation_kwargs`` that mean nothing here: to other models or servers."""
+    """Names in a task's ``generation_kwargs`` that are meant for other models or servers."""
     return [name for name, value in given.items() if name not in _KNOWN and value is not None]
 
 

@@ -1,4 +1,4 @@
-"""A folder of results: a JSON file for each method, and the table of all of them."""
+"""The results folder: a JSON file per method, and the table of all methods."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from voco_model.evaluate.tables import BOUNDS, Row, table
 
 FORMAT = 1
 TABLE = "table.md"
-# What must be the same in all files of a folder, or their rows can't stand in one table.
+# What must be equal in all files of a folder for their rows to share a table.
 _COMPARABLE = ("limit", "paper_model", "several_images", "tasks")
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that a score depends on; None for one that isn't there."""
+    """Versions of the packages that a score depends on; None for one that isn't installed."""
     found = {}
     for name in ("voco-kernels", "lmms-eval", "torch", "transformers", "datasets", "pillow"):
         try:
@@ -30,13 +30,13 @@ def versions() -> dict[str, str | None]:
 
 
 def file_of(output: Path, run: str) -> Path:
-    """The file of ``"voco"``, or ``"voco:1"``. A bound has one, at any number of tokens."""
+    """The file of a run such as ``"voco:1"``. A bound has one file for any number of tokens."""
     method = run.partition(":")[0]
     return output / f"{method if method in BOUNDS else run.replace(':', '-')}.json"
 
 
 def write(output: Path, record: Mapping[str, Any]) -> None:
-    """A method's file, and the folder's table anew.
+    """Write a method's file, and update the folder's table.
 
     Args:
         record: ``run`` (``"voco:1"``), ``method``, ``label``, ``num_tokens``, ``results`` (lmms-eval's)
@@ -49,7 +49,7 @@ def write(output: Path, record: Mapping[str, Any]) -> None:
 
 
 def check_new(output: Path, run: str) -> None:
-    """Raise ``ValueError`` if the folder has results of it."""
+    """Raise ``ValueError`` if the folder already has results of this run."""
     path = file_of(output, run)
     if path.exists():
         raise ValueError(
@@ -83,7 +83,7 @@ def read(output: Path) -> dict[Path, dict]:
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ValueError(
                 f"expected results of format {FORMAT} in {path}, got something else; name a folder that "
-                "holds results alone"
+                "holds only results"
             )
         found[path] = record
     return found
@@ -100,7 +100,7 @@ def table_of(output: Path) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Whole or not at all, whenever the process ends."""
+    """Write a file atomically."""
     aside = path.with_suffix(path.suffix + ".part")
     aside.write_text(text)
     os.replace(aside, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import logging
 import os
 import time
 from argparse import Namespace
@@ -16,19 +17,21 @@ import torch
 from transformers import AutoConfig
 
 from voco_model import baselines
+from voco_model.devices import device_name, usable_device
 from voco_model.evaluate import results
 from voco_model.evaluate.benchmarks import BENCHMARKS, check_tasks
-from voco_model.evaluate.devices import default_device, device_name
 from voco_model.evaluate.paper import model_of
 from voco_model.evaluate.requests import SEVERAL_IMAGES
 from voco_model.evaluate.tables import BOUNDS
 from voco_model.vlm.load import model_class, read_config
 
-# Not tuned to compress: measured on the model that was tuned without the mask.
+logger = logging.getLogger(__name__)
+
+# Methods that aren't trained to compress, measured on the model that was trained without the mask.
 ON_UPPER = (*BOUNDS, "fastv", "random")
-# Of tasks, what LMMSModel answers; the first is lmms-eval's default.
+# Kinds of tasks that LMMSModel answers; the first is lmms-eval's default.
 OUTPUT_TYPES = ("generate_until", "multiple_choice", "loglikelihood")
-# What LLaVAs were trained with that aren't LLaVA-1.5, by the paper's names; their configs don't say.
+# Prompt styles that LLaVA-1.6 was trained with, by the paper's names; its configs don't say.
 _OWN_STYLES = {"LLaVA-1.6-7B": "mistral", "LLaVA-1.6-34B": "chatml"}
 
 
@@ -51,19 +54,20 @@ def evaluate(
 ) -> str | None:
     """Measure each method on each task; see ``docs/evaluation.md``.
 
-    A method's results are written as soon as it is done. What the folder has already is in the table
-    too, so a table can be made in several calls.
+    A method's results are written as soon as it is done. The table includes results that the folder
+    already has, so that it can be made in several calls.
 
     Args:
         model: folder or hub name of a checkpoint in the Hugging Face layout.
-        tasks: names of lmms-eval.
+        tasks: names of lmms-eval's tasks.
         output: a folder.
-        methods: names of ``baselines.METHODS``, or with a number of tokens an image: ``"fastv:64"``.
-        num_tokens: an image, for methods that come without; by default what the checkpoint says. Not for
-            ``"full"``, which has all.
-        upper: in place of ``model`` for the methods that aren't tuned to compress, ``ON_UPPER``: the
-            paper's bounds are of a model that was tuned without the mask.
-        checkpoints: in place of ``model``, by method.
+        methods: names in ``baselines.METHODS``, or with a number of tokens per image: ``"fastv:64"``.
+        num_tokens: tokens per image for methods given without; by default the checkpoint's. ``"full"``
+            has all tokens.
+        upper: checkpoint for the methods that aren't trained to compress (``ON_UPPER``), instead of
+            ``model``: the paper's bounds are from a model trained without the mask. If no such method
+            is named, it is not used, and a warning says so.
+        checkpoints: checkpoints by method, instead of ``model``.
         options: of ``baselines.apply``, by method. The ``style`` of prompts is by default what the
             method's checkpoint was tuned with; of a plain LLaVA what ``model``'s config says, else what
             LLaVA-1.6 was trained with, else ``"vicuna"``.
@@ -71,7 +75,7 @@ def evaluate(
         batch_size: questions at a time.
         several_images: what becomes of a question with several images; see ``requests.image_of``.
         dtype: of the weights; ``"auto"`` as they are.
-        device: by default ``default_device()``.
+        device: where the model runs; by default a GPU, if there is one.
         task_manager: lmms-eval's, where it has other tasks than its own.
 
     Returns:
@@ -87,15 +91,17 @@ def evaluate(
     """
     output = Path(output)
     options = options or {}
+    device = usable_device(device)
     _check(tasks, limit, batch_size, several_images)
     named = _named(methods, num_tokens)
     names = list(dict.fromkeys(name for name, _ in named))
     if upper is not None:
         measured_on_it = [name for name in ON_UPPER if name in names]
         if not measured_on_it:
-            raise ValueError(
-                f"expected upper with one of {', '.join(ON_UPPER)}, got it with {', '.join(names)}; "
-                "name one among the methods, or leave upper out"
+            logger.warning(
+                "upper is not used: of these methods (%s) none is measured on it; %s would be",
+                ", ".join(names),
+                ", ".join(ON_UPPER),
             )
         checkpoints = {**dict.fromkeys(measured_on_it, upper), **(checkpoints or {})}
     for name in (*(checkpoints or {}), *options):
@@ -123,7 +129,6 @@ def evaluate(
     task_manager = _checked_manager(task_manager, tasks)
     _check_writable(output)
 
-    device = default_device() if device is None else device
     for run, (name, tokens) in runs.items():
         given = options[name]
         method = baselines.load(

@@ -1,4 +1,4 @@
-"""Retention, share, and the table of the supplement's tables 3 and 4, ours beside the paper's rows."""
+"""Retention, share of the upper bound, and the table of our scores with the paper's rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from voco_model.evaluate.benchmarks import BENCHMARKS
 from voco_model.evaluate.paper import COLUMNS, reported
 
-BOUNDS = ("full", "untrained")  # the upper and the lower
+BOUNDS = ("full", "untrained")  # upper and lower
 
 _Scores = Mapping[str, float]
 
@@ -18,10 +18,10 @@ class Row:
     """One method's scores.
 
     Attributes:
-        method: as in ``voco_model.baselines.METHODS``.
-        label: the method's name for people.
-        tokens: that stand for an image; None where that depends on the image.
-        scores: by benchmark, in the paper's units; see ``benchmarks.scores_of``.
+        method: a key of ``voco_model.baselines.METHODS``.
+        label: the method's name in the table.
+        tokens: tokens per image; None where that depends on the image.
+        scores: scores by benchmark, in the paper's units; see ``benchmarks.scores_of``.
     """
 
     method: str
@@ -31,14 +31,14 @@ class Row:
 
 
 def retention(scores: _Scores, upper: _Scores, lower: _Scores, over: Sequence[str]) -> float | None:
-    """What compression keeps of what it could lose (section 4.2 of the paper), in percent.
+    """How much of the gap between the bounds compression retains, in percent (section 4.2).
 
     The mean over benchmarks of ``(score - lower) / (upper - lower)``.
 
     Args:
-        upper: of the model that reads all vision tokens.
-        lower: of a model that was never trained to compress, under the mask.
-        over: benchmarks.
+        upper: scores of the model that reads all vision tokens.
+        lower: scores under the mask of a model that was never trained to compress.
+        over: benchmarks to average over.
 
     Returns:
         None where a score is missing or a benchmark's two bounds are equal.
@@ -65,10 +65,10 @@ def share(scores: _Scores, upper: _Scores, over: Sequence[str]) -> float | None:
 
 
 def columns_of(paper_model: str | None, rows: Iterable[Row]) -> tuple[str, ...]:
-    """Benchmarks that a row has a score of, in the paper's order.
+    """Benchmarks with a score in any row, in the paper's order.
 
-    The paper reports SEED in one of two ways, by the model. For a model that it doesn't have, it is all
-    questions.
+    The paper reports SEED over all questions or over images alone, depending on the model; other models
+    get all questions.
     """
     known = COLUMNS.get(paper_model, (*COLUMNS["LLaVA-1.5-7B"], "TextVQA"))
     measured = {name for row in rows for name in row.scores}
@@ -78,9 +78,9 @@ def columns_of(paper_model: str | None, rows: Iterable[Row]) -> tuple[str, ...]:
 def table(rows: Sequence[Row], paper_model: str | None = None) -> str:
     """A Markdown table: bounds first and last, each row followed by the paper's, where it has one.
 
-    Averages are over the benchmarks that are shown, the paper's too; a row that lacks one of them has no
-    average. (Rows of the paper without scores have their printed average, where all of the paper's
-    benchmarks are shown.) Other tasks' metrics come behind, and are in no average.
+    All averages, also the paper's, are over the benchmarks shown; a row that lacks one of these has no
+    average. (The paper's rows without scores have their printed average, if all of the paper's
+    benchmarks are shown.) Other tasks' metrics follow, and are in no average.
 
     Args:
         paper_model: a key of ``paper.COLUMNS``; None for a model that the paper doesn't have.

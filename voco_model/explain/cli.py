@@ -41,7 +41,7 @@ def explain(
         check_checkpoint(model)
         check_device(device)
         from voco_model import load
-        from voco_model.evaluate.devices import default_device
+        from voco_model.devices import usable_device
         from voco_model.explain import attention, draw
         from voco_model.pictures import size_of
         from voco_model.vlm.load import read_config
@@ -60,7 +60,7 @@ def explain(
                 f"expected a model that was trained with VoCo's mask, got {model}, made for "
                 f"{baseline['name']!r}; name one that voco train has made"
             )
-        loaded, processor = load(model, device=device or default_device())
+        loaded, processor = load(model, device=usable_device(device))
         found = attention(loaded, image, question, processor=processor, max_new_tokens=new_tokens)
         draw(found, output)
     print(f"answer: {found.answer}")

@@ -1,9 +1,9 @@
-"""``attention``: the attention weights of one question about one image, of chosen rows only.
+"""``attention``: attention weights of VoCo tokens and text, for one question about one image.
 
-A fused kernel has no attention weights. One masked pass over the prompt and its answer is run as it is,
-and the queries and keys of each call of the operator under ``masked_attention`` are read on their way:
-nothing of the model is switched, so nothing has to be put back. From these, the softmax of the rows that
-a picture needs is computed a second time, those of VoCo tokens and of the text behind them.
+A fused kernel doesn't materialize attention weights. One masked pass over prompt and answer runs
+unchanged, while a dispatch mode reads the queries and keys of each call of ``masked_attention``'s
+operator; the model is never modified. From these, the softmax is computed again for the rows of
+interest: the VoCo tokens and the text after them.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ from voco_model.vlm.prompt import prompt, style_in
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """Attention weights, the mean over a layer's heads, float32 on the CPU. ``L`` layers, ``n`` VoCo
-    tokens, ``C`` tokens of context that are no image tokens, ``T`` tokens of text, the answer's too.
+    """Attention weights, averaged over a layer's heads, float32 on the CPU.
 
-    The weights of a token sum to 1, in each layer: ``voco_over_image`` with ``voco_over_tiles``,
-    ``voco_over_context`` and ``voco_over_voco``; ``text_over_voco`` with ``text_over_text``.
+    Shapes use ``L`` layers, ``n`` VoCo tokens, ``C`` tokens before these that aren't image tokens, and
+    ``T`` tokens of text, including the answer. The weights of a token sum to 1 in each layer:
+    ``voco_over_image`` with ``voco_over_tiles``, ``voco_over_context`` and ``voco_over_voco``;
+    ``text_over_voco`` with ``text_over_text``.
 
     Attributes:
         picture: uint8 ``[height, width, 3]``, as the model saw it, resized and cropped.
         voco_over_image: ``[L, n, rows, columns]``, over the patches of ``picture``.
-        voco_over_tiles: ``[L, n]``, over the tiles of LLaVA-NeXT, not the whole picture, and the ends
-            of their rows. 0 for LLaVA-1.5.
+        voco_over_tiles: ``[L, n]``, over LLaVA-NeXT's further tiles and the ends of their rows; 0 for
+            LLaVA-1.5.
         voco_over_context: ``[L, n, C]``, over ``context_tokens``: BOS, often a sink, and the newline.
-        voco_over_voco: ``[L, n, n]``, over the VoCo tokens up to itself.
+        voco_over_voco: ``[L, n, n]``, over the VoCo tokens up to and including itself.
         text_over_voco: ``[L, T, n]``.
-        text_over_text: ``[L, T]``, over the text up to itself, its own token too. Nothing else is seen.
+        text_over_text: ``[L, T]``, over the text up to and including itself. Text sees nothing else.
         context_tokens: C decoded tokens.
-        text_tokens: T decoded tokens: what is behind the VoCo tokens, then the answer.
-        answer_start: of ``text_tokens``, the first of the answer. It was written by the token before it,
-            so ``text_tokens[answer_start - 1 :]`` are those that wrote the answer and its end.
-        question, answer: in words.
+        text_tokens: T decoded tokens: the text after the VoCo tokens, then the answer.
+        answer_start: index of the answer's first token in ``text_tokens``. The token before predicted
+            it, so ``text_tokens[answer_start - 1 :]`` predicted the answer and its end.
+        question, answer: as text.
     """
 
     picture: Tensor
@@ -75,25 +76,25 @@ class Explanation:
 def attention(
     model, image: Any, question: str, *, processor, max_new_tokens: int = 32
 ) -> Explanation:
-    """Answer a question, and say where attention went meanwhile.
+    """Answer a question, and return where attention went meanwhile.
 
-    The answer is greedy. It ends before a ``<VoCo>`` or an image token, behind which the mask of the
-    whole sequence would be another one.
+    The answer is greedy. It ends before a ``<VoCo>`` or image token, which would change the mask of the
+    whole sequence.
 
     Args:
         model: enabled, in eval mode. Neither it nor its config is changed.
         image: one image, in any form that ``voco_model.pictures.decode`` takes.
         processor: the one given to ``enable``.
-        max_new_tokens: of the answer, at least 1.
+        max_new_tokens: most tokens of the answer, at least 1.
 
     Returns:
-        for LLaVA-NeXT, maps over its first tile, which is the whole picture.
+        the weights; for LLaVA-NeXT, maps are over the first tile, which shows the whole picture.
 
     Raises:
         PictureError: an image that isn't one, or that can't be read.
         ValueError: a model that isn't enabled or is in training mode, several images, a processor of
             another model, or image tokens that aren't the patches of a picture, row by row.
-        RuntimeError: layers whose attention couldn't be read, because they are compiled or replaced.
+        RuntimeError: the attention of some layers couldn't be read: they are compiled or replaced.
     """
     check_ready(model)
     if max_new_tokens < 1:
@@ -127,13 +128,13 @@ def attention(
 
 
 class ReadAttention(TorchDispatchMode):
-    """While it is entered, keeps the attention weights of each ``masked_attention`` of one row.
+    """Records attention weights of each ``masked_attention`` call on one row, while it is active.
 
     Args:
-        first: of the queries to keep, which go on to the end.
+        first: first query to record; all later ones are recorded too.
 
     Attributes:
-        layers: float32 ``[S - first, S]`` on the CPU, one a call: the mean over heads of the softmax.
+        layers: float32 ``[S - first, S]`` on the CPU for each call: the softmax, averaged over heads.
     """
 
     def __init__(self, first: int) -> None:
@@ -158,7 +159,7 @@ def _softmax(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
 
 
 def _prepare(model, image: Any, question: str, processor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token ids ``[1, S]`` of the prompt, and what the vision tower reads, on the model's device."""
+    """Token ids ``[1, S]`` of the prompt, and the vision tower's inputs, on the model's device."""
     config = model.config
     written = prompt(question, config.num_voco, style=style_in(config))
     images = list(as_images(image))
@@ -182,7 +183,7 @@ def _prepare(model, image: Any, question: str, processor) -> tuple[Tensor, dict[
 
 
 def _patches(model, asked: Tensor, pixels: Tensor) -> tuple[int, int]:
-    """Rows and columns of the patches that the first image tokens are."""
+    """Rows and columns of the patches that the first image tokens represent."""
     config = model.config
     rows, columns = (side // config.vision_config.patch_size for side in pixels.shape[-2:])
     found = int((asked == config.image_token_id).sum())
@@ -204,8 +205,8 @@ def _read(model, ids: Tensor, vision: dict[str, Tensor], first: int) -> Tensor:
     layers = model.config.text_config.num_hidden_layers
     if len(read.layers) != layers:
         raise RuntimeError(
-            f"expected to read the attention of {layers} layers, got {len(read.layers)}; explain the "
-            "model as enable left it, not compiled, with all of its layers"
+            f"reading attention failed: {len(read.layers)} of {layers} layers called masked_attention; "
+            "explain the model as enable left it, not compiled, with all of its layers"
         )
     return torch.stack(read.layers)
 
@@ -228,7 +229,7 @@ def _answer(model, asked: Tensor, vision: dict[str, Tensor], max_new_tokens: int
 
 
 def _picture(pixels: Tensor, image_processor) -> Tensor:
-    """uint8 ``[height, width, 3]``: what the processor did to colours, undone."""
+    """uint8 ``[height, width, 3]``: the processed picture with its normalization undone."""
     shown = pixels[0].float().cpu()
     shown = shown[0] if shown.dim() == 4 else shown  # the first tile is the whole picture
     if image_processor.do_normalize:

@@ -1,4 +1,4 @@
-"""An ``Explanation`` as a picture, or as a page with a section for each layer."""
+"""``draw``: an ``Explanation`` as a picture, or as an HTML page with a section per layer."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 _MOST_LAYERS = 8  # columns of maps in the overview, beside the mean
 _MOST_VOCO = 8  # rows of maps in the overview; maps side by side in a layer's section
 _MOST_TEXT = 48  # tokens of text in a figure, the last ones
-# Inches: a section's title, a map, what is left of maps, between them, and around each for its titles.
+# Inches: a section's title, a map, the space left of maps, between maps, and around each for titles.
 _TITLE, _MAP, _LEFT, _GAP, _AROUND = 0.4, 1.25, 0.8, 0.1, 0.5
 _ABOVE_TEXT = 1.15  # to the upper edge of its heat map
 _NARROWEST = 10.5
 _DPI = 110
 _DIMMED = 0.4  # the picture's brightness under a map
 _HEAT = "inferno"
-# Where attention goes, in colours that colour-blind people can tell apart (Okabe and Ito).
+# Colours of what attention goes to, distinguishable when colour-blind (Okabe and Ito).
 _IMAGE, _TILES, _CONTEXT, _VOCO, _TEXT = "#56b4e9", "#0072b2", "#c8c8c8", "#d55e00", "#009e73"
 
 
@@ -42,8 +42,8 @@ class _Map(NamedTuple):
 def draw(explanation: Explanation, path: str | PathLike) -> None:
     """Write an explanation to a file.
 
-    A ``.png`` is the overview: up to 8 VoCo tokens and 8 layers, evenly chosen, and the last 48 of the
-    text. An ``.html`` holds the same, then each layer with all VoCo tokens; it needs no other file.
+    A ``.png`` has the overview: up to 8 VoCo tokens and 8 layers, evenly chosen, and the last 48 tokens
+    of the text. An ``.html`` has the overview, then each layer with all VoCo tokens, in one file.
 
     Raises:
         ValueError: another suffix, or no such folder.
@@ -119,12 +119,12 @@ def _of_layer(explanation: Explanation, layer: int) -> Figure:
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """All numbers below ``count``, or ``most`` of them, evenly, with the first and the last."""
+    """All numbers below ``count``, or ``most`` of them spread evenly, including first and last."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
 def _figure(columns: int, heights: list[float]) -> tuple[Figure, list[SubFigure]]:
-    """A figure of parts one below the other, ``heights`` in inches, with room for so many maps."""
+    """A figure of stacked parts with these heights in inches, wide enough for ``columns`` maps."""
     from matplotlib.figure import Figure
 
     width = max(_LEFT + columns * (_MAP + _GAP), _NARROWEST)
@@ -141,12 +141,12 @@ def _text_height(explanation: Explanation) -> float:
 
 
 def _below_text(explanation: Explanation) -> float:
-    """Room for the names of tokens, which stand upright."""
+    """Height of the token labels, which are written vertically."""
     return 0.6 + 0.08 * max(map(len, map(_visible, explanation.text_tokens[-_MOST_TEXT:])))
 
 
 def _axes(figure: SubFigure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes at a place in inches from the upper left corner."""
+    """Axes at a position in inches from the upper left corner."""
     total_width, total_height = _inches(figure)
     bottom = 1 - (top + height) / total_height
     return figure.add_axes((left / total_width, bottom, width / total_width, height / total_height))
@@ -172,7 +172,7 @@ def _draw_head(figure: SubFigure, explanation: Explanation) -> None:
         f"Answer: {explanation.answer or '(none)'}",
         "Attention is the mean over heads. Each map is brightest at its own peak; below it, how much of "
         "the VoCo token's attention the map has, and its peak. Layers and tokens count from 0. Where a "
-        "model looks isn't yet what it knows, nor why it answers.",
+        "model looks is neither what it knows nor why it answers.",
     )
     written = "\n".join(fill(text, room, max_lines=3) for text in words)
     figure.text(
@@ -184,7 +184,7 @@ def _draw_head(figure: SubFigure, explanation: Explanation) -> None:
 def _draw_maps(
     figure: SubFigure, explanation: Explanation, lines: list[list[_Map]], labels: list[str]
 ) -> None:
-    """Maps over the picture, one line below the other, a label in front of each line."""
+    """Draw lines of maps over the picture, each line after its label."""
     for row, (line, label) in enumerate(zip(lines, labels, strict=True)):
         for column, (title, heat) in enumerate(line):
             left, top = column * (_MAP + _GAP), row * (_MAP + _AROUND)
@@ -199,7 +199,7 @@ def _draw_maps(
 
 
 def _overlay(picture: Tensor, heat: Tensor) -> np.ndarray:
-    """float ``[height, width, 3]``: the picture dimmed and grey, the heat over it in colour."""
+    """float ``[height, width, 3]``: the picture dimmed and grey, with the heat map in colour."""
     from matplotlib import colormaps
 
     height, width, _ = picture.shape
@@ -211,7 +211,7 @@ def _overlay(picture: Tensor, heat: Tensor) -> np.ndarray:
 
 
 def _draw_text(figure: SubFigure, explanation: Explanation, taken: Tensor, where: str) -> None:
-    """What text tokens took from VoCo tokens: ``taken``, ``[T, n]``, and above it their sums."""
+    """Draw attention of text to VoCo tokens, ``taken`` ``[T, n]``, and its sums above."""
     start = max(len(explanation.text_tokens) - _MOST_TEXT, 0)
     taken = taken[start:]
     count, num_voco = taken.shape
@@ -241,7 +241,7 @@ def _draw_text(figure: SubFigure, explanation: Explanation, taken: Tensor, where
         label.set(rotation=90, parse_math=False)
         if position >= answer:
             label.set(weight="bold", color=_VOCO)
-    heat.set_xlabel("tokens of the text; of the answer bold", fontsize=8.5)
+    heat.set_xlabel("tokens of the text; the answer in bold", fontsize=8.5)
     for axes in (sums, heat):
         axes.axvline(answer - 0.5, color="black", linewidth=0.8)
     bar = figure.colorbar(shown, cax=_axes(figure, width - right + 0.15, _ABOVE_TEXT, 0.15, down))
@@ -257,7 +257,7 @@ def _visible(token: str) -> str:
 
 
 def _draw_shares(figure: SubFigure, explanation: Explanation) -> None:
-    """Two stacks of bars, by layer: of the VoCo tokens, and of the tokens that wrote the answer."""
+    """Draw stacked bars by layer, for the VoCo tokens and for the tokens that predict the answer."""
     _draw_title(figure, "Where attention went, by layer")
     writers = slice(explanation.answer_start - 1, None)
     by_voco = [

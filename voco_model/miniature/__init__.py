@@ -1,1 +1,1 @@
-"""A LLaVA trained from nothing, to see what compression costs in quality: ``docs/quality.md``."""
+"""A small LLaVA trained from scratch, to measure what compression costs in quality (docs/quality.md)."""

@@ -1,4 +1,4 @@
-"""Conversations about pictures, as token ids: what the miniature is trained on."""
+"""Training batches of the miniature: conversations about pictures, as token ids."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from voco_model.vlm.prompt import IMAGE_TOKEN, image_part, text_pieces
 class Batch:
     """``input_ids`` and ``labels``, int64 ``[B, S]``, and ``pixel_values``, float32 ``[B, 3, 48, 48]``.
 
-    Rows are padded on the right: causal attention doesn't see that, so there is no attention_mask.
+    Rows are padded on the right, which causal attention never sees, so there is no attention_mask.
     """
 
     input_ids: Tensor
@@ -36,10 +36,10 @@ class Batch:
 
 
 class Conversations:
-    """Token ids of conversations in Listing 1's form; the tokenizer sees each piece of text once.
+    """Encodes conversations in Listing 1's form, and tokenizes each piece of text only once.
 
     Args:
-        processor: of the miniature; it writes as many image tokens as a method has set.
+        processor: the miniature's processor, with the method's number of image tokens.
     """
 
     def __init__(self, processor: LlavaProcessor) -> None:
@@ -52,10 +52,10 @@ class Conversations:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def encode(self, questions: list[Question], num_voco: int) -> tuple[list[int], list[int]]:
-        """Ids and labels of a conversation about one picture, with BOS; ``num_voco`` may be 0.
+        """Token ids and labels of a conversation about one picture, with BOS; ``num_voco`` can be 0.
 
-        A piece ends with an answer's end of sequence, which no merge of the tokenizer crosses, so the
-        pieces' ids are those of the whole.
+        Each piece ends with an answer's EOS, which no merge of the tokenizer crosses, so tokenizing
+        pieces gives the same ids as tokenizing the whole.
         """
         tokenizer = self._tokenizer
         turns = [
@@ -94,7 +94,7 @@ class Conversations:
 
 
 def pixels(pictures: list[np.ndarray]) -> Tensor:
-    """What the image processor makes of these pictures, float32 ``[B, 3, 48, 48]``."""
+    """Pictures as the image processor returns them, float32 ``[B, 3, 48, 48]``."""
     stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     return (stacked.float() / 255 - MEAN) / STD
 
@@ -107,18 +107,18 @@ def batches(
     counts: tuple[int, ...],
     captions: int = 0,
 ) -> Iterator[Batch]:
-    """Without end, of the training digits.
+    """Endless batches with training digits.
 
     Args:
-        size: conversations in a batch, each about a picture of its own.
-        questions: in a conversation.
-        counts: of VoCo tokens; a batch has one of them, drawn at random. 0 for none.
-        captions: in the first so many batches captions stand for conversations, in the first one surely,
-            then less and less often.
+        size: conversations per batch, each about its own picture.
+        questions: questions per conversation.
+        counts: numbers of VoCo tokens, one of which is drawn for each batch; 0 for none.
+        captions: number of batches over which captions give way to conversations: the probability of a
+            batch of captions falls linearly from 1 to 0.
     """
     conversations = Conversations(processor)
     rng = np.random.default_rng(seed)
-    # Apart, so that pictures and questions are the same for any counts.
+    # A separate generator, so that pictures and questions are the same for any counts.
     drawn = np.random.default_rng(seed + 1)
     for number in count():
         num_voco = int(drawn.choice(counts))

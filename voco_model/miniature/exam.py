@@ -1,4 +1,4 @@
-"""Questions about pictures of held-out digits, and how many of them a method answers rightly."""
+"""The exam: questions about pictures of held-out digits, and a method's share of correct answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from voco_model.baselines.base import Method
 from voco_model.miniature.scenes import KINDS, Question, ask, draw_scene, paint, questions_of
 
 PRICED = "Which digit is in the northwest?"
-"""The question whose cost is counted, in Listing 1's prompt and with BOS."""
+"""The question whose cost is reported, in Listing 1's prompt and with BOS."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Exam:
     """Pictures, and for each of them a question of every kind.
 
     Attributes:
-        without_places: by kind, the share of right answers of who knows what is in each picture, but
-            not where: of the quarters' four answers the most frequent one.
+        without_places: by kind, the share of correct answers for a guesser that knows what is in each
+            picture but not where, and gives the most frequent of the quarters' four answers.
     """
 
     pictures: list[Image.Image]
@@ -30,7 +30,7 @@ class Exam:
 
 
 def make_exam(pictures: int, seed: int) -> Exam:
-    """Of the digits that no training has seen."""
+    """Make an exam with digits that no training has seen."""
     rng = np.random.default_rng(seed)
     shown, asked, guessed = [], [], dict.fromkeys(KINDS, 0.0)
     for _ in range(pictures):
@@ -44,8 +44,8 @@ def make_exam(pictures: int, seed: int) -> Exam:
 
 
 def score(method: Method, exam: Exam, pictures_at_once: int = 16) -> dict[str, float]:
-    """Share of right answers by kind of question. Each is asked by itself, and right is what has the
-    answer's very letters."""
+    """Share of correct answers by kind of question. Each question is asked separately, and an answer
+    counts if it matches exactly."""
     right = dict.fromkeys(KINDS, 0)
     for start in range(0, len(exam.pictures), pictures_at_once):
         stop = start + pictures_at_once

@@ -1,4 +1,4 @@
-"""A LLaVA small enough to train from nothing on a CPU: CLIP tower, projector, Llama, processor."""
+"""A LLaVA small enough to train from scratch on a CPU: CLIP tower, projector, Llama, processor."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from voco_model.vlm.prompt import SYSTEM, SYSTEM_WITH_IMAGE, VOCO_TOKEN
 PATCH = 4
 GRID = SIZE // PATCH
 VISION_TOKENS = GRID * GRID
-MEAN, STD = 0.5, 0.5  # of the pixels, for the image processor
+MEAN, STD = 0.5, 0.5  # normalization of pixels
 
-# Every word that a question or an answer has; the tokenizer makes a token of each.
+# All words of questions and answers; each becomes a token.
 CORPUS = (
     SYSTEM,
     SYSTEM_WITH_IMAGE,
@@ -42,7 +42,7 @@ CORPUS = (
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the language model, and of the vision tower."""
+    """Sizes of the language model and the vision tower."""
 
     hidden: int = 64
     inner: int = 128
@@ -55,7 +55,7 @@ class Shape:
 
 
 def build_processor() -> LlavaProcessor:
-    """Byte-level BPE with a token for each word of the corpus; pictures are taken as they are."""
+    """A processor with a token for each word of the corpus (byte-level BPE), for 48 x 48 pictures."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,7 +82,7 @@ def build_processor() -> LlavaProcessor:
             bos_token="<s>",
             eos_token="</s>",
             padding_side="left",
-            # <VoCo> gets the last id, so that rows of its own can follow.
+            # <VoCo> has the last id, so that further VoCo rows can follow.
             extra_special_tokens={"image_token": "<image>", "voco_token": VOCO_TOKEN},
         ),
         patch_size=PATCH,
@@ -94,7 +94,7 @@ def build_processor() -> LlavaProcessor:
 def build_model(
     processor: LlavaProcessor, shape: Shape, seed: int
 ) -> LlavaForConditionalGeneration:
-    """Random weights in float32."""
+    """A model with random float32 weights."""
     tokenizer = processor.tokenizer
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -114,20 +114,20 @@ def build_model(
             num_key_value_heads=shape.heads,
             head_dim=shape.head_dim,
             max_position_embeddings=1024,
-            # Slow rotation in most of a head's few dimensions: these are for what a token is.
+            # Most of a head's few dimensions rotate slowly, which leaves them for content.
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-            initializer_range=shape.hidden**-0.5,  # 0.02 is for widths of thousands
+            initializer_range=shape.hidden**-0.5,  # 0.02 suits widths of thousands
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         ),
         image_token_id=tokenizer.image_token_id,
         image_seq_length=VISION_TOKENS,
-        vision_feature_layer=-1,  # the tower has no layer to spare
+        vision_feature_layer=-1,  # the tower has too few layers to skip one
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config).eval()
-    # CLIP's own 0.02 would leave places unheard beside pixels, in a training as short as this.
+    # With CLIP's 0.02, positions would hardly count beside pixels in so short a training.
     embeddings = model.model.vision_tower.embeddings
     nn.init.normal_(embeddings.patch_embedding.weight, std=0.1)
     nn.init.normal_(embeddings.position_embedding.weight, std=0.3)

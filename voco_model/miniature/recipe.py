@@ -1,4 +1,4 @@
-"""What is trained, for how long, and what is then compared."""
+"""Recipes: which models are trained, for how long, and what is compared."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from voco_model.miniature.model import Shape
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes and lengths of all trainings of one run.
+    """Sizes and lengths of all trainings of a run.
 
     Attributes:
-        shape: of the model.
-        seeds: how often everything behind the vision tower is done, from other random numbers.
-        counts: of tokens that stand for a picture.
-        tower_steps: of the vision tower, which all share as LLaVAs share CLIP.
-        start_steps: to the LLaVA that all methods start from.
-        tune_steps: of each method, the upper bound too.
-        long: how many times as long the Q-Former's own schedule is; 0 for none.
-        tower_batch, batch: pictures a step.
-        questions: about each, in a conversation.
+        shape: sizes of the model.
+        seeds: number of repetitions, of everything after the vision tower.
+        counts: numbers of tokens per picture.
+        tower_steps: steps for the vision tower, which all models share, as LLaVAs share CLIP.
+        start_steps: steps for the LLaVA that all methods start from.
+        tune_steps: steps for each method, including the upper bound.
+        long: factor by which the Q-Former's second schedule is longer; 0 for none.
+        tower_batch, batch: pictures per step.
+        questions: questions per conversation.
         tower_rate, start_rate, tune_rate: peak learning rates.
-        drawn: also one VoCo model for all counts. ``distinct``: counts of VoCo tokens for which there is
-            also a model with an embedding row for each.
-        fastv_layer: in front of which FastV drops vision tokens.
-        pictures: in the exam, each with a question of every kind. ``exam_seed``: of these.
+        drawn: train one more VoCo model for all counts.
+        distinct: numbers of VoCo tokens for further models with an embedding row for each.
+        fastv_layer: layer before which FastV drops vision tokens.
+        pictures: pictures in the exam, each with a question of every kind.
+        exam_seed: seed of the exam.
     """
 
     shape: Shape = field(default_factory=Shape)
@@ -69,16 +70,16 @@ QUICK = Recipe(
 
 @dataclass(frozen=True)
 class Job:
-    """Something to train.
+    """A model to train.
 
     Attributes:
-        row: ``"tower"``, the vision tower; ``"start"``, the LLaVA that all else starts from; or the row
-            of the tables that it is for, where ``"full"`` stands for all that need no training of their
-            own too (FastV, random tokens, the lower bound).
-        count: of tokens a picture; 0 where that is all of them, or drawn.
+        row: ``"tower"``, the vision tower; ``"start"``, the LLaVA that the others start from; or a row
+            of the tables. ``"full"`` also serves the rows without training of their own (FastV, random
+            tokens, the lower bound).
+        count: tokens per picture; 0 for all of them, or for a drawn number.
         seed: None for the tower.
-        steps: of training.
-        work: in steps that read all of a picture.
+        steps: training steps.
+        work: cost, in steps that read whole pictures.
     """
 
     row: str
@@ -96,20 +97,20 @@ class Job:
 
     @property
     def needs(self) -> str | None:
-        """The name of the job whose model it goes on from."""
+        """The name of the job whose model this one starts from."""
         if self.row == "tower":
             return None
         return "tower" if self.row == "start" else f"seed-{self.seed}/start"
 
 
 def jobs(recipe: Recipe) -> Iterator[Job]:
-    """All trainings, each behind what it needs."""
+    """All trainings, each after the one it needs."""
 
     yield Job("tower", 0, None, recipe.tower_steps, recipe.tower_steps / 4)
     for seed in range(recipe.seeds):
         yield Job("start", 0, seed, recipe.start_steps, recipe.start_steps)
         tune = recipe.tune_steps
-        if recipe.long:  # first: the longest is not to run alone in the end
+        if recipe.long:  # first, so that the longest doesn't run alone at the end
             steps = recipe.long * tune
             yield Job("qformer long", recipe.counts[0], seed, steps, steps / 2)
         yield Job("full", 0, seed, tune, tune)
@@ -119,7 +120,7 @@ def jobs(recipe: Recipe) -> Iterator[Job]:
             yield Job("voco drawn", 0, seed, tune, tune)
         for count in recipe.distinct:
             yield Job("voco distinct", count, seed, tune, tune)
-        # Their language model reads a few tokens in place of a whole picture.
+        # Half the work: the language model reads a few tokens instead of a whole picture.
         for row in ("pooling", "qformer"):
             for count in recipe.counts:
                 yield Job(row, count, seed, tune, tune / 2)

@@ -1,10 +1,12 @@
-"""A run's tables, in Markdown, and its plot."""
+"""The report of a run: Markdown tables and a plot."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 
 from voco_model.miniature.exam import PRICED
 from voco_model.miniature.results import LABELS, Rows, spread
@@ -16,7 +18,7 @@ TABLES = ("main", "retention", "share", "kinds", "cost", "made")
 
 
 def tables(results: dict) -> dict[str, str]:
-    """Markdown by name, for each of ``TABLES``."""
+    """The Markdown tables by name, one for each of ``TABLES``."""
     rows = Rows(results)
     return {
         "main": _by_count(rows, "accuracy, %", rows.accuracy),
@@ -28,8 +30,15 @@ def tables(results: dict) -> dict[str, str]:
     }
 
 
+def save(results: dict, output: Path) -> None:
+    """Write ``results.json``, ``tables.md`` and ``retention.png``."""
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (output / "tables.md").write_text("\n\n".join(tables(results).values()) + "\n")
+    plot(results, output / "retention.png")
+
+
 def _by_count(rows: Rows, title: str, numbers) -> str:
-    """A row a method, a column a count of tokens; mean and standard deviation over the seeds."""
+    """A row per method, a column per number of tokens: mean and standard deviation over seeds."""
     counts = sorted(
         {count for name in rows.names() if name != "full" for count in rows.counts(name)}
     )
@@ -111,10 +120,10 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def plot(results: dict, path: str | PathLike, metadata: Mapping[str, str] | None = None) -> None:
-    """Retention over the count of tokens, a line a method, bars of a standard deviation.
+    """Plot retention over the number of tokens: a line per method, error bars of a standard deviation.
 
     Args:
-        metadata: text entries of the PNG.
+        metadata: text entries for the PNG.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What a run has found: rows of all jobs, put together, with what they were measured on."""
+"""The results of a run: the rows of all jobs, and the machine that measured them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ LABELS = {
     "random": "Random tokens (not trained)",
     "untrained": "VoCo mask, untrained (lower bound)",
 }
-"""Rows of the tables, in their order."""
+"""Labels of the tables' rows, in order."""
 
 
 def collect(recipe: Recipe, output: Path) -> dict:
-    """The rows of all jobs, as they lie in the run's folder.
+    """Collect the results of all jobs from the run's folder.
 
     Returns:
-        ``recipe``; ``date`` of the last job; ``machine``, on which all were done, or several;
+        ``recipe``; ``date`` of the last job; ``machine`` or machines that ran them;
         ``seconds`` of all jobs together; ``jobs``; ``rows``, each with its name, tokens, seed, accuracy
         by kind of question, cache bytes and FLOPs; ``without places``, which is ``Exam.without_places``.
     """
@@ -51,17 +51,8 @@ def collect(recipe: Recipe, output: Path) -> dict:
     }
 
 
-def save(results: dict, output: Path) -> None:
-    """``results.json``, ``tables.md`` and ``retention.png``."""
-    from voco_model.miniature.report import plot, tables
-
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (output / "tables.md").write_text("\n\n".join(tables(results).values()) + "\n")
-    plot(results, output / "retention.png")
-
-
 class Rows:
-    """The rows of a result, to ask for numbers by name, tokens and seed."""
+    """The rows of a result, indexed by name, tokens and seed."""
 
     def __init__(self, results: dict) -> None:
         self._rows = {(r["row"], r["tokens"], r["seed"]): r for r in results["rows"]}
@@ -82,14 +73,16 @@ class Rows:
         return self._rows[name, tokens, self.seeds[0]]
 
     def accuracy(self, name: str, tokens: int, kind: str | None = None) -> list[float]:
-        """One for each seed: of a kind of question, or the mean over all kinds."""
+        """Accuracy for each seed: for one kind of question, or the mean over all kinds."""
         return [self._accuracy(name, tokens, seed, kind) for seed in self.seeds]
 
     def retention(self, name: str, tokens: int, kind: str | None = None) -> list[float]:
-        """``(x - lower) / (upper - lower)`` for each seed, between its bounds, where x is the mean over
-        all kinds. (The paper, section 4.2, takes the mean over benchmarks of such ratios; a kind with
-        bounds close together would decide that here.) The lower bound is that of the fewest tokens, for
-        all. NaN where the bounds are the same."""
+        """``(x - lower) / (upper - lower)`` for each seed, where x is the mean over all kinds.
+
+        (The paper, section 4.2, averages such ratios over benchmarks; here, a kind with bounds close
+        together would dominate that.) The lower bound is the one with the fewest tokens, for all rows.
+        NaN where the bounds are equal.
+        """
         found = []
         for seed in self.seeds:
             upper = self._accuracy("full", self._full, seed, kind)
@@ -110,6 +103,6 @@ class Rows:
 
 
 def spread(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation over the seeds; of one seed NaN."""
+    """Mean and sample standard deviation over the seeds; NaN for the latter with one seed."""
     values = np.array(list(values))
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else math.nan

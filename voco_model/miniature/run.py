@@ -1,4 +1,4 @@
-"""A whole run: all jobs, some at a time, each in a process of its own; then the tables."""
+"""A run: trains all jobs in worker processes, then writes the tables."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ from rich.progress import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from voco_model.devices import available_cpus, usable_device
 from voco_model.miniature.recipe import Job, Recipe, jobs
-from voco_model.miniature.results import collect, save
+from voco_model.miniature.report import save
+from voco_model.miniature.results import collect
 from voco_model.miniature.scenes import digits
 
 _REPORT_EVERY = 10  # steps
@@ -41,32 +43,26 @@ def run(
     device: str | None = None,
     console: Console | None = None,
 ) -> dict:
-    """Train and examine everything of the recipe; goes on where an earlier call stopped.
+    """Train and examine all models of a recipe, resuming where an earlier call stopped.
 
     Args:
-        output: folder for a checkpoint a job, ``results.json``, ``tables.md`` and ``retention.png``.
-        workers: processes, each on one thread; by default as many as there are CPUs, 1 on a GPU.
-        device: by default a GPU where there is one, else the CPU.
+        output: folder for checkpoints, ``results.json``, ``tables.md`` and ``retention.png``.
+        workers: number of single-threaded processes; by default one per CPU, or 1 on a GPU.
+        device: by default a GPU if there is one, else the CPU.
 
     Returns:
-        what is in ``results.json``; see ``results.collect``.
+        the content of ``results.json``; see ``results.collect``.
 
     Raises:
-        ValueError: a folder with a run of another recipe or of more models, with another run at work,
-            no folder, an unknown device, or workers < 1. Nothing is written then.
-        ModuleNotFoundError: without the extra ``miniature``.
-        RuntimeError: a training that failed.
+        ValueError: a folder with another recipe, with more models or in use by another run, a file, an
+            unusable device, or workers < 1. Nothing is written then.
+        ModuleNotFoundError: the extra ``miniature`` isn't installed.
+        RuntimeError: a training failed.
     """
     console = console or Console()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # unknown, not there, or without numbers: meta
-        raise ValueError(
-            f"expected a device such as cpu or cuda, got {device!r}: {error}"
-        ) from None
+    device = str(usable_device(device))
     if workers is None:
-        workers = 1 if device.startswith("cuda") else _cpus()
+        workers = 1 if device.startswith("cuda") else available_cpus()
     if workers < 1:
         raise ValueError(f"expected workers >= 1, got {workers}")
     digits("train")
@@ -88,20 +84,13 @@ def run(
     return results
 
 
-def _cpus() -> int:
-    """Those that this process may use, where the system tells."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def is_done(output: Path, name: str) -> bool:
-    """Whether a job of this name has been finished."""
+    """Whether the job of this name is finished."""
     return (output / name / "scores.json").exists()
 
 
 def _check_folder(output: Path, recipe: Recipe) -> None:
-    """More seeds and more ``distinct`` counts may be added to a run, nothing else may be different."""
+    """Check an earlier run's recipe: only seeds and ``distinct`` counts may be added to it."""
     path = output / "recipe.json"
     if output.exists() and not output.is_dir():
         raise ValueError(f"expected a folder, got the file {output}; choose another --output")
@@ -122,25 +111,25 @@ def _check_folder(output: Path, recipe: Recipe) -> None:
         if seeds > recipe.seeds:
             raise ValueError(
                 f"expected at least the {seeds} seeds of the run in {output}, got {recipe.seeds}; "
-                f"say --seeds {seeds} or choose another --output"
+                f"pass --seeds {seeds} or choose another --output"
             )
         if left := distinct - set(recipe.distinct):
             raise ValueError(
                 f"expected the run in {output} to keep its models with {sorted(left)} distinct VoCo "
-                f"tokens, got {list(recipe.distinct)}; say --distinct for these too or choose another "
+                f"tokens, got {list(recipe.distinct)}; pass --distinct for these too, or choose another "
                 "--output"
             )
 
 
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
-    """Workers of two runs would write into each other's checkpoints."""
+    """Lock the folder, since two runs would overwrite each other's checkpoints."""
     with open(output / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"expected no other run in {output}, got one that is at work; wait for it, or choose "
+                f"expected no other run in {output}, found one in progress; wait for it, or choose "
                 "another --output"
             ) from None
         yield
@@ -177,11 +166,13 @@ def _run_all(
                 for future in done:
                     job = running.pop(future)
                     if future.exception() and running:
-                        console.print(f"{job.name} failed; the others at work come to their end")
+                        console.print(
+                            f"{job.name} failed; waiting for the other trainings in progress"
+                        )
                     _check_done(future, job)
                     _drain(heard, bar, whole, shown)
                     bar.update(shown[job.name][0], visible=False)
-                    if not console.is_terminal:  # where nobody sees a bar move
+                    if not console.is_terminal:  # without a bar
                         console.print(f"{job.name}: done, {len(waiting) + len(running)} to go")
         for task, _ in shown.values():
             bar.remove_task(task)
@@ -191,11 +182,11 @@ def _check_done(future: Future, job: Job) -> None:
     error = future.exception()
     if isinstance(error, BrokenProcessPool):
         raise RuntimeError(
-            f"expected {job.name} to be trained, got a process that was killed, as for lack of memory; "
-            "the same command goes on from here, with fewer --workers in less memory"
+            f"training {job.name} failed: its process was killed, perhaps because memory ran out; the "
+            "same command resumes from here, and fewer --workers need less memory"
         ) from error
     if error is not None:
-        raise RuntimeError(f"expected {job.name} to be trained, got: {error!r}") from error
+        raise RuntimeError(f"training {job.name} failed: {error!r}") from error
 
 
 def _drain(heard: queue.Queue, bar: Progress, whole: int, shown: dict) -> None:
@@ -213,7 +204,7 @@ def _drain(heard: queue.Queue, bar: Progress, whole: int, shown: dict) -> None:
 
 def _prepare_worker() -> None:
     torch.set_num_threads(1)
-    disable_progress_bar()  # of reading and writing checkpoints
+    disable_progress_bar()  # for reading and writing checkpoints
 
 
 def _work(job: Job, recipe: Recipe, output: Path, device: str, heard) -> None:
@@ -224,7 +215,7 @@ def _work(job: Job, recipe: Recipe, output: Path, device: str, heard) -> None:
     def progress(step: int, loss: float) -> None:
         if step % _REPORT_EVERY == 0 or step == job.steps:
             if os.getppid() != parent:
-                sys.exit()  # killed; another call may be at work on the same job by now
+                sys.exit()  # the run was killed; another call may be training the same job by now
             heard.put((job.name, step % _REPORT_EVERY or _REPORT_EVERY, loss))
 
     do(job, recipe, output, device, progress)

@@ -2,8 +2,8 @@
 
 A picture is 48 x 48 pixels in four quarters. Two to four of these hold a digit in one of four colours:
 one of scikit-learn's 1,797 (8 x 8 pixels, the UCI Machine Learning Repository's "Optical Recognition of
-Handwritten Digits"), enlarged to 16 x 16, somewhere in its quarter. 1,437 digits are for training, 360
-others for evaluation, scans that no model has seen (of the same 13 writers, though).
+Handwritten Digits"), enlarged to 16 x 16, at a random place in its quarter. 1,437 digits are for
+training and 360 others for evaluation: scans that no model has seen, though by the same 13 writers.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from PIL import Image
 
 SIZE = 48
 QUARTER = SIZE // 2
-DIGIT = 16  # pixels, of a digit's side
-# Pixels between the places that a digit can have in its quarter: the vision tower's patch.
+DIGIT = 16  # pixels per side of a digit
+# Pixels between the places of a digit in its quarter, equal to the vision tower's patch.
 STEP = 4
-NOISE = 10.0  # standard deviation of the pixels' noise, of 255
+NOISE = 10.0  # standard deviation of the noise, for pixels from 0 to 255
 TRAINING_DIGITS = 1437
 
 COLOURS = {
@@ -45,10 +45,10 @@ def digits(split: str) -> Digits:
     """scikit-learn's digits, enlarged.
 
     Args:
-        split: ``"train"`` (1,437 of them) or ``"test"`` (the other 360), the same each time.
+        split: ``"train"`` (1,437 of them) or ``"test"`` (the other 360), always the same.
 
     Raises:
-        ModuleNotFoundError: without the extra ``miniature``.
+        ModuleNotFoundError: the extra ``miniature`` isn't installed.
         ValueError: another split.
     """
     try:
@@ -70,7 +70,7 @@ def digits(split: str) -> Digits:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A digit in its quarter: which handwriting, its label, its colour's name, its corner's offset."""
+    """A digit in its quarter: index in the split, label, name of the colour, offset of the corner."""
 
     index: int
     label: int
@@ -81,7 +81,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: for each of ``PLACES`` a digit, or None."""
+    """The content of a picture: a digit or None for each of ``PLACES``."""
 
     quarters: tuple[Drawn | None, Drawn | None, Drawn | None, Drawn | None]
 
@@ -90,7 +90,7 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator, split: str, least: int = 2) -> Scene:
-    """At random, from ``least`` digits of the split to four."""
+    """A random scene with ``least`` to four digits of the split."""
     labels = digits(split).labels
     colours = list(COLOURS)
     count = rng.integers(least, 5)
@@ -169,16 +169,16 @@ KINDS: dict[str, Callable[[Scene], list[tuple[str, str]]]] = {
     "smallest": _smallest,
     "colours": _colours,
 }
-"""Kinds of questions; each function gives all of them about a scene, with their answers."""
+"""Kinds of questions; each function returns all of its kind about a scene, with answers."""
 
 
 def questions_of(scene: Scene, kind: str) -> list[Question]:
-    """All questions of this kind: four that name a quarter, or one."""
+    """All questions of this kind: one for each quarter, or one."""
     return [Question(kind, *each) for each in KINDS[kind](scene)]
 
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question:
-    """One question of this kind, drawn from all that there are."""
+    """A random question of this kind."""
     known = questions_of(scene, kind)
     return known[rng.integers(len(known))]
 
@@ -190,7 +190,7 @@ def ask_many(scene: Scene, count: int, rng: np.random.Generator) -> list[Questio
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> Question:
-    """A caption, of the quarters in random order: "southwest red 7, northeast none, ..."."""
+    """A caption with the quarters in random order: "southwest red 7, northeast none, ..."."""
     parts = []
     for place in rng.permutation(4).tolist():
         digit = scene.quarters[place]

@@ -1,4 +1,4 @@
-"""The trained miniature at work: digits it hasn't seen, before and after compression."""
+"""Shows the trained miniature's answers about held-out digits, before and after compression."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from voco_model.miniature.exam import make_exam
 from voco_model.miniature.scenes import SIZE, Question
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-"""``full`` and ``voco`` (four tokens with a row each), tuned for the same number of steps from the same
-start; ``docs/quality.md`` tells by which command."""
+"""``full`` and ``voco`` (four tokens with an embedding row each), trained for the same number of steps
+from the same start; ``docs/quality.md`` has the command."""
 
-_SEED = 7  # of the pictures shown
+_SEED = 7  # for the pictures shown
 _ENLARGED = 8
-_LONGEST = 20  # tokens of an answer: a caption has up to 16
+_LONGEST = 20  # tokens per answer; a caption has up to 16
 
 
 def load_pair() -> tuple[Method, Method]:
-    """Before compression: all vision tokens. After: a few VoCo tokens, by two passes."""
+    """Two models: one with all vision tokens, one with a few VoCo tokens in two passes."""
     return baselines.load(CHECKPOINTS / "full", "full"), baselines.load(CHECKPOINTS / "voco")
 
 
@@ -36,9 +36,9 @@ def show(console: Console, out: Path, pictures: int = 2, asked: Sequence[str] = 
     """Print pictures, questions, and both models' answers side by side.
 
     Args:
-        out: folder of the pictures: ``digits-1.png``, ``digits-2.png``, ...
-        pictures: of held-out digits.
-        asked: questions of the user's own, about each picture; in a terminal more are asked for.
+        out: folder for the pictures: ``digits-1.png``, ``digits-2.png``, ...
+        pictures: number of pictures of held-out digits.
+        asked: the user's own questions about each picture; a terminal prompts for more.
     """
     exam = make_exam(pictures, seed=_SEED)
     before, after = load_pair()
@@ -46,7 +46,7 @@ def show(console: Console, out: Path, pictures: int = 2, asked: Sequence[str] = 
     layers = before.model.config.text_config.num_hidden_layers
     console.print(
         f"Handwritten digits that no training has seen, and a LLaVA of {layers} layers and "
-        f"{before.model.num_parameters() / 1e6:.1f} M\nweights, trained from nothing on others: with "
+        f"{before.model.num_parameters() / 1e6:.1f} M\nweights, trained from scratch on others: with "
         f"all {before.num_tokens} vision tokens, and through {after.num_tokens} VoCo\ntokens. "
         f"The pictures are in {out / 'digits-*.png'}.",
         highlight=False,
@@ -89,7 +89,7 @@ def answers(
 
 
 def as_text(picture: Image.Image) -> Text:
-    """A picture in characters, each of them two pixels, one above the other."""
+    """A picture as characters, each of them two pixels tall."""
     pixels = np.asarray(picture.resize((SIZE, SIZE)))
     drawn = Text()
     for upper, lower in zip(pixels[::2], pixels[1::2], strict=True):
@@ -104,7 +104,8 @@ def as_text(picture: Image.Image) -> Text:
 
 def _converse(console: Console, before: Method, after: Method, picture: Image.Image) -> None:
     console.print(
-        "Ask about the last picture, in such words as above; an empty line goes on.", style="bold"
+        "Ask about the last picture, with words like those above; an empty line continues.",
+        style="bold",
     )
     while text := _asked(console):
         try:

@@ -1,4 +1,4 @@
-"""The training loops: of a vision tower that knows digits, of a language model that answers."""
+"""The training loops of the vision tower and of the language model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from voco_model.miniature.scenes import COLOURS, Scene, draw_scene, paint
 _WARMUP = 50  # steps
 
 Progress = Callable[[int, float], None]
-"""Called after each step with the steps done and the loss."""
+"""Called after each step with the number of steps done and the loss."""
 
 
 class _Schedule:
-    """Steps of these optimizers: rates go up over ``_WARMUP`` steps, then down along a cosine to
-    0; gradients are clipped to a norm of 1."""
+    """Steps several optimizers: learning rates rise over ``_WARMUP`` steps and fall to 0 along a
+    cosine; gradients are clipped to a norm of 1."""
 
     def __init__(self, optimizers: list[torch.optim.Optimizer], steps: int) -> None:
         self._optimizers = optimizers
@@ -50,9 +50,9 @@ def _adamw(weights: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimize
 
 
 def _muon_and_adamw(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) on the matrices inside, AdamW on embeddings, head, norms and the rest.
+    """Muon (Jordan et al. 2024) for the inner matrices, AdamW for embeddings, head, norms and the rest.
 
-    By the loss on captions that takes fewer steps than AdamW alone.
+    On captions, this needs fewer steps than AdamW alone.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     outer = ("embed", "lm_head")
@@ -69,21 +69,21 @@ def _muon_and_adamw(model: nn.Module, rate: float) -> list[torch.optim.Optimizer
 def train_tower(
     tower: nn.Module, steps: int, *, seed: int, size: int, rate: float, progress: Progress
 ) -> None:
-    """Teach a CLIP vision tower what is in each quarter, from labels.
+    """Train a CLIP vision tower to recognize what is in each quarter, with labels.
 
-    It stands for CLIP's pretraining, which has seen the world before LLaVA gets it. A learned query for
-    each quarter reads the patches' features by one step of attention, so these must tell where they are,
-    and two linear layers tell digit and colour. All that is thrown away then.
+    This takes the place of CLIP's pretraining. A learned query for each quarter attends to the patches'
+    features, which must therefore encode positions, and two linear layers classify digit and colour.
+    Only the tower is kept.
 
     Args:
-        tower: of the model, changed in place.
-        size: pictures a step.
+        tower: the model's vision tower, changed in place.
+        size: pictures per step.
     """
     device = next(tower.parameters()).device
     torch.manual_seed(seed)
     reader = QuarterReader(tower.config.hidden_size).to(device)
-    # AdamW alone: Muon learns the labels as fast, but into features in which digits make less of the
-    # variance, and which a language model read badly.
+    # AdamW alone: Muon learns the labels as fast, but digits explain less of its features' variance, and
+    # the language model learned little from them.
     schedule = _Schedule([_adamw([*tower.parameters(), *reader.parameters()], rate)], steps)
     tower.train().requires_grad_(True)
     for step, (pictures, digit, colour) in enumerate(islice(_labelled(seed, size), steps), 1):
@@ -111,9 +111,9 @@ class QuarterReader(nn.Module):
 
 
 def _labelled(seed: int, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Pictures, and for each quarter its digit and its colour as in ``labels_of``.
+    """Pictures with the digit and colour of each quarter, as in ``labels_of``.
 
-    All quarters are filled: an empty one has no handwriting to learn.
+    All quarters are filled, since an empty one teaches nothing.
     """
     rng = np.random.default_rng(seed)
     while True:
@@ -123,7 +123,7 @@ def _labelled(seed: int, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 def labels_of(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
-    """Of each quarter its digit (10: none) and its colour (4: none), int64 ``[B, 4]``."""
+    """Digit (10: none) and colour (4: none) of each quarter, int64 ``[B, 4]``."""
     colours = list(COLOURS)
     digit = [[10 if d is None else d.label for d in scene.quarters] for scene in scenes]
     colour = [
@@ -140,7 +140,7 @@ def tune(
     rate: float,
     progress: Progress,
 ) -> None:
-    """Train all but the vision tower on answers; the model is in eval mode afterwards."""
+    """Train everything but the vision tower on answers, and leave the model in eval mode."""
     model.train().requires_grad_(True)
     model.model.vision_tower.eval().requires_grad_(False)
     schedule = _Schedule(_muon_and_adamw(model, rate), steps)
@@ -152,7 +152,7 @@ def tune(
 
 
 def answer_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Tensor:
-    """Cross-entropy of the answers' tokens. The head reads these only, of a few hundred a row."""
+    """Cross-entropy of the answers' tokens, the only ones of a few hundred that the head reads."""
     hidden = model.model(
         input_ids=batch.input_ids, pixel_values=batch.pixel_values, use_cache=False
     ).last_hidden_state

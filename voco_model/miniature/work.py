@@ -1,9 +1,8 @@
-"""One job of a run: train, save, examine."""
+"""One job of a run: train a model, examine it, and save both."""
 
 from __future__ import annotations
 
 import json
-import platform
 import time
 from datetime import date
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from voco_model import baselines
 from voco_model.baselines.base import Method
+from voco_model.devices import device_name
 from voco_model.miniature.batches import batches
 from voco_model.miniature.exam import PRICED, make_exam, score
 from voco_model.miniature.model import build_model, build_processor
@@ -23,10 +23,10 @@ from voco_model.vlm.prompt import text_part
 
 
 def do(job: Job, recipe: Recipe, folder: Path, device: str, progress: Progress) -> None:
-    """Train what the job says and leave in ``folder / job.name`` a checkpoint and ``scores.json``.
+    """Train a job's model, and write its checkpoint and ``scores.json`` to ``folder / job.name``.
 
     Args:
-        progress: hears of each step, with the loss.
+        progress: called after each step.
     """
     begun = time.perf_counter()
     target = folder / job.name
@@ -63,21 +63,10 @@ def do(job: Job, recipe: Recipe, folder: Path, device: str, progress: Progress) 
         "transformers": transformers.__version__,
         "rows": rows,
     }
-    # Last, and in one piece: a job with this file is done.
+    # Written last and atomically: this file marks a job as done.
     partial = target / "scores.json.part"
     partial.write_text(json.dumps(facts, indent=1) + "\n")
     partial.replace(target / "scores.json")
-
-
-def device_name(device: str) -> str:
-    """What it is called by whoever sells it."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    described = Path("/proc/cpuinfo")
-    for line in described.read_text().splitlines() if described.exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _tune(
@@ -89,7 +78,7 @@ def _tune(
     seed: int,
     progress: Progress,
 ) -> None:
-    """From captions to conversations, as LLaVA's two stages. All methods of a seed see the same."""
+    """Train on captions, then conversations, as in LLaVA's two stages; the same for all methods."""
     made = batches(
         processor,
         seed + job.seed,
@@ -109,13 +98,13 @@ def _tuned(
     processor: LlavaProcessor,
     progress: Progress,
 ) -> list[dict]:
-    """Tune by the job's method and examine; for ``save_pretrained`` the method stays applied."""
-    torch.manual_seed(4000 + job.seed)  # of fresh rows and modules
+    """Train with the job's method and examine; the method stays applied for ``save_pretrained``."""
+    torch.manual_seed(4000 + job.seed)  # for new rows and modules
     counts = recipe.counts
     method, drawn = None, (0,)
     if job.row == "full":
-        # Under the plain causal mask, half of the prompts without VoCo tokens, for the upper bound, and
-        # half with them, for the lower one.
+        # With the causal mask: half of the prompts without VoCo tokens, for the upper bound, and half
+        # with them, for the lower bound.
         drawn = (*(0 for _ in counts), *counts)
     elif job.row == "voco drawn":
         method, drawn = baselines.apply("voco", model, processor, max(counts)), counts
@@ -169,7 +158,7 @@ def _tuned(
 
 
 def _untuned(row: str, recipe: Recipe) -> list[tuple[str, int | None, dict]]:
-    """What is examined on the model of one job: method, tokens, options."""
+    """Methods examined without training on a job's model: method, tokens, options."""
     if row == "voco drawn":
         return [("voco", count, {}) for count in recipe.counts]
     found: list[tuple[str, int | None, dict]] = [("full", None, {})]

@@ -1,4 +1,4 @@
-"""The batches of a run: its samples looked through, planned, and a loader for one rank."""
+"""The batches of a run: checks the samples, plans the steps, and makes the loader of one rank."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from voco_model.data.records import load_dataset_of, open_records
 from voco_model.data.stream import StreamedBatches
 from voco_model.train.config import TrainConfig
 
-# Of a stream: so many samples tell how long they are, and steps get that much room.
+# The first samples of a stream give the mean length, and steps get a margin above it.
 _PEEKED = 512
-_ROOM = 1.1
+_MARGIN = 1.1
 
 
 @dataclass(frozen=True)
 class Batches:
     """Attributes:
-    loader: of this rank.
-    accumulation: micro-batches of a rank in a step.
-    steps: of an epoch; None for a stream.
-    samples: that are used; None for a stream.
-    tokens: of an epoch; None for a stream.
-    faults: samples that are left out or cut, as far as they are known before training.
-    digest: of the samples' lengths: other data, another digest. Empty for a stream.
+    loader: this rank's batches.
+    accumulation: micro-batches per rank and step.
+    steps: steps per epoch; None for a stream.
+    samples: number of usable samples; None for a stream.
+    tokens: tokens per epoch; None for a stream.
+    faults: samples that are skipped or cut, as far as is known before training.
+    digest: hash of the samples' lengths, to recognize other data; empty for a stream.
     """
 
     loader: DataLoader
@@ -56,14 +56,14 @@ def make_batches(
     world_size: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Batches:
-    """Look through the data, or at what of it was kept, and plan.
+    """Check the data, or read the result of an earlier check, and plan the batches.
 
     Args:
-        processor: with ``<VoCo>`` in its tokenizer.
-        progress: told how many samples have been looked at, of how many.
+        processor: a processor with ``<VoCo>`` in its tokenizer.
+        progress: called with the number of samples checked and of all samples.
 
     Raises:
-        ValueError: samples that are fatal; a batch that can't be had.
+        ValueError: samples with fatal faults, no usable samples, or batches that can't be made.
     """
     encoder = Encoder(
         processor,
@@ -99,31 +99,29 @@ def make_batches(
         config.prompt,
         config.data.max_length,
         config.data.limits,
-        "upright",  # sizes of images; once they were as stored
+        "upright",  # how sizes of images are read, which older indexes did without rotation
         config.voco.most,
         truncate,
         policy["loose_turns"] == "trim",
     ]
 
-    def looked_through() -> Index:
+    def checked() -> Index:
         index = make_index(
             samples,
             encoder,
             config.voco.most,
             truncate=truncate,
             trim=policy["loose_turns"] == "trim",
-            workers=config.data.workers,
+            workers=config.data.num_workers,
             progress=progress,
         )
-        policy.check(index.faults)  # here: what is fatal isn't kept, it will be mended
+        policy.check(index.faults)  # before saving: after a fatal fault, the data will be fixed
         return index
 
-    index = kept_index(config.output / "data", repr(key), looked_through)
-    policy.check(index.faults)  # the policy may be another now
+    index = kept_index(config.output / "data", repr(key), checked)
+    policy.check(index.faults)  # a saved index may be from another policy
     if not (index.lengths > 0).any():
-        raise ValueError(
-            f"expected samples to train on, got none of {len(samples)} that can be used"
-        )
+        raise ValueError(f"expected usable samples, got none among {len(samples)}")
     accumulation, max_tokens = _arrangement(config, index.lengths, world_size)
     plan = BatchPlan(
         index.lengths,
@@ -169,7 +167,9 @@ def _arrangement(
 def _streamed(config, encoder, policy, collate, rank: int, world_size: int) -> Batches:
     batch = config.batch
     if config.optimizer.steps is None:
-        raise ValueError("expected optimizer.steps with data.streaming, which has no end, got none")
+        raise ValueError(
+            "expected optimizer.steps with data.streaming, whose length is unknown, got none"
+        )
     if len(config.data.sources) != 1:
         raise ValueError(
             f"expected one source with data.streaming, got {len(config.data.sources)}; turn them into "
@@ -203,7 +203,7 @@ def _streamed(config, encoder, policy, collate, rank: int, world_size: int) -> B
                 f"{batch.max_tokens}"
             )
         lengths = list(itertools.islice(batches(1).lengths(), _PEEKED))
-        wanted = float(np.mean(lengths)) * batch.global_size * _ROOM
+        wanted = float(np.mean(lengths)) * batch.global_size * _MARGIN
         accumulation = max(1, math.ceil(wanted / (world_size * batch.max_tokens)))
     else:
         accumulation = padded_accumulation(batch.global_size, world_size, batch.rows)
@@ -212,6 +212,6 @@ def _streamed(config, encoder, policy, collate, rank: int, world_size: int) -> B
 
 
 def _reading(config: TrainConfig) -> dict:
-    workers = config.data.workers
+    workers = config.data.num_workers
     more = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
     return {"num_workers": workers, "pin_memory": torch.cuda.is_available(), **more}

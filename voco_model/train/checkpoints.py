@@ -1,8 +1,7 @@
-"""Checkpoints that are whole or don't count.
+"""Atomic checkpoints.
 
-A folder counts as a checkpoint once it holds ``complete.json``, written last, with the names and sizes
-of all its files. Whatever is killed at whatever moment, the newest folder that agrees with its list is
-where a run goes on.
+A folder is a checkpoint once it has ``complete.json``, written last, with the names and sizes of all its
+files. Wherever a run is killed, it resumes from the newest folder whose files match that list.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ MARK = "complete.json"
 
 
 def seal(folder: Path, **facts) -> None:
-    """Declare a checkpoint whole; all its files must be written. ``facts`` are kept in the mark."""
+    """Declare a checkpoint complete, once all its files are written; ``facts`` go into its mark."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MARK:
@@ -30,7 +29,7 @@ def seal(folder: Path, **facts) -> None:
 
 
 def read_mark(folder: Path) -> dict | None:
-    """The facts of a whole checkpoint; None for one that isn't."""
+    """The mark of a complete checkpoint; None for an incomplete one."""
     try:
         mark = json.loads((folder / MARK).read_text())
         sizes = {name: (folder / name).stat().st_size for name in mark["files"]}
@@ -44,18 +43,18 @@ def step_of(folder: Path) -> int:
 
 
 def folders(output: Path) -> list[Path]:
-    """All checkpoint folders, whole or not, the newest first."""
+    """All checkpoint folders, complete or not, the newest first."""
     found = [p for p in output.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
     return sorted(found, key=step_of, reverse=True)
 
 
 def newest(output: Path) -> Path | None:
-    """The newest whole checkpoint."""
+    """The newest complete checkpoint."""
     return next((folder for folder in folders(output) if read_mark(folder) is not None), None)
 
 
 def rotate(output: Path, keep: int) -> list[Path]:
-    """Delete what is older than the newest whole checkpoint, but for the newest ``keep`` whole ones."""
+    """Delete folders older than the newest complete checkpoint, except ``keep`` complete ones."""
     whole = [folder for folder in folders(output) if read_mark(folder) is not None]
     if not whole:
         return []
@@ -69,20 +68,20 @@ def rotate(output: Path, keep: int) -> list[Path]:
 def discard(folder: Path) -> None:
     """Delete a checkpoint folder, if it is there."""
     if folder.is_dir():
-        # Without its mark first: a deletion that is cut off leaves nothing that looks whole.
+        # The mark goes first, so that an interrupted deletion leaves an incomplete checkpoint.
         (folder / MARK).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 
 def check_space(output: Path, needed: int) -> None:
-    """Raise ``OSError`` if the disk has less room than that."""
+    """Raise ``OSError`` if the disk has less than ``needed`` bytes of free space."""
     output.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output).free
     if free < needed:
         raise OSError(
-            f"expected room for a checkpoint of {needed / 1e9:.1f} GB in {output}, got "
-            f"{free / 1e9:.1f} GB; nothing was written or deleted: make room and start again, the run "
-            "goes on from its newest checkpoint"
+            f"expected {needed / 1e9:.1f} GB of free space for a checkpoint in {output}, got "
+            f"{free / 1e9:.1f} GB; nothing was written or deleted: free some and start again, the run "
+            "resumes from its newest checkpoint"
         )
 
 

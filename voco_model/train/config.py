@@ -1,4 +1,4 @@
-"""What a training run is: one YAML file. Defaults are Table 1 of the supplement."""
+"""The configuration of a training run, one YAML file. Defaults are Table 1 of the supplement."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from voco_model.data.faults import FaultPolicy
+from voco_model.devices import available_cpus
 from voco_model.pictures import WHITE, PictureLimits
 from voco_model.vlm.prompt import STYLES
 
@@ -18,15 +19,16 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+_MOST_WORKERS = 4
 Channel = Annotated[int, Field(ge=0, le=255)]
 
 
 class SourceConfig(_Section):
     """Attributes:
-    path: a ``.json``, ``.jsonl`` or ``.parquet``, or a data set's name on the hub.
-    images: folder of the images, for names that are relative.
-    split: of a data set.
-    max_frames: of a video.
+    path: a ``.json``, ``.jsonl`` or ``.parquet``, or the name of a data set on the hub.
+    images: folder that relative names of images start from.
+    split: which split of a data set.
+    max_frames: how many frames of a video are used.
     """
 
     path: str
@@ -38,20 +40,20 @@ class SourceConfig(_Section):
 class DataConfig(_Section):
     """Attributes:
     sources: files and data sets, one after the other.
-    max_length: tokens of a sample, image tokens included.
+    max_length: most tokens of a sample, image tokens included.
     streaming: read a data set of the hub as a stream; needs ``optimizer.steps``.
-    faults: what to do about samples that can't be used, by kind (``voco_model.data.faults.KINDS``).
-    workers: processes that read and process images, for each GPU.
-    ground: red, green and blue, 0 to 255, that transparent pixels are shown on; the trained model
-        remembers it.
-    limits: what an image may cost (``voco_model.PictureLimits``); one beyond is a ``broken_image``.
+    faults: what to do with unusable samples, by kind (``voco_model.data.faults.KINDS``).
+    workers: processes that read and prepare images, per GPU; by default 4, or as many as there are
+        cores for each GPU if that is less.
+    ground: color (red, green, blue, 0 to 255) behind transparent pixels, saved with the trained model.
+    limits: largest images accepted (``voco_model.PictureLimits``); larger ones are a ``broken_image``.
     """
 
     sources: list[SourceConfig] = Field(min_length=1)
     max_length: int = Field(2048, ge=8)
     streaming: bool = False
     faults: dict[str, str] | str = Field(default_factory=dict)
-    workers: int = Field(4, ge=0)
+    workers: int | None = Field(None, ge=0)
     ground: tuple[Channel, Channel, Channel] = WHITE
     limits: PictureLimits = PictureLimits()
 
@@ -61,13 +63,21 @@ class DataConfig(_Section):
         FaultPolicy(value)
         return value
 
+    @property
+    def num_workers(self) -> int:
+        """``workers``, or its default on this machine."""
+        if self.workers is not None:
+            return self.workers
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return min(_MOST_WORKERS, max(available_cpus() // processes, 1))
+
 
 class VoCoConfig(_Section):
     """Attributes:
-    tokens: VoCo tokens an image. Of several numbers each step draws one, so that one model serves
-        many budgets (beyond the paper, whose section 5 names this a limitation).
-    distinct: an embedding row for each VoCo token; the paper has one for all.
-    isolated: several images of a sample don't see each other.
+    tokens: VoCo tokens per image. From a list, each step draws one, so that one model serves several
+        budgets (an extension: the paper's section 5 names a fixed number as a limitation).
+    distinct: give each VoCo token its own embedding row; the paper uses one row for all.
+    isolated: hide the images of a sample from each other.
     """
 
     tokens: int | list[int] = 1
@@ -79,7 +89,7 @@ class VoCoConfig(_Section):
     def _positive(cls, value):
         numbers = [value] if isinstance(value, int) else value
         if not numbers or min(numbers) < 1:
-            raise ValueError(f"expected numbers of VoCo tokens from 1 on, got {value}")
+            raise ValueError(f"expected at least 1 VoCo token, got {value}")
         return value
 
     @property
@@ -93,10 +103,10 @@ class VoCoConfig(_Section):
 
 class BatchConfig(_Section):
     """Attributes:
-    global_size: samples in a step of the optimizer, over all GPUs.
-    packed: documents in one row without padding; else rows padded to the longest.
-    max_tokens: of a packed row, for each GPU.
-    rows: of a padded batch, for each GPU.
+    global_size: samples per step of the optimizer, over all GPUs.
+    packed: pack samples into one row without padding; else pad rows to the longest.
+    max_tokens: most tokens of a packed row, per GPU.
+    rows: rows of a padded batch, per GPU.
     """
 
     global_size: int = Field(128, ge=1)
@@ -107,8 +117,8 @@ class BatchConfig(_Section):
 
 class OptimizerConfig(_Section):
     """Attributes:
-    warmup: share of the steps.
-    steps: end after so many, whatever ``epochs`` says.
+    warmup: share of the steps over which the learning rate rises.
+    steps: stop after this many steps; overrides ``epochs``.
     """
 
     learning_rate: float = Field(2e-5, gt=0)
@@ -123,7 +133,7 @@ class OptimizerConfig(_Section):
 
 class LoRAConfig(_Section):
     """Attributes:
-    targets: module names of the language model.
+    targets: names of the language model's modules that get adapters.
     """
 
     r: int = Field(128, ge=1)
@@ -136,9 +146,9 @@ class LoRAConfig(_Section):
 
 class CheckpointConfig(_Section):
     """Attributes:
-    every: steps; 0 for none before the end.
-    keep: so many of the newest; the others are deleted once a newer one is complete.
-    resume: go on from the newest complete one, if there is any.
+    every: steps between checkpoints; 0 for none.
+    keep: how many of the newest to keep; older ones are deleted once a newer one is complete.
+    resume: resume from the newest complete checkpoint, if there is one.
     """
 
     every: int = Field(500, ge=0)
@@ -151,14 +161,14 @@ class TrainConfig(_Section):
 
     Attributes:
         model: folder or name of a LLaVA in the Hugging Face layout.
-        output: folder for checkpoints and, at the end, the model.
-        prompt: a name of ``voco_model.vlm.prompt.STYLES``.
-        dtype: of the computation. Weights are kept in float32 but for LoRA's frozen ones.
-        sharding: of weights, gradients and optimizer state: ``"zero3"`` (DeepSpeed, as the paper),
-            ``"fsdp2"`` (can go on with another number of GPUs), or ``"none"``.
-        train_vision_tower: it is frozen otherwise.
-        gradient_checkpointing, compile, liger: as in Transformers; they go together with the mask.
-        trainer: anything else that ``transformers.TrainingArguments`` takes.
+        output: folder for checkpoints and the trained model.
+        prompt: style of prompts, a name in ``voco_model.vlm.prompt.STYLES``.
+        dtype: dtype of the computation. Weights stay in float32, except LoRA's frozen ones.
+        sharding: how weights, gradients and optimizer state are sharded: ``"zero3"`` (DeepSpeed, as in
+            the paper), ``"fsdp2"`` (resumes on any number of GPUs), or ``"none"``.
+        train_vision_tower: train the vision tower too, instead of freezing it.
+        gradient_checkpointing, compile, liger: as in Transformers; all work with the mask.
+        trainer: further arguments of ``transformers.TrainingArguments``.
     """
 
     model: str
@@ -190,11 +200,13 @@ class TrainConfig(_Section):
     def _lora_is_whole(self):
         if self.lora is not None and self.sharding != "none":
             raise ValueError(
-                f"expected sharding: none with lora, got {self.sharding}; merging adapters at the end "
-                "takes the whole model on each GPU"
+                f"expected sharding: none with lora, got {self.sharding}; merging the adapters at the "
+                "end needs the whole model on each GPU"
             )
         if self.lora is not None and self.train_vision_tower:
-            raise ValueError("expected train_vision_tower: false with lora, got true; choose one")
+            raise ValueError(
+                "expected train_vision_tower: false with lora, got true; drop one of them"
+            )
         return self
 
     @field_validator("trainer")
@@ -203,11 +215,11 @@ class TrainConfig(_Section):
         taken = sorted(set(value) & set(OURS))
         if taken:
             said = ", ".join(f"{name} (set {OURS[name]})" for name in taken)
-            raise ValueError(f"expected arguments that have no key of their own, got {said}")
+            raise ValueError(f"expected arguments without a key of their own, got {said}")
         return value
 
 
-# TrainingArguments that follow from the keys above.
+# TrainingArguments that the keys above decide.
 OURS = {
     "output_dir": "output",
     "per_device_train_batch_size": "batch",
@@ -236,7 +248,7 @@ OURS = {
     "seed": "seed",
     "data_seed": "seed",
     "dataloader_num_workers": "data.workers",
-    "remove_unused_columns": "nothing: batches need all of theirs",
+    "remove_unused_columns": "nothing: batches need all of their columns",
 }
 
 
@@ -244,27 +256,30 @@ def load_config(path: str | os.PathLike, **changes: Any) -> TrainConfig:
     """Read a YAML file.
 
     Args:
-        changes: top-level keys that replace the file's.
+        changes: values for top-level keys, in place of those in the file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no YAML, or keys and values that a run doesn't have; all of them are named.
+        ValueError: not YAML, or unknown keys and wrong values, all of which are named.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"expected a YAML file, got {path}, which isn't there; see configs/"
-        )
+        got = "a folder" if Path(path).is_dir() else "no such file"
+        raise FileNotFoundError(f"expected a YAML file, got {got}: {path}; see configs/")
     try:
-        read = yaml.safe_load(Path(path).read_bytes())  # which reads byte order marks
-    except yaml.YAMLError as error:
-        raise ValueError(f"expected YAML in {path}, got {error}") from error
+        read = yaml.safe_load(
+            Path(path).read_bytes()
+        )  # bytes, so that YAML reads a byte order mark
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected a YAML file, got {path}: {error}") from error
     if not isinstance(read, dict):
-        raise ValueError(f"expected keys and values in {path}, got {type(read).__name__}")
+        raise ValueError(
+            f"expected a YAML file with keys and values, got {type(read).__name__} in {path}"
+        )
     return make_config(read | changes, str(path))
 
 
 def make_config(values: dict[str, Any], name: str = "the configuration") -> TrainConfig:
-    """As ``load_config``, from a dict."""
+    """Like ``load_config``, but from a dict. ``name`` says in errors where the values are from."""
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
@@ -273,9 +288,9 @@ def make_config(values: dict[str, Any], name: str = "the configuration") -> Trai
             where = ".".join(map(str, problem["loc"]))
             message = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "extra_forbidden":
-                message = f"expected {_known_keys(problem['loc'][:-1])}, got another key"
+                message = f"expected {_known_keys(problem['loc'][:-1])}, got an unknown key"
             lines.append(f"    {where}: {message}")
-        raise ValueError(f"expected a training run in {name}, got\n" + "\n".join(lines)) from error
+        raise ValueError(f"expected a training run in {name}, got:\n" + "\n".join(lines)) from error
 
 
 def _known_keys(location: tuple) -> str:

@@ -1,4 +1,4 @@
-"""Useful work of a batch: what its real tokens cost, not its padding, and no hidden pair."""
+"""Useful FLOPs of a training step: real tokens and visible pairs only, without padding."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from voco_model.data.collate import BatchStats
 
 @dataclass(frozen=True)
 class WorkPerBatch:
-    """Floating-point operations of a training step, from numbers that don't change.
+    """Floating-point operations of a training step, from the model's sizes.
 
-    Forward 2 operations a weight and token; backward 4, or 2 where a part is frozen behind a trained
-    one. Attention 4 * head_dim * heads * pairs forward and 2.5 times that backward, in every layer. The
-    vision tower, frozen, runs forward only. Recomputation (gradient checkpointing) doesn't count.
+    Forward takes 2 operations per weight and token; backward 4, or 2 for frozen weights that gradients
+    pass through. Attention takes 4 * head_dim * heads * pairs forward and 2.5 times that backward, in
+    every layer. A frozen vision tower runs forward only. Recomputation (gradient checkpointing) doesn't
+    count.
 
     Attributes:
-        per_token: of the language model and its head.
-        per_pair: of a visible (query, key) pair, over heads and layers.
-        per_tile: of an image that the vision tower and the projector read.
+        per_token: operations of the language model and its head for a token.
+        per_pair: operations for a visible (query, key) pair, over heads and layers.
+        per_tile: operations of vision tower and projector for an image.
     """
 
     per_token: float
@@ -31,7 +32,7 @@ class WorkPerBatch:
     def of(
         cls, model: nn.Module, *, lora: bool = False, tower_trained: bool = False
     ) -> WorkPerBatch:
-        """For a LLaVA; ``lora``: its own weights are frozen, gradients pass through them."""
+        """For a LLaVA; with ``lora``, its own weights are frozen and gradients pass through them."""
         text, vision = model.config.text_config, model.config.vision_config
         layers = text.num_hidden_layers
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -63,7 +64,7 @@ def _size(parameter) -> int:
 
 
 def _is_product(name: str, part: str) -> bool:
-    """A matrix that every token is multiplied with."""
+    """Whether a parameter is a matrix that every token is multiplied by."""
     if not name.endswith("weight") or "norm" in name or "embed" in name or "lora" in name:
         return False
     inside = {

@@ -1,4 +1,4 @@
-"""The model of a run: loaded, enabled, and what is trained of it."""
+"""The model of a run: loading, enabling, and choosing what is trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from voco_model.vlm.load import load_weights, model_class
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the model: how many numbers it has, and how many of them are trained."""
+    """A part of the model: its number of parameters, and how many of them are trained."""
 
     name: str
     total: int
@@ -24,10 +24,12 @@ class Part:
 
 
 def build_model(config: TrainConfig, processor, dtype: torch.dtype):
-    """Load, enable, freeze; after ``TrainingArguments`` exist, by which ZeRO-3 shards.
+    """Load the model, enable it, and freeze what isn't trained.
+
+    Call this after ``TrainingArguments`` exist: ZeRO-3 shards weights as they are loaded, as these say.
 
     Raises:
-        TypeError: no LLaVA-1.5 or LLaVA-NeXT.
+        TypeError: neither a LLaVA-1.5 nor a LLaVA-NeXT.
     """
     model = load_weights(model_class(config.model), config.model, dtype=dtype)
     attach(
@@ -38,11 +40,12 @@ def build_model(config: TrainConfig, processor, dtype: torch.dtype):
         distinct=config.voco.distinct,
         prompt=config.prompt,
     )
-    if config.data.ground != WHITE:  # what is trained on black is served on black
+    _complete_special_tokens(model, processor.tokenizer)
+    if config.data.ground != WHITE:  # serving then uses the ground of training
         model.config.voco_ground = list(config.data.ground)
     model.model.vision_tower.requires_grad_(config.train_vision_tower)
     if config.train_vision_tower:
-        _freeze_behind_features(model)
+        _freeze_unused_layers(model)
     if config.lora is not None:
         model = _with_lora(model, config.lora, config.voco.most if config.voco.distinct else 1)
         for parameter in model.parameters():
@@ -51,8 +54,19 @@ def build_model(config: TrainConfig, processor, dtype: torch.dtype):
     return model
 
 
-def _freeze_behind_features(model) -> None:
-    """The tower's layers that nobody looks at have no gradient, for which DDP would wait."""
+def _complete_special_tokens(model, tokenizer) -> None:
+    """Fill in the special tokens that the configs leave open; LLaVAs have them in their text config.
+
+    The Trainer would do the same, with a warning that the tokenizer has new ones.
+    """
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        for config in (model.config, model.generation_config):
+            if getattr(config, name, None) is None:
+                setattr(config, name, getattr(tokenizer, name))
+
+
+def _freeze_unused_layers(model) -> None:
+    """Freeze the tower's layers after the features: they get no gradient, and DDP would wait for one."""
     layer = model.config.vision_feature_layer
     used = max(n for n in ([layer] if isinstance(layer, int) else layer)) + 1
     for name, module in model.model.vision_tower.named_modules():
@@ -64,12 +78,8 @@ def _freeze_behind_features(model) -> None:
 
 
 def _with_lora(model, lora: LoRAConfig, rows: int):
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "expected the package peft, which LoRA needs; pip install 'voco-kernels[train]'"
-        ) from error
+    import peft
+
     first = model.config.voco_token_id
     names = "|".join(lora.targets)
     return peft.get_peft_model(
@@ -80,14 +90,14 @@ def _with_lora(model, lora: LoRAConfig, rows: int):
             lora_dropout=lora.dropout,
             target_modules=rf".*language_model.*\.({names})",
             modules_to_save=["multi_modal_projector"],
-            # Of the embeddings, VoCo's own rows alone.
+            # Only VoCo's own embedding rows.
             trainable_token_indices={"embed_tokens": list(range(first, first + rows))},
         ),
     )
 
 
 def parts_of(model: nn.Module) -> list[Part]:
-    """What a run trains, for people to check before it starts."""
+    """The parts of the model and how much of each is trained, printed before a run starts."""
     names = {
         "vision_tower": "vision tower",
         "multi_modal_projector": "projector",
@@ -102,14 +112,14 @@ def parts_of(model: nn.Module) -> list[Part]:
             continue
         seen.add(id(parameter))
         part = next((names[key] for key in names if key in path), "language model")
-        size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 a shard is here
+        size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3, numel is a shard's
         totals[part][0] += size
         totals[part][1] += size if parameter.requires_grad else 0
     return [Part(name, total, trained) for name, (total, trained) in totals.items()]
 
 
 def layer_classes(model_name: str) -> list[str]:
-    """The names of the layer classes of both towers, each of which FSDP shards on its own."""
+    """Names of the layer classes of vision tower and language model, the units that FSDP shards."""
     with torch.device("meta"):
         model = model_class(model_name)(AutoConfig.from_pretrained(model_name))
     found = {}

@@ -1,4 +1,4 @@
-"""``train``: a run from its configuration to a model that ``voco_model.load`` reads."""
+"""``train``: from a configuration to a trained model that ``voco_model.load`` reads."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
 from torch.utils.data import IterableDataset
-from transformers import AutoConfig, PrinterCallback, TrainerCallback, set_seed
+from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-from voco_model.data.faults import FaultPolicy, listed
+from voco_model.data.faults import FaultLog, FaultPolicy, listed
 from voco_model.train import checkpoints
-from voco_model.train.arguments import training_arguments
+from voco_model.train.arguments import check_arguments, missing_device, training_arguments
 from voco_model.train.batches import Batches, make_batches
 from voco_model.train.config import TrainConfig
 from voco_model.train.flops import WorkPerBatch
+from voco_model.train.messages import Messages, counted, quiet
 from voco_model.train.model import build_model, parts_of
 from voco_model.train.progress import Meter
 from voco_model.train.trainer import VoCoTrainer
@@ -35,69 +37,128 @@ def train(
 ) -> Path | None:
     """Train a LLaVA under the VoCo mask; on several GPUs, called on each by ``torchrun``.
 
-    Goes on from the newest whole checkpoint in ``config.output``, if it is of the same run.
+    Resumes from the newest complete checkpoint in ``config.output``, if it belongs to the same run.
 
     Args:
-        callbacks: more of them for the Trainer.
-        dry_run: look through the data and say what would be done, and do nothing.
+        callbacks: further callbacks for the Trainer.
+        dry_run: check configuration and data, print what a run would do, and return.
 
     Returns:
-        the folder of the trained model, ``config.output / "model"``; None of a dry run.
+        the folder of the trained model, ``config.output / "model"``; None for a dry run.
 
     Raises:
         TypeError: a model that ``enable`` doesn't take.
-        ValueError: data, batches or a checkpoint that don't fit together.
-        OSError: no room for a checkpoint; earlier ones are still there.
+        ValueError: data, batches or a checkpoint that don't fit together, or no GPU for a run that needs
+            one.
+        ModuleNotFoundError: a package that the configuration needs isn't installed.
+        OSError: too little disk space for a checkpoint; earlier checkpoints are untouched.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    say = _Said(rank)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # many processes read already
+    say = Messages(rank)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # samples are read in parallel already
     if config.output.exists() and not config.output.is_dir():
         raise ValueError(f"expected a folder as output, got a file: {config.output}; name another")
-    model_class(config.model)  # of another model, before its data are looked through
+    check_arguments(config)
+    missing = missing_device(config)
+    if missing is not None and not dry_run:
+        raise ValueError(missing)
+    model_class(config.model)  # refuses other models before the data are read
     processor = load_processor(config.model)
     check_processor(processor, AutoConfig.from_pretrained(config.model), config.prompt)
     name_tokens(processor.tokenizer, config.voco.most if config.voco.distinct else 1)
-    batches = make_batches(
-        config, processor, rank=rank, world_size=world_size, progress=say.progress
-    )
-    _say_batches(say, config, batches, world_size)
-    facts = _facts(config, batches, world_size)
-    resumed = _resumed(config, facts)
-    if dry_run:
-        return None
-    if rank == 0:
-        config.output.mkdir(parents=True, exist_ok=True)
-        written = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        (config.output / "train.yaml").write_text(written)
-    done = 0 if resumed is None else checkpoints.step_of(resumed)
-    if config.optimizer.steps is not None and done >= config.optimizer.steps:
-        if (config.output / "model").is_dir():
-            say(f"all {done} steps are done already; the model is in {config.output / 'model'}")
-            return config.output / "model"
+    with quiet():
+        batches = make_batches(
+            config, processor, rank=rank, world_size=world_size, progress=say.progress
+        )
+        _say_batches(say, config, batches, world_size)
+        facts = _facts(config, batches, world_size)
+        resumed = _resumed(config, facts)
+        if dry_run:
+            if missing is not None:
+                say(f"this machine can't train it: {missing}")
+            return None
+        done = 0 if resumed is None else checkpoints.step_of(resumed)
+        target = config.output / "model"
+        if (
+            config.optimizer.steps is not None
+            and done >= config.optimizer.steps
+            and target.is_dir()
+        ):
+            say(f"all {counted(done, 'step')} are done; the model is in {target}")
+            return target
+        if rank == 0:
+            config.output.mkdir(parents=True, exist_ok=True)
+            written = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            (config.output / "train.yaml").write_text(written)
+        arguments = _start_processes(say, config, batches, world_size)
+        _check_shared(config.output, resumed)
+        set_seed(config.seed)
+        trainer = _make_trainer(say, config, processor, batches, arguments, facts, resumed, rank)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        if resumed is not None:
+            say(f"resuming from {resumed}")
+            if isinstance(batches.loader.dataset, IterableDataset):
+                batches.loader.dataset.skip = done * batches.accumulation
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        saved = _save(trainer, processor, config)
+    if trainer.meter.left_out:
+        say(
+            f"skipped or cut while training: {trainer.meter.left_out}; see "
+            f"{config.output}/left-out-*.jsonl"
+        )
+    say(f"the model is in {saved}")
+    return saved
+
+
+def _start_processes(
+    say: Messages, config: TrainConfig, batches: Batches, world_size: int
+) -> TrainingArguments:
+    """The Trainer's arguments, once this process has joined the other ranks."""
+    if config.trainer.get("use_cpu"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found no GPU
     if config.sharding == "zero3" and world_size == 1:
-        _alone()
+        # DeepSpeed needs a launcher's variables even for one process.
+        launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**launched, "MASTER_PORT": "29500"}.items():
+            os.environ.setdefault(name, value)
     arguments = training_arguments(config, batches.accumulation)
-    say(f"on {arguments.device}")  # asking for it joins the other ranks
-    # Started alone beside several GPUs, the Trainer would cut batches in pieces, one for each.
+    say(f"on {arguments.device}")  # reading the device joins the other ranks
+    # On a machine with several GPUs, one process alone would split each batch among them.
     arguments._n_gpu = 1
-    _check_shared(config.output, resumed)
     if config.sharding == "zero3":
         import deepspeed
 
         deepspeed.init_distributed()  # shards weights as they are loaded; no-op if the above did it
-    set_seed(config.seed)
+    return arguments
+
+
+def _make_trainer(
+    say: Messages,
+    config: TrainConfig,
+    processor,
+    batches: Batches,
+    arguments: TrainingArguments,
+    facts: dict[str, Any],
+    resumed: Path | None,
+    rank: int,
+) -> VoCoTrainer:
+    """Load the model, print what is trained of it, and hand it to a Trainer."""
     model = build_model(config, processor, _weights_dtype(config))
     say(f"{config.model}: {type(model).__name__}")
     for part in parts_of(model):
         trained = "frozen" if not part.trained else f"{part.trained / 1e6:,.2f} M trained"
         say(f"  {part.name:<15}{part.total / 1e6:>12,.2f} M  {trained}")
-    work = WorkPerBatch.of(
-        model, lora=config.lora is not None, tower_trained=config.train_vision_tower
+    mark = {} if resumed is None else checkpoints.read_mark(resumed)
+    meter = Meter(
+        WorkPerBatch.of(
+            model, lora=config.lora is not None, tower_trained=config.train_vision_tower
+        ),
+        FaultPolicy(config.data.faults),
+        FaultLog(config.output / f"left-out-{rank}.jsonl", resume=resumed is not None),
+        samples=mark.get("samples", 0),
+        bar=sys.stderr.isatty(),
     )
-    bar = rank == 0 and sys.stderr.isatty()  # into a file goes a line a step instead
-    policy = FaultPolicy(config.data.faults)
-    meter = Meter(work, policy, config.output / f"left-out-{rank}.jsonl", bar=bar)
     trainer = VoCoTrainer(
         model=model,
         args=arguments,
@@ -108,28 +169,14 @@ def train(
         keep=config.checkpoints.keep,
         facts=facts,
     )
-    if bar:
-        trainer.remove_callback(PrinterCallback)
-    for callback in callbacks:
-        trainer.add_callback(callback)
-    if resumed is not None:
-        say(f"goes on from {resumed}")
-        if isinstance(batches.loader.dataset, IterableDataset):
-            batches.loader.dataset.skip = done * batches.accumulation
-    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-    saved = _save(trainer, processor, config)
-    if meter.left_out:
-        say(
-            f"left out or cut while training: {meter.left_out}; see {config.output}/left-out-*.jsonl"
-        )
-    say(f"the model is in {saved}")
-    return saved
+    trainer.remove_callback(PrinterCallback)  # the meter prints instead
+    return trainer
 
 
 def _check_shared(output: Path, resumed: Path | None) -> None:
-    """Raise ``ValueError`` where ranks don't see one and the same output folder; a collective call.
+    """Raise ``ValueError`` if the ranks don't share one output folder; a collective call.
 
-    Rank 0 declares a checkpoint whole, so it must see the shards of all.
+    Rank 0 declares a checkpoint complete, so it must see the shards of all ranks.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
@@ -148,15 +195,15 @@ def _check_shared(output: Path, resumed: Path | None) -> None:
 
 
 def _weights_dtype(config: TrainConfig) -> torch.dtype:
-    """What weights are loaded as. AdamW at 2e-5 would lose most of its steps to bf16's 8 bits."""
-    # DeepSpeed keeps float32 copies for the optimizer; frozen weights of LoRA are never stepped.
+    """The dtype of the loaded weights: bf16's 8 bits would lose most of AdamW's steps at 2e-5."""
+    # DeepSpeed keeps float32 copies for the optimizer; LoRA's frozen weights are never stepped.
     if config.sharding == "zero3" or config.lora is not None:
         return getattr(torch, config.dtype)
     return torch.float32
 
 
-def _facts(config: TrainConfig, batches: Batches, world_size: int) -> dict:
-    """What a run must share with the one it goes on from."""
+def _facts(config: TrainConfig, batches: Batches, world_size: int) -> dict[str, Any]:
+    """What must be the same before and after a resume."""
     return {
         "world_size": world_size,
         "sharding": config.sharding,
@@ -172,7 +219,8 @@ def _facts(config: TrainConfig, batches: Batches, world_size: int) -> dict:
     }
 
 
-def _resumed(config: TrainConfig, facts: dict) -> Path | None:
+def _resumed(config: TrainConfig, facts: dict[str, Any]) -> Path | None:
+    """The checkpoint to resume from, or None."""
     if not config.checkpoints.resume:
         left = checkpoints.folders(config.output)
         if left:
@@ -185,30 +233,41 @@ def _resumed(config: TrainConfig, facts: dict) -> Path | None:
     if newest is None:
         return None
     mark = checkpoints.read_mark(newest)
-    differing = {k: (mark.get(k), v) for k, v in facts.items() if mark.get(k) != v}
-    if config.sharding != "zero3":  # whose shards belong to their ranks
-        differing.pop("world_size", None)
+    before, now = _flat({name: mark.get(name) for name in facts}), _flat(facts)
+    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if config.sharding != "zero3" and "world_size" in differing:  # only ZeRO-3's shards need it
+        differing.remove("world_size")
     if differing:
-        said = ", ".join(
-            f"{name} {was} before, {now} now" for name, (was, now) in differing.items()
-        )
-        raise ValueError(
-            f"expected the run that wrote {newest}, got another: {said}; go back to its configuration, "
-            "or choose another output"
-            + (
-                "; sharding: fsdp2 can go on with another number of GPUs"
-                * ("world_size" in differing)
-            )
-        )
+        values = {n: f"{before.get(n)} before, {now.get(n)} now" for n in differing}
+        if "data" in values:  # a digest says nothing to a reader
+            values["data"] = "other samples, or samples of other lengths"
+        said = "; ".join(f"{name}: {value}" for name, value in values.items())
+        advice = "restore the old configuration, or choose another output"
+        if "world_size" in differing:
+            advice += "; checkpoints of sharding: fsdp2 resume on any number of GPUs"
+        raise ValueError(f"expected the run that wrote {newest}, got another ({said}); {advice}")
     return newest
 
 
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"optimizer": {"epochs": 2}}`` -> ``{"optimizer.epochs": 2}``."""
+
+    def leaves() -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                yield from _flat(value, f"{prefix}{name}.").items()
+            else:
+                yield f"{prefix}{name}", value
+
+    return dict(leaves())
+
+
 def _save(trainer: VoCoTrainer, processor, config: TrainConfig) -> Path:
-    """The model, whole or not there: written beside its place, then moved."""
+    """Save the model atomically: written to a folder beside its own, then renamed."""
     target = config.output / "model"
     partial = config.output / "model.partial"
     if config.lora is not None:
-        # Adapters are in the checkpoints; from_pretrained reads the merged model.
+        # The checkpoints have the adapters; from_pretrained reads the merged model.
         merged = trainer.model.merge_and_unload()
         for parameter in merged.parameters():  # the projector was trained in float32
             parameter.data = parameter.data.to(_weights_dtype(config))
@@ -226,40 +285,24 @@ def _save(trainer: VoCoTrainer, processor, config: TrainConfig) -> Path:
     return target
 
 
-def _alone() -> None:
-    """DeepSpeed asks for the variables that a launcher sets, with one process too."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "29500")
-
-
-def _say_batches(say: _Said, config: TrainConfig, batches: Batches, world_size: int) -> None:
+def _say_batches(say: Messages, config: TrainConfig, batches: Batches, world_size: int) -> None:
     batch = config.batch
     if batches.samples is not None:
         say(
-            f"{batches.samples:,} samples, {batches.tokens:,} tokens, {batches.steps:,} steps an epoch"
+            f"{counted(batches.samples, 'sample')}, {counted(batches.tokens, 'token')}, "
+            f"{counted(batches.steps, 'step')} per epoch"
         )
+        if batches.samples < batch.global_size:
+            say(
+                f"fewer samples than a step: batch.global_size is {batch.global_size}, so that an epoch "
+                f"is one step with all {counted(batches.samples, 'sample')}; lower it for more steps"
+            )
     if batches.faults:
-        say(f"{len(batches.faults)} samples are left out or cut:\n{listed(batches.faults)}")
+        say(f"{counted(len(batches.faults), 'sample')} skipped or cut:\n{listed(batches.faults)}")
     kind = f"packed to {batch.max_tokens} tokens" if batch.packed else f"{batch.rows} rows"
     say(
-        f"a step: {batch.global_size} samples on {world_size} "
-        f"{'process' if world_size == 1 else 'processes'}, {batches.accumulation} micro-batches each, "
+        f"a step: {counted(batch.global_size, 'sample')} on "
+        f"{counted(world_size, 'process', 'processes')}, "
+        f"{counted(batches.accumulation, 'micro-batch', 'micro-batches')} each, "
         f"{kind}; {config.sharding} sharding, {config.dtype}"
     )
-
-
-class _Said:
-    """Lines on stderr, of rank 0 alone."""
-
-    def __init__(self, rank: int) -> None:
-        self._silent = rank != 0
-
-    def __call__(self, text: str) -> None:
-        if not self._silent:
-            print(text, file=sys.stderr, flush=True)
-
-    def progress(self, done: int, of: int) -> None:
-        if not self._silent and (done == of or done % 8192 == 0):
-            self(f"looked at {done:,} of {of:,} samples")

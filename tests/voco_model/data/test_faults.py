@@ -223,7 +223,7 @@ def test_a_kept_index_that_is_not_whole_is_made_again(tmp_path, caplog):
         path.write_bytes(left)
         found = kept_index(tmp_path, "key", make)
         assert found.lengths.tolist() == [3, 0, 5] and found.faults == expected.faults
-        assert f"{path} can't be read and is made again" in caplog.messages[-1]
+        assert f"{path} failed, making it again" in caplog.messages[-1]
         assert path.read_bytes() == written
     kept_index(tmp_path, "key", make)
     assert made == [0, 1, 2, 3, 4]
@@ -258,10 +258,7 @@ def test_who_waits_for_an_index_says_so(tmp_path, monkeypatch, caplog):
     finally:
         index.logger.removeHandler(handler)
     assert found.lengths.tolist() == [1] and len(said) == 2
-    assert (
-        f"waiting for another process that looks through the data and holds {lock.lock_file}"
-        in said[0]
-    )
+    assert f"waiting for another process that checks the data and holds {lock.lock_file}" in said[0]
 
 
 def test_a_worker_that_was_killed_is_told_in_words(encoder, samples, monkeypatch):
@@ -305,6 +302,22 @@ def test_a_log_counts_each_fault_once_and_writes_it_down(tmp_path):
     assert FaultLog().add([one]) == [one]
 
 
+def test_a_resumed_log_continues_its_file(tmp_path):
+    path = tmp_path / "faults.jsonl"
+    one, other = Fault("broken_image", "a.json:1", "é"), Fault("over_long", "a.json:2", "long")
+    FaultLog(path).add([one])
+    with path.open("a") as file:
+        file.write('{"kind": "over_lo')  # killed while writing
+    log = FaultLog(path, resume=True)
+    assert log.counts == {"broken_image": 1}
+    assert log.add([one, other]) == [other]
+    assert [json.loads(line)["where"] for line in path.read_text().splitlines()] == [
+        "a.json:1",
+        "a.json:2",
+    ]
+    assert FaultLog(path).counts == {} and not path.exists()
+
+
 def test_policies():
     default = FaultPolicy()
     assert {kind: default[kind] for kind in KINDS} == {
@@ -317,7 +330,7 @@ def test_policies():
     assert skip["over_long"] == "truncate"
     assert FaultPolicy({"over_long": "skip"})["over_long"] == "skip"
     for actions, said in (
-        ({"broken": "skip"}, "expected a kind of fault of bad_record, .*, got 'broken'"),
+        ({"broken": "skip"}, "expected kinds of fault among bad_record, .*, got 'broken'"),
         ({"bad_record": "truncate"}, "expected fatal or skip for bad_record, got 'truncate'"),
         ({"over_long": "cut"}, "expected truncate or skip or fatal for over_long, got 'cut'"),
         ("ignore", "expected fatal or skip for bad_record, got 'ignore'"),
@@ -343,7 +356,7 @@ def test_turns_that_dont_pair_are_left_out_and_told(encoder, tmp_path):
     index = make_index(samples, encoder, 2, truncate=True)
     assert index.lengths[0] == index.lengths[1] > 0
     assert [fault.kind for fault in index.faults] == ["loose_turns"]
-    assert "got 2 turns beside them" in index.faults[0].message
+    assert "got 2 turns without a partner" in index.faults[0].message
     FaultPolicy().check(index.faults)
     with pytest.raises(ValueError, match="loose_turns: 1"):
         FaultPolicy({"loose_turns": "fatal"}).check(index.faults)

@@ -130,7 +130,7 @@ def test_a_zip_is_refused_with_what_unpacks_it(tmp_path):
 def test_json_lines_named_json(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text, encoding="utf-8")
-    assert "an object a line at line 1" in refusal(path)
+    assert "one object per line at line 1" in refusal(path)
     assert refusal(path).endswith("name the file .jsonl")
     path = path.rename(path.with_suffix(".jsonl"))
     assert read(path) == [json.loads(line) for line in text.splitlines()]
@@ -140,7 +140,7 @@ def test_json_lines_named_json(tmp_path, text):
 def test_an_array_named_jsonl(tmp_path, indent):
     path = tmp_path / "a.jsonl"
     path.write_text("\n" + json.dumps(RECORDS, indent=indent), encoding="utf-8")
-    assert "expected an object a line, got an array at line 2" in refusal(path)
+    assert "expected one object per line, got an array at line 2" in refusal(path)
     assert refusal(path).endswith("name the file .json")
     assert read(path.rename(path.with_suffix(".json"))) == RECORDS
 
@@ -177,16 +177,16 @@ def test_other_files_are_named_for_what_they_are(tmp_path, cache):
         pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
         (tmp_path / name).write_text(pointer)
         said = refusal(tmp_path / name)
-        assert f"a pointer of Git LFS in {tmp_path / name}" in said and "lfs pull" in said
+        assert f"a Git LFS pointer in {tmp_path / name}" in said and "lfs pull" in said
     (tmp_path / "a.json").write_bytes(bytes(512))
-    assert "got zero bytes" in refusal(tmp_path / "a.json")
+    assert "got only zero bytes" in refusal(tmp_path / "a.json")
     Dataset.from_list(RECORDS).to_parquet(tmp_path / "b.parquet")
     whole = (tmp_path / "b.parquet").read_bytes()
     (tmp_path / "b.json").write_bytes(whole)
     assert refusal(tmp_path / "b.json").endswith("name the file .parquet")
     assert read((tmp_path / "b.json").rename(tmp_path / "c.parquet"))[0]["id"] == "0"
     (tmp_path / "b.parquet").write_bytes(whole[:-9])
-    assert "breaks off" in refusal(tmp_path / "b.parquet")
+    assert "truncated" in refusal(tmp_path / "b.parquet")
     (tmp_path / "b.parquet").touch()
     (tmp_path / "empty.parquet").touch()
     assert "expected Parquet" in refusal(tmp_path / "empty.parquet")
@@ -206,5 +206,5 @@ def test_a_stream_of_a_json_file_says_how_it_is_read(tmp_path):
 def test_brackets_without_end_are_a_fault(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
-    with pytest.raises(DataError, match="no JSON"):
+    with pytest.raises(DataError, match="not JSON"):
         read(path)

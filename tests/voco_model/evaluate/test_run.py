@@ -18,6 +18,7 @@ import voco_model
 from tests.voco_model import tiny
 from tests.voco_model.instruction import write_checkpoint
 from voco_model import baselines
+from voco_model.devices import device_name
 from voco_model.evaluate import results, run
 from voco_model.evaluate.cli import evaluate as command
 from voco_model.evaluate.run import evaluate
@@ -158,8 +159,12 @@ def test_upper_is_for_all_that_is_not_tuned(plain, tuned, tmp_path, loaded):
     with pytest.raises(ValueError, match="no results of voco:2 yet, got .*voco-2.json"):
         evaluate(tuned, ["gqa"], methods=["voco:2"], output=tmp_path / "out")
     expect_error("once, got voco:2 again", tuned, tmp_path / "new", methods=["voco", "voco:2"])
-    match = "expected upper with one of full, untrained, fastv, random, got it with voco"
-    expect_error(match, tuned, tmp_path / "new", methods=["voco"], upper=plain)
+
+
+def test_upper_is_noted_where_no_method_uses_it(plain, tuned, tmp_path, loaded, caplog):
+    evaluate(tuned, ["gqa"], methods=["voco"], upper=plain, output=tmp_path / "out")
+    assert [call[2] for call in loaded] == [str(tuned)]
+    assert "upper is not used: of these methods (voco) none is measured on it" in caplog.text
 
 
 def test_llava_next_is_asked_in_its_own_style(plain, tmp_path, loaded, monkeypatch):
@@ -354,7 +359,7 @@ def test_a_whole_run(plain, tuned, tmp_path, monkeypatch):
     assert (
         record["versions"]["lmms-eval"]
         and record["versions"]["torch"]
-        and record["device"] == "cpu"
+        and record["device"] == device_name("cpu")
     )
     assert json.loads((output / "full.json").read_text())["checkpoint"] == str(plain)
 

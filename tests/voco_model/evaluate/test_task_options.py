@@ -130,7 +130,7 @@ def test_options_that_are_left_out_are_told_once(methods, caplog):
         assert len(model.generate_until([*asked, *requests_of("gqa", known)])) == 4
     told = [r for r in caplog.records if r.name == "voco_model.evaluate.lmms_model"]
     assert [(r.levelno, r.getMessage()) for r in told] == [
-        (logging.WARNING, "generation options of microvqa are left out: seed, best_of")
+        (logging.WARNING, "generation options of microvqa are ignored: seed, best_of")
     ]
 
 

@@ -214,7 +214,7 @@ def test_a_layer_that_cannot_be_read_is_an_error(ready, processor, monkeypatch):
         return torch.zeros_like(hidden_states), None
 
     monkeypatch.setattr(ready.model.language_model.layers[1].self_attn, "forward", other)
-    with pytest.raises(RuntimeError, match="attention of 3 layers, got 2"):
+    with pytest.raises(RuntimeError, match="reading attention failed: 2 of 3 layers"):
         explain.attention(ready, tiny.picture(0), QUESTION, processor=processor)
 
 

@@ -102,7 +102,7 @@ def test_shares_by_layer_are_stacked_to_one():
 
 
 def test_errors(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"expected a file .png or .html, got .*out.svg"):
+    with pytest.raises(ValueError, match=r"expected a file ending in .png or .html, got .*out.svg"):
         explain.draw(explanation(), tmp_path / "out.svg")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'voco-kernels\[bench\]'"):

@@ -63,3 +63,11 @@ def test_errors(folder, tmp_path, image, model, output, message):
     code, text = run(folder / image, "--model", folder / model, "--output", tmp_path / output)
     assert code == 2 and message in text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_device_is_refused_before_the_model_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(voco_model, "load", None)
+    options = ("--model", folder / "voco", "--output", tmp_path / "out.png")
+    code, text = run(folder / "photo.jpg", *options, "--device", "gpu")
+    assert code == 2 and "expected a device that this machine has (cpu" in text
+    assert len(text.splitlines()) == 1 and "got 'gpu'" in text

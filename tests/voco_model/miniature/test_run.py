@@ -75,7 +75,9 @@ def test_a_run_has_every_row_and_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(ValueError, match="another recipe.json"):
         run(replace(TINY, tune_steps=3), tmp_path, workers=1, device="cpu", console=quiet())
     (tmp_path / "recipe.json").write_text(json.dumps(replace(TINY, seeds=2).to_dict()))
-    with pytest.raises(ValueError, match="at least the 2 seeds of the run .* got 1; say --seeds 2"):
+    with pytest.raises(
+        ValueError, match="at least the 2 seeds of the run .* got 1; pass --seeds 2"
+    ):
         run(TINY, tmp_path, workers=1, device="cpu", console=quiet())
 
 
@@ -172,16 +174,16 @@ def test_a_qformer_is_tuned_by_the_same_optimizers():
 def test_a_killed_training_says_what_to_do():
     future, job = Future(), Job("voco", 1, 0, 5, 5)
     future.set_exception(BrokenProcessPool("terminated abruptly"))
-    with pytest.raises(RuntimeError, match="seed-0/voco-1 .* killed.*the same command goes on"):
+    with pytest.raises(RuntimeError, match="seed-0/voco-1 .* killed.*the same command resumes"):
         _check_done(future, job)
     future = Future()
     future.set_exception(KeyError("weight"))
-    with pytest.raises(RuntimeError, match=r"seed-0/voco-1 to be trained, got: KeyError\('weight'"):
+    with pytest.raises(RuntimeError, match=r"training seed-0/voco-1 failed: KeyError\('weight'"):
         _check_done(future, job)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-    with _alone(tmp_path), pytest.raises(ValueError, match="one that is at work; wait for it"):
+    with _alone(tmp_path), pytest.raises(ValueError, match="one in progress; wait for it"):
         run(TINY, tmp_path, workers=1, device="cpu", console=quiet())
 
 

@@ -106,7 +106,7 @@ def test_killed_and_resumed_on_two_processes_equals_one(
 
     resumed = run(2, values)
     assert resumed.returncode == 0, resumed.stderr
-    assert f"goes on from {output / 'checkpoint-4'}" in resumed.stderr
+    assert f"resuming from {output / 'checkpoint-4'}" in resumed.stderr
     check_equal(output / "model", one_process)
     # The half-written one is older than the newest whole ones now.
     assert [p.name for p in checkpoints.folders(output)] == ["checkpoint-6", "checkpoint-4"]
@@ -115,5 +115,5 @@ def test_killed_and_resumed_on_two_processes_equals_one(
         elastic = folder / "elastic"
         alone = run(1, {**values, "output": str(elastic)})
         assert alone.returncode == 0, alone.stderr
-        assert f"goes on from {elastic / 'checkpoint-4'}" in alone.stderr
+        assert f"resuming from {elastic / 'checkpoint-4'}" in alone.stderr
         check_equal(elastic / "model", one_process)

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import resource
 import shutil
+import sys
+import warnings
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from transformers import LlavaForConditionalGeneration, TrainerCallback
+from rich.console import Console
+from transformers import LlavaForConditionalGeneration, TrainerCallback, TrainerState
 
+import voco_model.train.arguments
+import voco_model.train.config
 import voco_model.train.run
 import voco_model.vlm.attention
 from tests.voco_model import instruction, tiny
-from voco_model.data.faults import DataError
+from voco_model.data.faults import DataError, FaultLog, FaultPolicy
+from voco_model.miniature.dataset import write_data
 from voco_model.train import checkpoints, load_config, make_config, train
+from voco_model.train.messages import quiet
+from voco_model.train.progress import Meter
 from voco_model.vlm.load import load, load_processor
 from voco_model.vlm.prompt import STYLES
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -36,6 +49,7 @@ class Gradients(TrainerCallback):
     def __init__(self) -> None:
         self.gradients: list[torch.Tensor] = []
         self.losses: list[float] = []
+        self.samples: list[int] = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
         found = [p.grad.detach().double().flatten() for p in model.parameters() if p.requires_grad]
@@ -44,6 +58,7 @@ class Gradients(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if "loss" in logs:
             self.losses.append(logs["loss"])
+            self.samples.append(logs["samples"])
 
 
 def watched(values: dict) -> Gradients:
@@ -73,8 +88,19 @@ def test_a_configuration_with_a_byte_order_mark(values, tmp_path):
         (tmp_path / "run.yaml").write_text(written, encoding=encoding)
         assert load_config(tmp_path / "run.yaml") == make_config(values(prompt="authors"))
     (tmp_path / "run.yaml").write_bytes(b"output: caf\xe9\n")
-    with pytest.raises(ValueError, match="expected YAML in .*run.yaml"):
+    with pytest.raises(ValueError, match="expected a YAML file, got .*run.yaml: "):
         load_config(tmp_path / "run.yaml")
+
+
+def test_what_is_no_yaml_file_is_named(tmp_path):
+    tiny.picture(0).save(tmp_path / "photo.jpg")
+    with pytest.raises(ValueError, match=r"expected a YAML file, got .*photo\.jpg: "):
+        load_config(tmp_path / "photo.jpg")
+    with pytest.raises(FileNotFoundError, match="expected a YAML file, got a folder: "):
+        load_config(tmp_path)
+    (tmp_path / "list.yaml").write_text("- model\n")
+    with pytest.raises(ValueError, match=r"with keys and values, got list in .*list\.yaml"):
+        load_config(tmp_path / "list.yaml")
 
 
 LONG = {"optimizer": {"learning_rate": 1e-3, "epochs": 10}}  # 30 steps
@@ -222,10 +248,13 @@ def test_a_run_goes_on_where_it_was_and_refuses_to_be_another(changes, values, t
     output = tmp_path / "out"
     assert [p.name for p in checkpoints.folders(output)] == ["checkpoint-2"]
     for other, said in (
-        ({"seed": 1}, "seed 42 before, 1 now"),
-        ({"voco": {"tokens": 1}}, "voco .*'tokens': 2.* before, .*'tokens': 1.* now"),
-        ({"prompt": "mistral"}, "prompt vicuna before, mistral now"),
-        ({"optimizer": {"learning_rate": 0.1}}, "'learning_rate': 0.1"),
+        ({"seed": 1}, r"got another \(seed: 42 before, 1 now\)"),
+        ({"voco": {"tokens": 1}}, r"data: other samples, .*; voco.tokens: 2 before, 1 now\)"),
+        ({"prompt": "mistral"}, r"; prompt: vicuna before, mistral now\)"),
+        (
+            {"optimizer": {**stopped["optimizer"], "learning_rate": 0.1}},
+            r"\(optimizer.learning_rate: 0.002 before, 0.1 now\)",
+        ),
         ({"checkpoints": {"resume": False}}, "expected no checkpoints"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -233,6 +262,7 @@ def test_a_run_goes_on_where_it_was_and_refuses_to_be_another(changes, values, t
     seen = Gradients()
     train(make_config(stopped), callbacks=[seen])
     assert seen.losses == pytest.approx(whole.losses[2:], abs=1e-6)
+    assert seen.samples[-1] == whole.samples[-1] == 48
     assert [p.name for p in checkpoints.folders(output)] == ["checkpoint-6"]
 
 
@@ -247,7 +277,7 @@ def test_a_full_disk_costs_no_checkpoint(values, tmp_path, monkeypatch):
                 full = usage(output)._replace(free=1000)
                 monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
 
-    with pytest.raises(OSError, match="expected room for a checkpoint"):
+    with pytest.raises(OSError, match="of free space for a checkpoint"):
         train(config, callbacks=[Fill()])
     assert [p.name for p in checkpoints.folders(output)] == ["checkpoint-2"]
     assert checkpoints.newest(output).name == "checkpoint-2"
@@ -294,8 +324,9 @@ def test_what_is_left_out_is_told(values, data, tmp_path, capsys):
     train(make_config(values(data={**source, "max_length": 320, "faults": faults})))
     said = capsys.readouterr().err
     line = 1 + path.read_text()[: path.read_text().index('"id": "5"')].count("\n") - 1
-    assert f"{path}:{line}: expected an image, got {data.parent / 'nowhere.png'}" in said
-    assert said.count("left out or cut: ") == 1 and "broken_image" in said  # once, in two epochs
+    missing = f"expected an image, got no such file: {data.parent / 'nowhere.png'}"
+    assert f"{path}:{line}: {missing}" in said
+    assert said.count("skipped or cut: ") == 1 and "broken_image" in said  # once, in two epochs
     told = (tmp_path / "out" / "left-out-0.jsonl").read_text().splitlines()
     assert [json.loads(one)["kind"] for one in told] == ["broken_image"]
 
@@ -303,7 +334,7 @@ def test_what_is_left_out_is_told(values, data, tmp_path, capsys):
 def test_dry_run_touches_no_model(values, capsys, tmp_path):
     assert train(make_config(values()), dry_run=True) is None
     said = capsys.readouterr().err
-    assert re.search(r"24 samples, [\d,]+ tokens, 3 steps an epoch", said)
+    assert re.search(r"24 samples, [\d,]+ tokens, 3 steps per epoch", said)
     assert not (tmp_path / "out" / "train.yaml").exists()
 
 
@@ -351,11 +382,126 @@ def test_errors_of_a_configuration(values, changes, said):
             "expected batch.max_tokens of at least the longest sample",
         ),
         ({"data": {"streaming": True}}, "expected optimizer.steps with data.streaming"),
+        ({"trainer": {"use_cpu": True, "report_to": "wandbb"}}, "report_to as one of none, all, "),
     ],
 )
 def test_errors_of_a_run(values, changes, said):
     with pytest.raises(ValueError, match=said):
         train(make_config(values(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing", "said"),
+    [
+        (
+            {"trainer": {"report_to": "wandb"}},
+            "wandb",
+            "trainer.report_to: wandb needs, found none",
+        ),
+        ({"trainer": {"report_to": ["wandb"]}}, "wandb", "set report_to: none"),
+        ({"sharding": "zero3"}, "deepspeed", r"voco-kernels\[deepspeed\].*set sharding: fsdp2"),
+        ({"lora": {"r": 4}}, "peft", r"voco-kernels\[train\]"),
+        ({"liger": True}, "liger_kernel", r"voco-kernels\[liger\].*set liger: false"),
+    ],
+)
+def test_a_missing_package_is_named_by_the_dry_run_too(values, monkeypatch, changes, missing, said):
+    arguments = voco_model.train.arguments
+    monkeypatch.setattr(
+        arguments, "find_spec", lambda name: None if name == missing else ModuleSpec(name, None)
+    )
+    monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: [])
+    for dry_run in (False, True):
+        with pytest.raises(ModuleNotFoundError, match=said):
+            train(make_config(values(**changes)), dry_run=dry_run)
+
+
+def test_without_a_gpu_the_run_says_what_to_set(values, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    config = make_config(values() | {"trainer": {}})
+    with pytest.raises(ValueError, match=r"expected a GPU, .* set trainer: \{use_cpu: true\}"):
+        train(config)
+    assert not (tmp_path / "out").exists()
+    assert train(config, dry_run=True) is None
+    said = capsys.readouterr().err
+    assert "this machine can't train it: expected a GPU" in said and "3 steps per epoch" in said
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(voco_model.train.arguments, "is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ValueError, match="expected a GPU that computes in bfloat16"):
+        train(make_config({**values(dtype="bfloat16"), "trainer": {}}))
+
+
+def test_fewer_samples_than_a_step_are_noted(values, capsys):
+    train(make_config(values(batch={"global_size": 128, "max_tokens": 8192})), dry_run=True)
+    said = capsys.readouterr().err
+    assert "1 step per epoch" in said
+    assert "fewer samples than a step: batch.global_size is 128" in said
+
+
+def test_by_default_there_are_no_more_workers_than_cores(values, monkeypatch):
+    default = make_config(values(data={"workers": None})).data
+    for cpus, processes, expected in ((2, 1, 2), (64, 1, 4), (8, 8, 1), (4, 8, 1)):
+        monkeypatch.setattr(voco_model.train.config, "available_cpus", lambda cpus=cpus: cpus)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert default.num_workers == expected
+    assert make_config(values(data={"workers": 7})).data.num_workers == 7
+
+
+def test_a_log_in_a_file_is_lines_of_json(values, capfd):
+    train(make_config(values(checkpoints={"every": 2}, data={"workers": None})))
+    out, err = capfd.readouterr()
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    steps = [line for line in lines if "loss" in line]
+    assert [(line["step"], line["steps"]) for line in steps] == [(n, 6) for n in range(1, 7)]
+    assert all(isinstance(line["loss"], float) and line["samples"] > 0 for line in steps)
+    assert re.fullmatch(r"\d+:\d\d:\d\d", steps[0]["eta"]) and steps[-1]["eta"] == "0:00:00"
+    for noise in ("Writing model shards", "PAD/BOS/EOS", "worker processes", "unable to detect"):
+        assert noise not in out + err
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_the_bar_keeps_its_place_at_any_width(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    meter = Meter(None, FaultPolicy(), FaultLog(), samples=0, bar=True)
+    meter._console = Console(file=sys.stderr, width=width, force_terminal=True, color_system=None)
+    state = TrainerState(global_step=0, max_steps=1200, is_world_process_zero=True)
+    meter.on_train_begin(None, state, None, model=torch.nn.Linear(1, 1))
+    logs = {"loss": 1.2345, "tokens_per_second": 45678.0, "padding": 0.0, "useful_tflops": 321.0}
+    state.global_step = 1200
+    meter.on_step_end(None, state, None)
+    meter.on_log(None, state, None, logs=logs)
+    meter.on_train_end(None, state, None)
+    shown = [line for line in re.split("[\r\n]", sys.stderr.getvalue()) if "step" in line][-1]
+    assert "step 1200/1200" in shown and "…" not in shown
+    assert shown.count("━") >= 10
+    assert ("loss 1.2345  45,678 tokens/s" in shown) == (width >= 80)
+    assert ("TFLOP/s per GPU" in shown) == (width == 160)
+
+
+def test_a_warning_is_shown_once():
+    with warnings.catch_warnings(record=True) as shown, quiet():
+        for number in range(3):
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")
+                warnings.warn("is deprecated", FutureWarning, stacklevel=1)
+                warnings.warn(f"another {number}", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in shown] == [
+        "is deprecated",
+        "another 0",
+        "another 1",
+        "another 2",
+    ]
+
+
+def test_the_laptop_config_trains_the_miniature(tmp_path):
+    pytest.importorskip("sklearn", reason="the miniature's digits need scikit-learn")
+    source = {"path": str(write_data(tmp_path / "data", 40)), "images": str(tmp_path / "data")}
+    config = yaml.safe_load((ROOT / "configs/miniature-cpu.yaml").read_text())
+    config |= {"model": str(ROOT / config["model"]), "output": str(tmp_path / "out")}
+    config |= {"data": {"sources": [source]}, "checkpoints": {"every": 0}}
+    config["optimizer"] |= {"steps": 2}
+    model, _ = load(train(make_config(config)))
+    assert (model.config.num_voco, model.config.voco_distinct) == (4, True)
 
 
 def test_a_missing_image_that_was_put_there_is_found(values, data, tmp_path):
