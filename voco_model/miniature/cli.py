@@ -34,10 +34,22 @@ def miniature(
         typer.Option(help="Processes; by default one per CPU, or one on a GPU.", min=1),
     ] = None,
     device: Device = None,
+    write_data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Only write 1,000 training conversations with their pictures to this folder, for "
+            "voco train."
+        ),
+    ] = None,
 ) -> None:
     """Train small LLaVAs on pictures of digits, compress them in every way, and compare."""
     with reported_errors(RuntimeError):
         check_device(device)
+        if write_data is not None:
+            from voco_model.miniature.dataset import write_data as write
+
+            print(f"written: {write(write_data)}")
+            return
         from rich.console import Console
         from rich.markdown import Markdown
 
