@@ -1,18 +1,17 @@
-"""A layout in words, and the kinds of tokens that its mask lets one tell apart."""
+"""Layouts in words, and the kinds of tokens that a mask reveals.
+
+A row's mask is given as its ``visible_from`` and ``visible_until``, integers ``[S]``.
+"""
 
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from voco_kernels.layout.scans import last_index_where
 from voco_kernels.layout.spans import Span
-
-if TYPE_CHECKING:
-    from voco_kernels.layout.layout import MaskLayout
 
 TOKEN_KINDS = ("padding", "vision", "voco", "text")
 PADDING, VISION, VOCO, TEXT = range(4)
@@ -21,20 +20,18 @@ _SHOWN_GROUPS = 6
 _NAMES = {"voco": "VoCo"}
 
 
-def token_kinds(layout: MaskLayout, row: int) -> tuple[Tensor, Tensor]:
-    """Read off the mask what each token of a row is.
+def token_kinds(visible_from: Tensor, visible_until: Tensor) -> tuple[Tensor, Tensor]:
+    """Read from a row's mask what each of its tokens is.
 
-    Vision tokens that nothing behind them is kept from seeing (a document that ends with its VoCo
-    tokens) can't be told from text, nor can their VoCo tokens: there the mask is plain causal.
+    Vision tokens that every later token may see (in a document that ends with its VoCo tokens) look
+    like text, and so do their VoCo tokens: the mask is plain causal there.
 
     Returns:
         kinds, indices into ``TOKEN_KINDS``, and where the document of each token stops (0 for
         padding); int64 ``[S]`` on the CPU.
     """
-    visible_from, visible_until = (
-        tensor[row].long().cpu() for tensor in (layout.visible_from, layout.visible_until)
-    )
-    position = torch.arange(layout.length)
+    visible_from, visible_until = visible_from.long().cpu(), visible_until.long().cpu()
+    position = torch.arange(len(visible_from))
     real = visible_from <= position
     document_stop = torch.where(real, visible_until[(visible_until - 1).clamp(min=0)], 0)
     hidden = real & (visible_until < document_stop)
@@ -46,9 +43,9 @@ def token_kinds(layout: MaskLayout, row: int) -> tuple[Tensor, Tensor]:
     return kinds, document_stop
 
 
-def row_documents(layout: MaskLayout, row: int) -> list[list[Span]]:
+def row_documents(visible_from: Tensor, visible_until: Tensor) -> list[list[Span]]:
     """The spans of a row's documents, without padding: what ``MaskLayout.packed`` takes."""
-    kinds, document_stop = token_kinds(layout, row)
+    kinds, document_stop = token_kinds(visible_from, visible_until)
     documents = []
     for stop, tokens in groupby(
         zip(document_stop.tolist(), kinds.tolist(), strict=True), lambda token: token[0]
@@ -59,9 +56,9 @@ def row_documents(layout: MaskLayout, row: int) -> list[list[Span]]:
     return documents
 
 
-def describe_row(layout: MaskLayout, row: int) -> str:
+def describe_row(visible_from: Tensor, visible_until: Tensor) -> str:
     """``vision 576 | VoCo 1 | text 114``, or the like for several documents."""
-    documents = row_documents(layout, row)
+    documents = row_documents(visible_from, visible_until)
     if not documents:
         return "padding only"
     first = _describe_document(documents[0])
@@ -76,32 +73,36 @@ def describe_row(layout: MaskLayout, row: int) -> str:
     )
 
 
-def describe_layout(layout: MaskLayout) -> str:
-    """One line: size, device, the rows' spans, and the visible pairs. A host sync on CUDA."""
-    position = torch.arange(layout.length, device=layout.device)
-    lengths = (layout.visible_from <= position).sum(1).tolist()
-    equal_rows = all(
-        bool((tensor == tensor[:1]).all()) for tensor in (layout.visible_from, layout.visible_until)
-    )
-    spans, per_row, rows = describe_row(layout, 0), "", layout.batch
+def describe_layout(visible_from: Tensor, visible_until: Tensor, pairs: int) -> str:
+    """One line: size, device, the rows' spans, and the visible pairs. A host sync on CUDA.
+
+    Args:
+        visible_from, visible_until: a layout's, ``[B, S]``.
+        pairs: visible (query, key) pairs in all rows.
+    """
+    batch, length = visible_from.shape
+    position = torch.arange(length, device=visible_from.device)
+    lengths = (visible_from <= position).sum(1).tolist()
+    equal_rows = all(bool((each == each[:1]).all()) for each in (visible_from, visible_until))
+    spans, per_row, rows = describe_row(visible_from[0], visible_until[0]), "", batch
     if equal_rows:
-        per_row, rows = " a row" if layout.batch > 1 else "", 1
+        per_row, rows = " a row" if batch > 1 else "", 1
     else:
         spans = f"rows of {_range(lengths)} tokens, the first: {spans}"
-    isolated = any(_isolates(layout, row) for row in range(rows))
-    pairs = layout.pairs() * rows // layout.batch
+    isolated = any(_isolates(visible_from[row], visible_until[row]) for row in range(rows))
+    pairs = pairs * rows // batch
     causal = sum(n * (n + 1) // 2 for n in lengths[:rows])
     share = f", {pairs / causal:.1%} of causal" if causal else ""
     return (
-        f"MaskLayout(batch={layout.batch}, length={layout.length}, {layout.device}: {spans}"
+        f"MaskLayout(batch={batch}, length={length}, {visible_from.device}: {spans}"
         f"{', isolated' if isolated else ''}; {pairs:,} pairs{per_row}{share})"
     )
 
 
-def _isolates(layout: MaskLayout, row: int) -> bool:
-    """Whether two neighbours of one document see it from different starts."""
-    _, document_stop = token_kinds(layout, row)
-    starts = layout.visible_from[row].cpu()
+def _isolates(visible_from: Tensor, visible_until: Tensor) -> bool:
+    """Whether neighbours in one document see it from different starts."""
+    _, document_stop = token_kinds(visible_from, visible_until)
+    starts = visible_from.cpu()
     same_document = (document_stop[1:] == document_stop[:-1]) & (document_stop[1:] > 0)
     return bool((same_document & (starts[1:] != starts[:-1])).any())
 
@@ -117,7 +118,7 @@ def _describe_document(spans: list[Span]) -> str:
 
 
 def _group_repeats(spans: list[Span]) -> list[str]:
-    """``64 x (vision 576 | VoCo 1)`` where up to three spans come again and again."""
+    """``64 x (vision 576 | VoCo 1)`` where up to three spans repeat."""
     groups, index = [], 0
     while index < len(spans):
         period, times = 1, 1

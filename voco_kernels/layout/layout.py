@@ -10,13 +10,22 @@ import torch
 from torch import Tensor
 
 from voco_kernels.integers import is_integer
+from voco_kernels.layout.describe import describe_layout
 from voco_kernels.layout.documents import (
     check_markers,
     check_numbered_documents,
     document_positions,
 )
 from voco_kernels.layout.operator import layout_from_token_ids
-from voco_kernels.layout.schedule import PREFIX_START, PREFIX_STOP, Schedule, build_schedule
+from voco_kernels.layout.schedule import (
+    KEY_START,
+    PREFIX_START,
+    PREFIX_STOP,
+    START,
+    STOP,
+    Schedule,
+    build_schedule,
+)
 from voco_kernels.layout.spans import Span, check_size, visibility_from_documents
 from voco_kernels.layout.token_ids import check_context, check_padding
 
@@ -249,7 +258,7 @@ class MaskLayout:
     def pairs(self) -> int:
         """The number of visible (query, key) pairs of the whole batch: the useful work of one head."""
         tiles = self.schedule.host_query_tiles()
-        start, stop, key_start = tiles[:, 1], tiles[:, 2], tiles[:, 3]
+        start, stop, key_start = tiles[:, START], tiles[:, STOP], tiles[:, KEY_START]
         rows = stop - start
         contiguous = rows * (start - key_start + 1) + rows * (rows - 1) // 2
         gathered = rows * (tiles[:, PREFIX_STOP] - tiles[:, PREFIX_START])
@@ -266,12 +275,17 @@ class MaskLayout:
         return forward * 5 // 2 if backward else forward
 
     def plot(self, path: str | PathLike, row: int = 0) -> None:
-        """Write a PNG of one row's mask: queries down, keys across, coloured by kind of key."""
-        from voco_kernels.layout.plot import plot_layout
+        """Write a PNG of one row's mask: queries down, keys across, coloured by kind of key.
 
-        plot_layout(self, path, row)
+        Raises:
+            ImportError: matplotlib is not installed.
+            IndexError: there is no such row.
+        """
+        from voco_kernels.layout.plot import plot_row
+
+        if not 0 <= row < self.batch:
+            raise IndexError(f"expected a row from 0 to {self.batch - 1}, got {row}")
+        plot_row(self.visible_from[row], self.visible_until[row], path)
 
     def __repr__(self) -> str:
-        from voco_kernels.layout.describe import describe_layout
-
-        return describe_layout(self)
+        return describe_layout(self.visible_from, self.visible_until, self.pairs())

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from voco_kernels.layout.schedule import build_schedule
+from voco_kernels.layout.schedule import TILE_COLUMNS, build_schedule
 from voco_kernels.layout.token_ids import visibility_from_token_ids
 
 
@@ -49,7 +49,7 @@ def layout_from_token_ids(
 def _(input_ids, *_):
     shape = input_ids.shape
     rows = input_ids.new_empty(shape, dtype=torch.int32)
-    tiles = input_ids.new_empty(shape.numel(), 8, dtype=torch.int32)
+    tiles = input_ids.new_empty(shape.numel(), TILE_COLUMNS, dtype=torch.int32)
     return (
         rows,
         torch.empty_like(rows),

@@ -8,13 +8,12 @@ from textwrap import fill
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from voco_kernels.layout.describe import PADDING, TEXT, VISION, VOCO, describe_row, token_kinds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from voco_kernels.layout.layout import MaskLayout
 
 _LABELS = {VISION: "vision", VOCO: "VoCo", TEXT: "text", PADDING: "padding"}
 # Colours that colour-blind people can tell apart (Okabe and Ito).
@@ -44,15 +43,14 @@ class _Band(NamedTuple):
         return f"{_LABELS[self.kind]} {self.stop - self.start}"
 
 
-def plot_layout(layout: MaskLayout, path: str | PathLike, row: int = 0) -> None:
-    """Write a PNG of one row's mask to ``path``.
+def plot_row(visible_from: Tensor, visible_until: Tensor, path: str | PathLike) -> None:
+    """Write a PNG of one row's mask, its ``visible_from`` and ``visible_until`` ``[S]``, to ``path``.
 
     Short runs of tokens are drawn wider than they are, so that one VoCo token beside 576 vision
     tokens can be seen. The numbers are true.
 
     Raises:
         ImportError: matplotlib is not installed.
-        IndexError: there is no such row.
     """
     try:
         from matplotlib.figure import Figure
@@ -60,18 +58,20 @@ def plot_layout(layout: MaskLayout, path: str | PathLike, row: int = 0) -> None:
         raise ImportError(
             "expected matplotlib for MaskLayout.plot, found none: pip install 'voco-kernels[bench]'"
         ) from error
-    if not 0 <= row < layout.batch:
-        raise IndexError(f"expected a row from 0 to {layout.batch - 1}, got {row}")
-    kinds, document_stop = (tensor.numpy() for tensor in token_kinds(layout, row))
+    kinds, document_stop = (each.numpy() for each in token_kinds(visible_from, visible_until))
     bands = _bands(kinds, document_stop)
     # Inches: the mask is a square of 7.4, with its strips and labels around it.
     width, height = 9.4, 10.4
     figure = Figure(figsize=(width, height), dpi=120)
     axes = figure.add_axes((1.75 / width, 1.35 / height, 7.4 / width, 7.4 / height))
-    shown = _draw_mask(axes, layout, row, kinds, document_stop, bands)
+    shown = _draw_mask(
+        axes, visible_from.cpu().numpy(), visible_until.cpu().numpy(), kinds, document_stop, bands
+    )
     _draw_strips(axes, bands)
     _draw_legend(axes, shown)
-    figure.suptitle(fill(describe_row(layout, row), 84), fontsize=12, y=0.985, va="top")
+    figure.suptitle(
+        fill(describe_row(visible_from, visible_until), 84), fontsize=12, y=0.985, va="top"
+    )
     figure.savefig(path, format="png")
 
 
@@ -90,18 +90,15 @@ def _bands(kinds: np.ndarray, document_stop: np.ndarray) -> list[_Band]:
 
 def _draw_mask(
     axes: Axes,
-    layout: MaskLayout,
-    row: int,
+    visible_from: np.ndarray,
+    visible_until: np.ndarray,
     kinds: np.ndarray,
     document_stop: np.ndarray,
     bands: list[_Band],
 ) -> dict[str, str]:
-    """The mask, sampled at pixels; returns the colours in it, by what they stand for."""
+    """The mask, sampled at pixels; returns the colours in it, by their meaning."""
     from matplotlib.colors import to_rgb
 
-    visible_from, visible_until = (
-        tensor[row].cpu().numpy() for tensor in (layout.visible_from, layout.visible_until)
-    )
     token = _tokens_at_pixels(bands)
     query, key = token[:, None], token[None, :]
     causal = key <= query

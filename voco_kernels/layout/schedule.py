@@ -30,12 +30,17 @@ TILE = 128
 MOST_TOKENS = 2**28
 """Of a batch, padding included: eight columns of int32 for each are what kernels can address."""
 
+# Both tables of tiles have this many columns, and these are the elements of ``counts``.
+TILE_COLUMNS = 8
+QUERY_TILES, KEY_TILES = 0, 1
+
 # Columns of a query tile: its row of the batch, its queries [start, stop), the first key of its
 # contiguous stretch, its prefix [start, stop) in ``kept``, and the run it was cut from.
-ROW, START, STOP, KEY_START, PREFIX_START, PREFIX_STOP, RUN_START, RUN_STOP = range(8)
+ROW, START, STOP, KEY_START, PREFIX_START, PREFIX_STOP, RUN_START, RUN_STOP = range(TILE_COLUMNS)
 
-# Columns of a key tile. Contiguous (KIND 0): keys and queries are token positions. Gathered (KIND 1):
-# keys [start, stop) are ranks in ``kept``, queries [start, stop) are ranks in ``readers``.
+# Columns of a key tile: its row (ROW), and these. Contiguous (KIND 0): keys and queries are token
+# positions. Gathered (KIND 1): keys [start, stop) are ranks in ``kept``, queries [start, stop) are ranks
+# in ``readers``.
 KIND, KEY_TILE_START, KEY_TILE_STOP, QUERY_START, QUERY_STOP = range(1, 6)
 CONTIGUOUS, GATHERED = 0, 1
 

@@ -11,6 +11,9 @@ launch.
     see    documents and segments: visible_from, visible_until, hidden and kept keys
     cut    runs, ranks in ``kept``, and where tiles start
     emit   ranks in ``readers``, and the tiles, at their places in the tables of the whole batch
+
+Shapes: what is computed for tokens is ``[BLOCK]``, a chunk's tokens; what is loaded from summaries is
+``[WIDTH]``, a row's chunks; everything else is a scalar.
 """
 
 from __future__ import annotations
@@ -22,13 +25,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from voco_kernels.layout.schedule import CONTIGUOUS, GATHERED, TILE
+from voco_kernels.layout import schedule
 
 _LONGEST_CHUNK = 2048  # whose scans still fit the registers of one program
 _CHUNK_OF_LONG_ROWS = 1024
 
-_TILE = tl.constexpr(TILE)
-_CONTIGUOUS, _GATHERED = tl.constexpr(CONTIGUOUS), tl.constexpr(GATHERED)
+_TILE = tl.constexpr(schedule.TILE)
+_CONTIGUOUS, _GATHERED = tl.constexpr(schedule.CONTIGUOUS), tl.constexpr(schedule.GATHERED)
+# Columns of the tables of tiles, and elements of counts.
+_TILE_COLUMNS = tl.constexpr(schedule.TILE_COLUMNS)
+_ROW = tl.constexpr(schedule.ROW)
+_START, _STOP = tl.constexpr(schedule.START), tl.constexpr(schedule.STOP)
+_KEY_START = tl.constexpr(schedule.KEY_START)
+_PREFIX_START = tl.constexpr(schedule.PREFIX_START)
+_PREFIX_STOP = tl.constexpr(schedule.PREFIX_STOP)
+_TILE_RUN_START = tl.constexpr(schedule.RUN_START)
+_TILE_RUN_STOP = tl.constexpr(schedule.RUN_STOP)
+_KIND = tl.constexpr(schedule.KIND)
+_KEY_TILE_START = tl.constexpr(schedule.KEY_TILE_START)
+_KEY_TILE_STOP = tl.constexpr(schedule.KEY_TILE_STOP)
+_QUERY_START = tl.constexpr(schedule.QUERY_START)
+_QUERY_STOP = tl.constexpr(schedule.QUERY_STOP)
+_QUERY_TILES, _KEY_TILES = tl.constexpr(schedule.QUERY_TILES), tl.constexpr(schedule.KEY_TILES)
 _NOWHERE = tl.constexpr(2**30)  # the position of what does not come; no row is as long
 
 # Bits of the planes MARKS, SIGHT and CUTS.
@@ -483,18 +501,33 @@ def _sum_of_batch(summaries, FIELD: tl.constexpr, start, chunks, programs, progr
 
 
 @triton.jit
-def _store_tile(
-    table, slot, mask, c0, c1, c2, c3, c4, c5, c6, c7
+def _store_query_tile(
+    table, slot, mask, row, start, stop, key_start, prefix_start, prefix_stop, run_start, run_stop
 ):  # fmt: skip
-    columns = table + tl.cast(slot, tl.int64) * 8
-    tl.store(columns, c0, mask=mask)
-    tl.store(columns + 1, c1, mask=mask)
-    tl.store(columns + 2, c2, mask=mask)
-    tl.store(columns + 3, c3, mask=mask)
-    tl.store(columns + 4, c4, mask=mask)
-    tl.store(columns + 5, c5, mask=mask)
-    tl.store(columns + 6, c6, mask=mask)
-    tl.store(columns + 7, c7, mask=mask)
+    columns = table + tl.cast(slot, tl.int64) * _TILE_COLUMNS
+    tl.store(columns + _ROW, row, mask=mask)
+    tl.store(columns + _START, start, mask=mask)
+    tl.store(columns + _STOP, stop, mask=mask)
+    tl.store(columns + _KEY_START, key_start, mask=mask)
+    tl.store(columns + _PREFIX_START, prefix_start, mask=mask)
+    tl.store(columns + _PREFIX_STOP, prefix_stop, mask=mask)
+    tl.store(columns + _TILE_RUN_START, run_start, mask=mask)
+    tl.store(columns + _TILE_RUN_STOP, run_stop, mask=mask)
+
+
+@triton.jit
+def _store_key_tile(
+    table, slot, mask, row, kind, start, stop, query_start, query_stop
+):  # fmt: skip
+    columns = table + tl.cast(slot, tl.int64) * _TILE_COLUMNS
+    tl.store(columns + _ROW, row, mask=mask)
+    tl.store(columns + _KIND, kind, mask=mask)
+    tl.store(columns + _KEY_TILE_START, start, mask=mask)
+    tl.store(columns + _KEY_TILE_STOP, stop, mask=mask)
+    tl.store(columns + _QUERY_START, query_start, mask=mask)
+    tl.store(columns + _QUERY_STOP, query_stop, mask=mask)
+    for unused in tl.static_range(_QUERY_STOP + 1, _TILE_COLUMNS):
+        tl.store(columns + unused, 0, mask=mask)
 
 
 @triton.jit(do_not_specialize=["batch", "length", "chunks"])
@@ -519,8 +552,8 @@ def emit_kernel(
         key_tiles_before += before
         num_key_tiles += total
     if program == 0:
-        tl.store(counts, num_query_tiles)
-        tl.store(counts + 1, num_key_tiles)
+        tl.store(counts + _QUERY_TILES, num_query_tiles)
+        tl.store(counts + _KEY_TILES, num_key_tiles)
 
     row = program // chunks
     chunk = program % chunks
@@ -574,7 +607,7 @@ def emit_kernel(
     hidden_before = tl.load(hidden_before, mask=sees & (run_start > 0), other=-1)
     key_start = tl.maximum(key_start, hidden_before + 1)
     prefix_stop = tl.load(kept_before + key_start, mask=sees, other=0)
-    _store_tile(
+    _store_query_tile(
         query_tiles, num_query_tiles - 1 - query_tiles_before - (ranks & 65535), tile,
         row, position, tl.minimum(position + _TILE, run_stop),
         tl.where(real, key_start, run_stop), prefix_start, prefix_stop, run_start, run_stop,
@@ -588,12 +621,11 @@ def emit_kernel(
     rank = tl.load(kept_before + position, mask=tile & gathered, other=0)
     # A document's last key is kept.
     last = tl.load(kept_before + group_stop - 1, mask=tile & gathered, other=0)
-    _store_tile(
+    _store_key_tile(
         key_tiles, key_tiles_before + (ranks >> 16), tile,
         row, tl.where(gathered, _GATHERED, _CONTIGUOUS),
         tl.where(gathered, rank, position),
         tl.where(gathered, tl.minimum(rank + _TILE, last + 1), stop),
         tl.where(gathered, readers_before, position),
         tl.where(gathered, readers_stop, query_stop),
-        0, 0,
     )  # fmt: skip

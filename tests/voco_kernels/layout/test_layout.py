@@ -380,7 +380,7 @@ def test_documents_read_off_the_mask_give_the_mask(case):
     layout = case.layout()
     for row in range(layout.batch):
         real = layout.visible_until[row] > 0
-        documents = row_documents(layout, row)
+        documents = row_documents(layout.visible_from[row], layout.visible_until[row])
         assert sum(length for document in documents for _, length in document) == real.sum()
         if not case.isolated:
             again = MaskLayout.packed(documents).materialize()[0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -140,3 +143,13 @@ def test_shapes_depend_on_batch_and_length_alone(case):
         "readers": rows,
     }
     assert all(tensor.dtype == torch.int32 for tensor in layout.schedule)
+
+
+def test_the_hopper_kernels_name_the_same_columns():
+    source = (Path(__file__).parents[3] / "csrc" / "tiles.cuh").read_text()
+    columns = dict(re.findall(r"enum (\w+) \{ ([^}]+) \};", source))
+    query = {name: index for index, name in enumerate(columns["QueryTileColumn"].split(", "))}
+    key = {name: index for index, name in enumerate(columns["KeyTileColumn"].split(", "))}
+    assert key.pop("KEY_ROW") == schedule.ROW
+    assert {name: getattr(schedule, name) for name in {**query, **key}} == {**query, **key}
+    assert f"TILE_COLUMNS = {schedule.TILE_COLUMNS};" in source

@@ -5,7 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from voco_kernels.attention.backends.triton.forward_kernel import (
+from voco_kernels.attention.backends.triton.tiles import (
+    CONTIGUOUS,
+    INT32_MAX,
+    KEY_TILE_START,
+    KEY_TILE_STOP,
+    KEY_TILES,
+    KIND,
+    LOG2_E,
+    QUERY_START,
+    QUERY_STOP,
+    QUERY_TILES,
+    ROW,
+    TILE_COLUMNS,
     load_block,
     load_query_tile,
     load_rows,
@@ -28,6 +40,7 @@ def delta_kernel(
     wide = position.to(tl.int64)
     o_base = Out + row * stride_ob + head * stride_oh
     g_base = DOut + row * stride_gb + head * stride_gh
+    # [BLOCK_M, BLOCK_D] each
     o = load_rows(o_base, wide, stride_os, inside, HEAD_DIM, BLOCK_D)
     do = load_rows(g_base, wide, stride_gs, inside, HEAD_DIM, BLOCK_D)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
@@ -46,22 +59,28 @@ def _accumulate_dq(
 ):  # fmt: skip
     """dQ / scale from keys [begin, end), the stretches of the forward kernel's ``_attend``."""
     for start in tl.range(begin, end, BLOCK_N, disable_licm=True, num_stages=1 if GATHER else None):
+        # [BLOCK_N]
         key = start + tl.arange(0, BLOCK_N)
         if GATHER:
             inside = key < end
             position = tl.load(kept + key, mask=inside, other=0).to(tl.int64)
+            # [BLOCK_N, BLOCK_D]
             k = load_rows(k_base, position, stride_ks, inside, HEAD_DIM, BLOCK_D)
+            # [BLOCK_N, BLOCK_D]
             v = load_rows(v_base, position, stride_vs, inside, HEAD_DIM, BLOCK_D)
         else:
+            # [BLOCK_N, BLOCK_D]
             k = load_block(
                 k_desc, row, head, k_base, stride_ks, start, end,
                 BLOCK_N, HEAD_DIM, BLOCK_D, MASK=PARTIAL,
             )  # fmt: skip
+            # [BLOCK_N, BLOCK_D]
             v = load_block(
                 v_desc, row, head, v_base, stride_vs, start, end,
                 BLOCK_N, HEAD_DIM, BLOCK_D, MASK=PARTIAL,
             )  # fmt: skip
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        # [BLOCK_M, BLOCK_D] @ [BLOCK_D, BLOCK_N] -> [BLOCK_M, BLOCK_N]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p = tl.math.exp2(scores * scale_log2 - lse_log2[:, None])
         if GATHER:
             if start + BLOCK_N > end:
@@ -69,8 +88,10 @@ def _accumulate_dq(
         else:
             if start + BLOCK_N - 1 > first_query:
                 p = tl.where(key[None, :] <= query[:, None], p, 0.0)
+        # [BLOCK_M, BLOCK_D] @ [BLOCK_D, BLOCK_N] -> [BLOCK_M, BLOCK_N]
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
+        # [BLOCK_M, BLOCK_N] @ [BLOCK_N, BLOCK_D] -> [BLOCK_M, BLOCK_D]
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -90,8 +111,8 @@ def dq_kernel(
 ):  # fmt: skip
     """DQ ``[B, Hq, S, D]``, every row written, padding with 0. Items as in the forward kernel."""
     PARTS: tl.constexpr = TILE // BLOCK_M
-    scale_log2 = scale * 1.4426950408889634
-    items = tl.load(counts) * heads * PARTS
+    scale_log2 = scale * LOG2_E
+    items = tl.load(counts + QUERY_TILES) * heads * PARTS
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
         head = item % heads
         part = item // heads
@@ -106,12 +127,14 @@ def dq_kernel(
         wide_kv_head = tl.cast(kv_head, tl.int64)
         q_base = Q + wide_row * stride_qb + wide_head * stride_qh + wide_start * stride_qs
         g_base = DOut + wide_row * stride_gb + wide_head * stride_gh + wide_start * stride_gs
+        # [BLOCK_M, BLOCK_D] each
         q = load_rows(q_base, local, stride_qs, in_tile, HEAD_DIM, BLOCK_D)
         do = load_rows(g_base, local, stride_gs, in_tile, HEAD_DIM, BLOCK_D)
         statistics = (wide_row * heads + head) * length + query
-        # exp2(-inf) is 0: rows behind the tile's end take part without effect.
+        # exp2(-inf) is 0: rows after the tile's end contribute nothing.
+        # [BLOCK_M] each
         lse = tl.load(Lse + statistics, mask=in_tile, other=float("inf"))
-        lse_log2 = lse * 1.4426950408889634
+        lse_log2 = lse * LOG2_E
         delta = tl.load(Delta + statistics, mask=in_tile, other=0.0)
         k_base = K + wide_row * stride_kb + wide_kv_head * stride_kh
         v_base = V + wide_row * stride_vb + wide_kv_head * stride_vh
@@ -175,14 +198,17 @@ def _accumulate_dkdv(
                 start = tl.where(index < diagonal, start, diagonal_stop + whole * BLOCK_M)
             else:
                 start = diagonal_stop + index * BLOCK_M
+        # [BLOCK_M]
         query = start + tl.arange(0, BLOCK_M)
         inside = query < end
         if GATHER:
             query = tl.load(readers + query, mask=inside, other=0)
             position = query.to(tl.int64)
+            # [BLOCK_M, BLOCK_D] each
             q = load_rows(q_base, position, stride_qs, inside, HEAD_DIM, BLOCK_D)
             do = load_rows(g_base, position, stride_gs, inside, HEAD_DIM, BLOCK_D)
         else:
+            # [BLOCK_M, BLOCK_D] each
             q = load_block(
                 q_desc, row, head, q_base, stride_qs, start, end,
                 BLOCK_M, HEAD_DIM, BLOCK_D, MASK,
@@ -192,25 +218,32 @@ def _accumulate_dkdv(
                 BLOCK_M, HEAD_DIM, BLOCK_D, MASK,
             )  # fmt: skip
         if GATHER or MASK:
-            # exp2(-inf) is 0: queries behind the end take part without effect.
+            # exp2(-inf) is 0: queries after the end contribute nothing.
+            # [BLOCK_M] each
             lse = tl.load(lse_base + query, mask=inside, other=float("inf"))
             delta = tl.load(delta_base + query, mask=inside, other=0.0)
         else:
+            # [BLOCK_M] each
             lse = tl.load(lse_base + query)
             delta = tl.load(delta_base + query)
+        # [BLOCK_N, BLOCK_D] @ [BLOCK_D, BLOCK_M] -> [BLOCK_N, BLOCK_M]
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = tl.math.exp2(scores * scale_log2 - lse[None, :] * 1.4426950408889634)
+        p = tl.math.exp2(scores * scale_log2 - lse[None, :] * LOG2_E)
         if GATHER:
+            # [BLOCK_M]
             since = tl.load(visible_from + query, mask=inside, other=0)
-            first_query = tl.min(tl.where(inside, query, 2147483647), 0)
+            first_query = tl.min(tl.where(inside, query, INT32_MAX), 0)
             if (first_query < last_key) | (tl.max(since, 0) > first_key):
                 seen = (since[None, :] <= key[:, None]) & (key[:, None] <= query[None, :])
                 p = tl.where(seen, p, 0.0)
         elif MASK:
             p = tl.where(key[:, None] <= query[None, :], p, 0.0)
+        # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_D] -> [BLOCK_N, BLOCK_D]
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        # [BLOCK_N, BLOCK_D] @ [BLOCK_D, BLOCK_M] -> [BLOCK_N, BLOCK_M]
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
+        # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_D] -> [BLOCK_N, BLOCK_D]
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -235,19 +268,19 @@ def dkdv_kernel(
     ``g_desc`` are TMA descriptors of Q and DOut, blocks [1, 1, BLOCK_M, BLOCK_D], or None.
     """
     PARTS: tl.constexpr = TILE // BLOCK_N
-    scale_log2 = scale * 1.4426950408889634
-    items = tl.load(counts + 1) * kv_heads * PARTS
+    scale_log2 = scale * LOG2_E
+    items = tl.load(counts + KEY_TILES) * kv_heads * PARTS
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
         kv_head = item % kv_heads
         part = item // kv_heads
-        tile = key_tiles + part // PARTS * 8
+        tile = key_tiles + part // PARTS * TILE_COLUMNS
         offset = part % PARTS * BLOCK_N
-        row = tl.load(tile)
-        gathered = tl.load(tile + 1) != 0
-        start = tl.load(tile + 2) + offset
-        stop = tl.load(tile + 3)
-        query_start = tl.load(tile + 4)
-        query_stop = tl.load(tile + 5)
+        row = tl.load(tile + ROW)
+        gathered = tl.load(tile + KIND) != CONTIGUOUS
+        start = tl.load(tile + KEY_TILE_START) + offset
+        stop = tl.load(tile + KEY_TILE_STOP)
+        query_start = tl.load(tile + QUERY_START)
+        query_stop = tl.load(tile + QUERY_STOP)
 
         rank = start + tl.arange(0, BLOCK_N)
         in_tile = rank < stop
@@ -255,13 +288,15 @@ def dkdv_kernel(
         kept = kept_positions + wide_row * length
         # A comparison with a scalar: newer interpreters refuse "block & scalar" as a mask.
         kept_stop = tl.where(gathered, stop, 0)
+        # [BLOCK_N]
         key = tl.where(gathered, tl.load(kept + rank, mask=rank < kept_stop, other=0), rank)
         position = key.to(tl.int64)
         k_base = K + wide_row * stride_kb + wide_kv_head * stride_kh
         v_base = V + wide_row * stride_vb + wide_kv_head * stride_vh
+        # [BLOCK_N, BLOCK_D] each
         k = load_rows(k_base, position, stride_ks, in_tile, HEAD_DIM, BLOCK_D)
         v = load_rows(v_base, position, stride_vs, in_tile, HEAD_DIM, BLOCK_D)
-        first_key = tl.min(tl.where(in_tile, key, 2147483647), 0)
+        first_key = tl.min(tl.where(in_tile, key, INT32_MAX), 0)
         last_key = tl.max(tl.where(in_tile, key, -1), 0)
 
         # A tile is gathered or contiguous: the other kind's stretch of queries is empty.

@@ -1,66 +1,21 @@
-"""Triton forward kernel: one program an item, an item being (part of a query tile, head)."""
+"""Triton forward kernel: each program takes work items, a part of a query tile for one head."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# Registers are what these kernels are short of: hoisting addresses out of loops makes them spill.
-# Hence disable_licm on every loop, and no pipeline where rows are gathered, which is rare.
+from voco_kernels.attention.backends.triton.tiles import (
+    LN_2,
+    LOG2_E,
+    QUERY_TILES,
+    load_block,
+    load_query_tile,
+    load_rows,
+)
 
-
-@triton.jit
-def load_rows(base, positions, stride, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """``[len(positions), BLOCK_D]``: rows at these positions, 0 where not inside or behind HEAD_DIM."""
-    columns = tl.arange(0, BLOCK_D)
-    mask = inside[:, None]
-    if HEAD_DIM != BLOCK_D:
-        mask = mask & (columns < HEAD_DIM)[None, :]
-    return tl.load(base + positions[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def load_block(
-    descriptor, row, head, base, stride, start, stop,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
-    """``[BLOCK, BLOCK_D]``: rows from ``start`` on of one head, by TMA where there is a descriptor.
-
-    With MASK, rows from ``stop`` on are 0: they may be padding, which may hold anything, and a
-    probability of 0 times NaN is NaN.
-    """
-    local = tl.arange(0, BLOCK)
-    if descriptor is not None:
-        block = descriptor.load([row, head, start, 0]).reshape(BLOCK, BLOCK_D)
-        if MASK:
-            block = tl.where((start + local < stop)[:, None], block, 0.0)
-    else:
-        columns = tl.arange(0, BLOCK_D)
-        pointers = base + tl.cast(start, tl.int64) * stride
-        pointers = pointers + local[:, None] * stride + columns[None, :]
-        if MASK:
-            mask = (start + local < stop)[:, None]
-            if HEAD_DIM != BLOCK_D:
-                mask = mask & (columns < HEAD_DIM)[None, :]
-            block = tl.load(pointers, mask=mask, other=0.0)
-        elif HEAD_DIM != BLOCK_D:
-            block = tl.load(pointers, mask=(columns < HEAD_DIM)[None, :], other=0.0)
-        else:
-            block = tl.load(pointers)
-    return block
-
-
-@triton.jit
-def load_query_tile(query_tiles, tile, part, BLOCK_M: tl.constexpr):
-    """Part ``part`` of a tile: its row of the batch, queries [start, stop), the first key of its
-    contiguous stretch, and its prefix [start, stop) in ``kept``. Empty parts have start >= stop."""
-    columns = query_tiles + tile * 8
-    start = tl.load(columns + 1) + part * BLOCK_M
-    stop = tl.minimum(tl.load(columns + 2), start + BLOCK_M)
-    return (
-        tl.load(columns), start, stop,
-        tl.load(columns + 3), tl.load(columns + 4), tl.load(columns + 5),
-    )  # fmt: skip
+# These kernels are short of registers: hoisting addresses out of loops makes them spill. Hence
+# disable_licm on every loop, and no pipeline where rows are gathered, which is rare.
 
 
 @triton.jit
@@ -77,17 +32,21 @@ def _attend(
     stretch, do mask arithmetic.
     """
     for start in tl.range(begin, end, BLOCK_N, disable_licm=True, num_stages=1 if GATHER else None):
+        # [BLOCK_N]
         key = start + tl.arange(0, BLOCK_N)
         if GATHER:
             inside = key < end
             position = tl.load(kept + key, mask=inside, other=0).to(tl.int64)
+            # [BLOCK_N, BLOCK_D]
             k = load_rows(k_base, position, stride_ks, inside, HEAD_DIM, BLOCK_D)
         else:
+            # [BLOCK_N, BLOCK_D]
             k = load_block(
                 k_desc, row, head, k_base, stride_ks, start, end,
                 BLOCK_N, HEAD_DIM, BLOCK_D, MASK=False if k_desc is not None else PARTIAL,
             )  # fmt: skip
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        # [BLOCK_M, BLOCK_D] @ [BLOCK_D, BLOCK_N] -> [BLOCK_M, BLOCK_N]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if GATHER:
             if start + BLOCK_N > end:
                 scores = tl.where(inside[None, :], scores, float("-inf"))
@@ -102,12 +61,15 @@ def _attend(
         row_sum = row_sum * rescale + tl.sum(p, 1)
         acc = acc * rescale[:, None]
         if GATHER:
+            # [BLOCK_N, BLOCK_D]
             v = load_rows(v_base, position, stride_vs, inside, HEAD_DIM, BLOCK_D)
         else:
+            # [BLOCK_N, BLOCK_D]
             v = load_block(
                 v_desc, row, head, v_base, stride_vs, start, end,
                 BLOCK_N, HEAD_DIM, BLOCK_D, MASK=PARTIAL,
             )  # fmt: skip
+        # [BLOCK_M, BLOCK_N] @ [BLOCK_N, BLOCK_D] -> [BLOCK_M, BLOCK_D]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
@@ -131,8 +93,8 @@ def forward_kernel(
     The grid covers the usual number of items; where the schedule has more, programs take another.
     """
     PARTS: tl.constexpr = TILE // BLOCK_M
-    scale_log2 = scale * 1.4426950408889634
-    items = tl.load(counts) * heads * PARTS
+    scale_log2 = scale * LOG2_E
+    items = tl.load(counts + QUERY_TILES) * heads * PARTS
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
         # Heads fastest: K and V of one row stay in L2. Late parts first: they are the longest.
         head = item % heads
@@ -146,8 +108,9 @@ def forward_kernel(
         wide_row, wide_start = tl.cast(row, tl.int64), tl.cast(start, tl.int64)
         wide_head, kv_head = tl.cast(head, tl.int64), head // group
         wide_kv_head = tl.cast(kv_head, tl.int64)
-        # Rows behind the tile's end need no mask: what comes of them is not stored.
+        # Rows after the tile's end need no mask: their results are not stored.
         q_base = Q + wide_row * stride_qb + wide_head * stride_qh
+        # [BLOCK_M, BLOCK_D]
         q = load_block(
             q_desc, row, head, q_base, stride_qs, start, stop,
             BLOCK_M, HEAD_DIM, BLOCK_D, MASK=q_desc is None,
@@ -159,7 +122,7 @@ def forward_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
-        # Padding has key_start = stop. Behind ``whole`` is at most one block, cut off by the tile's end.
+        # Padding has key_start = stop. After ``whole`` is at most one block, cut off by the tile's end.
         whole = key_start + tl.maximum(stop - key_start, 0) // BLOCK_N * BLOCK_N
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q, query, start,
@@ -180,9 +143,9 @@ def forward_kernel(
             BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, GATHER=False, PARTIAL=True,
         )  # fmt: skip
 
-        # Padding has seen no key: its maximum is -inf and its sum 0, for which 1 stands in.
+        # Padding has seen no key: its maximum is -inf, and its sum 0 is replaced by 1.
         row_sum = tl.where(row_sum > 0, row_sum, 1.0)
-        lse = (row_max + tl.math.log2(row_sum)) * 0.6931471805599453
+        lse = (row_max + tl.math.log2(row_sum)) * LN_2
         tl.store(Lse + (wide_row * heads + head) * length + query, lse, mask=in_tile)
         columns = tl.arange(0, BLOCK_D)
         o_base = Out + wide_row * stride_ob + wide_head * stride_oh + wide_start * stride_os
