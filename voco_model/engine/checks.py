@@ -88,7 +88,8 @@ def check_rotary(model) -> None:
         raise ValueError(
             "expected a rotation with fixed frequencies, got rope_type "
             f"{language.rotary_emb.rope_type!r}: answers would depend on the length of other prompts in "
-            f"the batch; use voco_model.generate, for prompts of up to {length_limit(language)} tokens"
+            f"the batch; use voco_model.generate, which takes prompts of up to {length_limit(language)} "
+            "tokens"
         )
 
 
