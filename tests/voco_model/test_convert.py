@@ -671,7 +671,7 @@ def test_sentencepiece_is_asked_for(parts, tmp_path, monkeypatch):
     write_theirs(tmp_path / "theirs", parts)
     (tmp_path / "theirs" / "tokenizer.json").rename(tmp_path / "theirs" / "tokenizer.model")
     monkeypatch.setattr(convert_tokenizer, "is_sentencepiece_available", lambda: False)
-    refused(tmp_path, "expected sentencepiece and protobuf, .*; pip install", ImportError)
+    refused(tmp_path, "expected sentencepiece and protobuf to read .*; pip install", ImportError)
 
 
 def test_wrong_arguments_and_folders_are_refused(parts, tmp_path):

@@ -64,7 +64,7 @@ def broken_file(tmp_path):
 
 def test_an_image_that_cannot_be_decoded(world, engine_of, broken_file):
     bad = Request(broken_file, SHORT)
-    others_are_answered(world, engine_of(), bad, "image", "expected an image that can be read")
+    others_are_answered(world, engine_of(), bad, "image", "as an image failed")
 
 
 def test_a_missing_image(world, engine_of):
