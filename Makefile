@@ -64,7 +64,7 @@ docs: $(READY)  ## draw docs/mask.png and the README's tables again, from code a
 docs-site: .venv-docs/.installed  ## the documentation as HTML in build/docs-site/html; dead links fail
 	$(PYTHON) release/docs_site.py build/docs-site/pages
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet
-	@echo "open build/docs-site/html/README.html"
+	@echo "open build/docs-site/html/index.html"
 
 .venv-docs/.installed: requirements/docs.txt
 	$(PYTHON) -m venv .venv-docs

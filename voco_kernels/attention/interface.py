@@ -30,7 +30,8 @@ def masked_attention(
 
     Args:
         q: ``[B, Hq, S, D]``, any strides with a contiguous last dimension.
-        k, v: ``[B, Hkv, S, D]``, same dtype as q; ``Hkv`` divides ``Hq`` (grouped-query attention).
+        k: ``[B, Hkv, S, D]``, same dtype as q; ``Hkv`` divides ``Hq`` (grouped-query attention).
+        v: shaped as k.
         layout: of the same B, S and device. Packed documents are ``B = 1``.
         scale: of the scores, > 0; ``1 / sqrt(D)`` by default.
         backend: a name in ``voco_kernels.backends()``. That one runs, or the call fails with its

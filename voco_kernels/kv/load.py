@@ -54,8 +54,9 @@ def load_into(
             (except in a paged cache), and the cache's length becomes the number of slots used. With
             ``slots`` the cache's length is not changed.
         rows: the cache's rows, one for each row of ``entries``; by default 0, 1, 2, ...
-        dtype, device: for an empty ``DynamicCache``; by default the first entry's, or bfloat16 if that
-            is quantized.
+        dtype: for an empty ``DynamicCache``; by default the first entry's, or bfloat16 if that is
+            quantized.
+        device: for an empty ``DynamicCache``; by default the first entry's.
         loader: "cpu", "cuda" or "triton"; by default the first that can make the move.
 
     Raises:
@@ -96,7 +97,8 @@ def extract(
         next_positions: for each row, the position id of the text that follows; by default one more than
             the last position.
         rows: the cache's rows, one for each row of ``slots``; by default 0, 1, 2, ...
-        rope, fingerprint: the model's, kept in the entries.
+        rope: the model's, kept in the entries.
+        fingerprint: the model's, kept in the entries.
         loader: as in ``load_into``.
 
     Returns:

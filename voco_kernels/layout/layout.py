@@ -66,7 +66,9 @@ class MaskLayout:
         """The paper's sequence ``[vision | VoCo | text]`` (Eq. 2), ``batch`` equal rows.
 
         Args:
-            vision, voco, text: numbers of tokens. ``vision=voco=0`` is plain causal attention.
+            vision: the number of vision tokens. ``vision=voco=0`` is plain causal attention.
+            voco: the number of VoCo tokens.
+            text: the number of text tokens.
 
         Raises:
             ValueError: a negative length, an empty row, VoCo tokens with no vision before them, more
@@ -147,7 +149,8 @@ class MaskLayout:
 
         Args:
             input_ids: integer ``[B, S]``.
-            voco_token_id, image_token_id: ids of ``<VoCo>`` and of the image placeholder.
+            voco_token_id: the id of ``<VoCo>``.
+            image_token_id: the id of the image placeholder.
             attention_mask: bool or integer ``[B, S]``, 0 for padding on the left or on the right. Other
                 integers number the documents packed into a row, ``1 1 2 2 2``.
             position_ids: integer ``[B, S]`` of packed rows: a document starts wherever they don't

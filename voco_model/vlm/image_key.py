@@ -50,7 +50,8 @@ def image_key(
         num_voco: VoCo tokens per image; by default the number given to ``enable``.
         salt: a tenant's secret. It keys the hash: without it, the key can't be computed even from the
             image, and no two tenants share an entry.
-        ground, limits: as for ``compress``.
+        ground: as for ``compress``.
+        limits: as for ``compress``.
         fingerprint: the model's ``fingerprint``, if it is known. Computing it visits each module and
             samples every weight.
 
