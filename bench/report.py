@@ -32,7 +32,6 @@ if __name__ == "__main__":
 
 import typer
 
-from bench import summary
 from bench.answering.report import FAMILY as ANSWERING
 from bench.attention.report import FAMILY as ATTENTION
 from bench.harness import options
@@ -100,8 +99,6 @@ def tables_for(results: Records, text_folder: Path, results_folder: Path) -> Tab
     for family in FAMILIES:
         own = {name: record for name, record in results.items() if record["bench"] == family.name}
         tables |= {name: partial(make, own, link) for name, make in family.tables.items()}
-    tables["headline"] = partial(summary.headline, results)
-    tables["summary"] = partial(summary.summary, results)
     return tables | miniature_tables(results_folder)
 
 

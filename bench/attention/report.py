@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.attention import details, plots, tiles
+from bench.attention import details, plots, summary, tiles
 from bench.attention.questions import (
     DIRECTIONS,
     best_pieces,
@@ -268,6 +268,8 @@ FAMILY = Family(
         "attn-cpu": lambda results, link: attention_tables(_of(results, gpu=False), "small"),
         "attn-plot": lambda results, link: picture_links([BARS], results, link),
         "roofline": lambda results, link: roofline_links(_of(results, gpu=True), link),
+        "headline": lambda results, link: summary.headline(results),
+        "summary": lambda results, link: summary.summary(results),
         "layout": _layouts,
         "shapes": lambda results, link: shapes_table(),
         "tiles": lambda results, link: tiles_table(),

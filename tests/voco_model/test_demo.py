@@ -72,7 +72,7 @@ def test_an_answer_that_differs_is_shown_and_fails(tmp_path, monkeypatch):
         (["--pictures", "-1"], "'--pictures'"),
         (["--new-tokens", "0"], "'--new-tokens'"),
         (["--out", __file__], __file__),
-        (["--image", __file__], "expected an image that can be read"),
+        (["--image", __file__], "in no format that Pillow can read"),
         (["--ask", "What is <image>?"], "expected text without <image>"),
         (["--question", "What is <image>?"], "expected text without <image>"),
     ],

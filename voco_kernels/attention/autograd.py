@@ -6,6 +6,8 @@ inside a layout may change without a recompile.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def attention_forward(
 
 
 @attention_forward.register_fake
-def _(q, k, v, visible_from, *_):
+def _(q: Tensor, k: Tensor, v: Tensor, visible_from: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
 
 
@@ -74,18 +76,20 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(dout, dlse, q, k, v, *_):
+def _(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, *layout_tensors, scale, backend, deterministic = inputs
     ctx.save_for_backward(q, k, v, *output, *layout_tensors)
     ctx.options = scale, backend, deterministic
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlse):
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, *layout_tensors = ctx.saved_tensors
     if dout is None and dlse is None:
         return (None,) * 13

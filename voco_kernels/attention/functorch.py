@@ -6,6 +6,9 @@ Operators of ``torch.library`` with a registered backward refuse them; an ``auto
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -22,23 +25,23 @@ class TransformableAttention(torch.autograd.Function):
     """``attention_forward``, same arguments and results."""
 
     @staticmethod
-    def forward(*inputs) -> tuple[Tensor, Tensor]:
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         return attention_forward(*inputs)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         q, k, v, *layout_tensors, scale, backend, deterministic = inputs
         ctx.save_for_backward(q, k, v, *output, *layout_tensors)
         ctx.options = scale, backend, deterministic
 
     @staticmethod
-    def backward(ctx, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         return *_TransformableBackward.apply(dout, dlse, *ctx.saved_tensors, *ctx.options), *(
             None,
         ) * 10
 
     @staticmethod
-    def vmap(info, in_dims, *inputs):
+    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         return _one_by_one(TransformableAttention.apply, info.batch_size, in_dims, inputs)
 
 
@@ -46,16 +49,16 @@ class _TransformableBackward(torch.autograd.Function):
     """``attention_backward``; there is no second derivative."""
 
     @staticmethod
-    def forward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         return attention_backward(*inputs)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         pass
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Any) -> NoReturn:
         raise NotImplementedError(
             "expected first derivatives of masked_attention, got a derivative of its gradient, which "
             "no backend has; use torch.nn.functional.scaled_dot_product_attention with "
@@ -63,11 +66,13 @@ class _TransformableBackward(torch.autograd.Function):
         )
 
     @staticmethod
-    def vmap(info, in_dims, *inputs):
+    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         return _one_by_one(_TransformableBackward.apply, info.batch_size, in_dims, inputs)
 
 
-def _one_by_one(function, batch_size: int, in_dims: tuple, inputs: tuple):
+def _one_by_one(
+    function: Callable[..., tuple[Tensor, ...]], batch_size: int, in_dims: tuple, inputs: tuple
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     results = [
         function(
             *(

@@ -128,10 +128,10 @@ def _group_repeats(spans: list[Span]) -> list[str]:
                 count += 1
             if count > 1 and count * length > period * times:
                 period, times = length, count
-        unit = " | ".join(
+        shown = " | ".join(
             f"{_NAMES.get(kind, kind)} {length}" for kind, length in spans[index : index + period]
         )
-        groups.append(f"{times} x ({unit})" if times > 1 else unit)
+        groups.append(f"{times} x ({shown})" if times > 1 else shown)
         index += period * times
     return groups
 

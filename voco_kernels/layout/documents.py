@@ -227,8 +227,8 @@ def _assert_on_device(
         for condition, holds in _covers(cu_seqlens, real).items():
             torch._assert_async(holds, f"expected cu_seqlens {condition}")
     numbered = None
-    if "attention_mask" in starts:
-        numbered = (attention_mask > 1).any()
+    if attention_mask is not None and "attention_mask" in starts:
+        numbered = torch.gt(attention_mask, 1).any()
         back = real & (attention_mask < attention_mask.cummax(1).values)
         torch._assert_async(
             ~back.any(), "expected the document numbers in attention_mask to increase along a row"

@@ -81,7 +81,8 @@ class MaskLayout:
         if all(map(is_integer, (vision, voco, text))):
             check_size(batch, int(vision) + int(voco) + int(text))
         one_row = visibility_from_documents([[spans]], isolated=False, padding_side="right")
-        return cls._from_host(*(rows.expand(batch, -1) for rows in one_row), device)
+        visible_from, visible_until = (rows.expand(batch, -1) for rows in one_row)
+        return cls._from_host(visible_from, visible_until, device)
 
     @classmethod
     def from_spans(
@@ -236,7 +237,9 @@ class MaskLayout:
         return (self.visible_from, self.visible_until, *self.schedule)
 
     @classmethod
-    def from_tensors(cls, visible_from: Tensor, visible_until: Tensor, *schedule) -> MaskLayout:
+    def from_tensors(
+        cls, visible_from: Tensor, visible_until: Tensor, *schedule: Tensor
+    ) -> MaskLayout:
         """Put together again what ``tensors`` took apart; nothing is checked or computed."""
         return cls(visible_from, visible_until, Schedule(*schedule))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,12 +42,12 @@ def layout_from_token_ids(
     )
     schedule = build_schedule(visible_from, visible_until)
     # Contiguous, as the fake kernel promises, whatever the strides of input_ids.
-    visibility = (rows.int().contiguous() for rows in (visible_from, visible_until))
-    return *visibility, *schedule, stray.contiguous()
+    since, until = (rows.int().contiguous() for rows in (visible_from, visible_until))
+    return since, until, *schedule, stray.contiguous()
 
 
 @layout_from_token_ids.register_fake
-def _(input_ids, *_):
+def _(input_ids: Tensor, *_: Any) -> tuple[Tensor, ...]:
     shape = input_ids.shape
     rows = input_ids.new_empty(shape, dtype=torch.int32)
     tiles = input_ids.new_empty(shape.numel(), TILE_COLUMNS, dtype=torch.int32)

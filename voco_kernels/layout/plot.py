@@ -195,7 +195,9 @@ def _draw_strips(axes: Axes, bands: list[_Band]) -> None:
             axes.plot([0, 1], [band.low, band.low], color="white", linewidth=0.8)
     ends = [(band.low, band.start) for band in bands] + [(1.0, bands[-1].stop)]
     ends = ends if few else [ends[0], ends[-1]]
-    axes.set_xticks([place for place, _ in ends], [position for _, position in ends], rotation=90)
+    axes.set_xticks(
+        [place for place, _ in ends], [str(position) for _, position in ends], rotation=90
+    )
     axes.set_yticks([])
     axes.set_xlabel("keys: the tokens looked at")
     axes.text(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import typing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
 
 from voco_kernels.kv.entry import CompactKV
 from voco_model.engine.checks import (
@@ -112,8 +115,8 @@ class TwoPassEngine:
 
     def __init__(
         self,
-        model,
-        processor,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
         store: Store | None = None,
         *,
         max_batch: int = 8,
@@ -196,7 +199,7 @@ class TwoPassEngine:
             clock=self._clock,
             fingerprint=fingerprint,
         )
-        pictures = {"ground": ground_of(model.config, ground), "limits": limits}
+        pictures: dict[str, Any] = {"ground": ground_of(model.config, ground), "limits": limits}
         key_of = partial(
             image_key,
             model=model,
@@ -247,7 +250,7 @@ class TwoPassEngine:
         text: Turns | Sequence[int],
         *,
         keys: Sequence[str] | None = None,
-        **sampling,
+        **sampling: Any,
     ) -> Answer:
         """Answers one question. Arguments as for ``Request`` and ``Sampling``.
 
@@ -267,7 +270,7 @@ class TwoPassEngine:
         text: Turns | Sequence[int],
         *,
         keys: Sequence[str] | None = None,
-        **sampling,
+        **sampling: Any,
     ) -> Iterator[str]:
         """As ``answer``, but yields the text in pieces as it is generated. Closing the iterator cancels
         the request."""
@@ -293,7 +296,7 @@ class TwoPassEngine:
                     request = next(remaining, _NO_MORE)
                     exhausted = request is _NO_MORE
                     if not exhausted:
-                        coming.append(pool.submit(self.submit, request))
+                        coming.append(pool.submit(self.submit, typing.cast(Request, request)))
                 while coming and coming[0].done():
                     tickets.append(coming.popleft().result())
                     unfinished.append(tickets[-1])
@@ -359,7 +362,7 @@ class TwoPassEngine:
                         raise failure
                 if not self._scheduler.read(waiting):
                     time.sleep(_IDLE_SECONDS)  # another thread is preparing it
-            entries += [job.entry for job in jobs]
+            entries += [typing.cast(CompactKV, job.entry) for job in jobs]  # all of them are ready
         return entries
 
     # ---- running
@@ -455,7 +458,7 @@ class TwoPassEngine:
     def __enter__(self) -> TwoPassEngine:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: Any) -> None:
         self.close()
 
     # ---- submitting

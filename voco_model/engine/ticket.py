@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from voco_model.engine.request import Answer, RequestError
 
@@ -96,7 +97,7 @@ class Ticket:
         """Whether the text contains a stop string."""
         return bool(self.stop) and bool(self._places(self._decode(self.tokens)))
 
-    def finish(self, reason: str, **facts) -> None:
+    def finish(self, reason: str, **facts: Any) -> None:
         text = self._decode(self.tokens)
         places = self._places(text)
         text = text[: min(places)] if places else text

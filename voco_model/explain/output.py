@@ -13,7 +13,7 @@ def check_path(path: str | PathLike) -> str:
     """The suffix of a file that ``draw`` can write; raises what ``draw`` raises."""
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
-        raise ValueError(f"expected a file {' or '.join(SUFFIXES)}, got {str(path)!r}")
+        raise ValueError(f"expected a file ending in {' or '.join(SUFFIXES)}, got {str(path)!r}")
     if not Path(path).parent.is_dir():
         raise ValueError(
             f"expected a file in an existing folder, got {str(path)!r}; create {Path(path).parent} first"

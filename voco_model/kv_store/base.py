@@ -10,11 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from voco_kernels.kv.entry import CompactKV
 from voco_kernels.kv.load import load_into
 from voco_model.kv_store.format import check_key
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger("voco_model.kv_store")
 
@@ -119,7 +122,7 @@ class Tally:
                 failures = self._stats.failures
                 failures[failure] = failures.get(failure, 0) + 1
 
-    def read(self, **present: int | None) -> Any:
+    def read(self, **present: Any) -> Any:
         """A copy of the counters, completed with the values that only the store knows."""
         with self._lock:
             return replace(self._stats, failures=dict(self._stats.failures), **present)
@@ -184,7 +187,7 @@ class Store(ABC):
         return [self.get(key) for key in keys]
 
     def load_into(
-        self, cache: Any, keys: str | Sequence[str | Sequence[str]], **placement
+        self, cache: Any, keys: str | Sequence[str | Sequence[str]], **placement: Any
     ) -> list[str]:
         """Loads the entries under these keys into a key/value cache, all or none.
 
@@ -204,7 +207,8 @@ class Store(ABC):
         found = dict(zip(flat, self.get_many(flat), strict=True))
         missing = [key for key, entry in found.items() if entry is None]
         if not missing:
-            load_into(cache, [[found[key] for key in row] for row in rows], **placement)
+            there = {key: entry for key, entry in found.items() if entry is not None}
+            load_into(cache, [[there[key] for key in row] for row in rows], **placement)
         return missing
 
     def verify(self) -> VerifyReport:
@@ -246,10 +250,10 @@ class Store(ABC):
     def __bool__(self) -> bool:
         return True  # an empty store is still a store: `store or default` must not drop it
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: Any) -> None:
         self.close()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
@@ -87,8 +87,12 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-_MEMORY = {"max_bytes": parse_size, "fingerprint": str, "pin": _switch}
-_DISK = {
+_MEMORY: dict[str, Callable[[Any], Any]] = {
+    "max_bytes": parse_size,
+    "fingerprint": str,
+    "pin": _switch,
+}
+_DISK: dict[str, Callable[[Any], Any]] = {
     "max_bytes": parse_size,
     "fingerprint": str,
     "fsync": _switch,
@@ -96,17 +100,22 @@ _DISK = {
     "index_timeout": _seconds,
     "buffers": _as_it_is,
 }
-_REMOTE = {
+_REMOTE: dict[str, Callable[[Any], Any]] = {
     "fingerprint": str,
     "timeout": _seconds,
     "min_bandwidth": parse_size,
     "connections": _count,
     "back_off": _pair,
 }
-_REDIS = {**_REMOTE, "ttl": _seconds, "prefix": str, "quarantine_ttl": _seconds}
+_REDIS: dict[str, Callable[[Any], Any]] = {
+    **_REMOTE,
+    "ttl": _seconds,
+    "prefix": str,
+    "quarantine_ttl": _seconds,
+}
 # Options in a URL's query that are for redis-py.
 _REDIS_PY = re.compile(r"db|username|password|client_name|ssl_\w+")
-_OBJECTS = {**_REMOTE, "storage_options": _as_it_is}
+_OBJECTS: dict[str, Callable[[Any], Any]] = {**_REMOTE, "storage_options": _as_it_is}
 _TIERED = {"max_waiting_bytes": parse_size, "close_timeout": _seconds}
 _NOT_IN_A_URL = {"buffers", "storage_options"}
 
@@ -201,7 +210,7 @@ def _join(parts: Any, query: str = "") -> str:
 def _keywords(
     scheme: str,
     options: dict[str, Any],
-    known: dict[str, Callable[[Any], Any]],
+    known: Mapping[str, Callable[[Any], Any]],
     query: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Arguments for a store's constructor, from a URL's query and from keyword arguments."""

@@ -193,7 +193,7 @@ class TrainConfig(_Section):
     @classmethod
     def _style(cls, value):
         if value not in STYLES:
-            raise ValueError(f"expected a prompt style of {', '.join(STYLES)}, got {value!r}")
+            raise ValueError(f"expected a prompt style among {', '.join(STYLES)}, got {value!r}")
         return value
 
     @model_validator(mode="after")

@@ -5,11 +5,18 @@ from __future__ import annotations
 import copy
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 from weakref import WeakSet
 
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.processing_utils import ProcessorMixin
 
 from voco_model.arguments import whole_number
@@ -36,7 +43,9 @@ class Enabled:
         num_voco: VoCo tokens per image.
     """
 
-    def __init__(self, model, voco_token_id: int, num_voco: int, steps: ExitStack) -> None:
+    def __init__(
+        self, model: PreTrainedModel, voco_token_id: int, num_voco: int, steps: ExitStack
+    ) -> None:
         self.model = model
         self.voco_token_id = voco_token_id
         self.num_voco = num_voco
@@ -53,7 +62,7 @@ class Enabled:
     def __enter__(self) -> Enabled:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self.undo()
 
     def __repr__(self) -> str:
@@ -189,13 +198,13 @@ def attach(
         return Enabled(model, token_id, num_voco, steps.pop_all())
 
 
-def is_enabled(model) -> bool:
+def is_enabled(model: PreTrainedModel) -> bool:
     """Whether this model is enabled, or a copy of an enabled one."""
     hooks = getattr(getattr(model, "model", None), "_forward_pre_hooks", {})
     return hand_out_layout in hooks.values()
 
 
-def check_ready(model) -> None:
+def check_ready(model: PreTrainedModel) -> None:
     """Raise ``ValueError`` unless the model is enabled and in eval mode."""
     if not is_enabled(model):
         raise ValueError(
@@ -214,7 +223,7 @@ def check_ready(model) -> None:
                 )
 
 
-def _check_model(model) -> None:
+def _check_model(model: PreTrainedModel) -> None:
     if not isinstance(model, SUPPORTED):
         names = " or ".join(cls.__name__ for cls in SUPPORTED)
         raise TypeError(
@@ -248,7 +257,7 @@ def _check_model(model) -> None:
         )
 
 
-def check_full_attention(text) -> None:
+def check_full_attention(text: PreTrainedConfig) -> None:
     """Raise ``ValueError`` for a language model with windows or soft-capping.
 
     Args:
@@ -271,7 +280,9 @@ def check_full_attention(text) -> None:
         )
 
 
-def name_tokens(tokenizer, rows: int = 1, steps: ExitStack | None = None) -> None:
+def name_tokens(
+    tokenizer: PreTrainedTokenizerBase, rows: int = 1, steps: ExitStack | None = None
+) -> None:
     """Make ``<VoCo>`` the special token ``tokenizer.voco_token``, if it isn't yet, and prepare the
     tokenizer for prompts.
 
@@ -287,7 +298,7 @@ def name_tokens(tokenizer, rows: int = 1, steps: ExitStack | None = None) -> Non
     prepare_tokenizer(tokenizer, steps)
 
 
-def _add_tokens(tokenizer, rows: int, steps: ExitStack | None) -> None:
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, rows: int, steps: ExitStack | None) -> None:
     others = [name_of_row(row) for row in range(1, rows)]
     known = getattr(tokenizer, "voco_token", None) == VOCO_TOKEN
     if known and set(others) <= set(tokenizer.get_vocab()):
@@ -316,7 +327,9 @@ def _add_tokens(tokenizer, rows: int, steps: ExitStack | None) -> None:
             )
 
 
-def _agreed_token_id(model, tokenizer, voco_token_id: int | None) -> int:
+def _agreed_token_id(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, voco_token_id: int | None
+) -> int:
     """The id on which argument, config and tokenizer agree, as far as they give one."""
     known = {
         "voco_token_id": voco_token_id,
@@ -341,7 +354,13 @@ def _agreed_token_id(model, tokenizer, voco_token_id: int | None) -> int:
     return token_id
 
 
-def _make_room(steps: ExitStack, model, tokenizer, token_id: int, rows: int) -> None:
+def _make_room(
+    steps: ExitStack,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_id: int,
+    rows: int,
+) -> None:
     """Grow the embeddings if the tokenizer has outgrown them; many checkpoints have spare rows."""
     there = model.get_input_embeddings().num_embeddings
     if 0 <= token_id and token_id + rows <= there:
@@ -363,7 +382,7 @@ def _make_room(steps: ExitStack, model, tokenizer, token_id: int, rows: int) -> 
     model.resize_token_embeddings(max(len(tokenizer), token_id + rows), mean_resizing=False)
 
 
-def _switch_attention(steps: ExitStack, model) -> None:
+def _switch_attention(steps: ExitStack, model: PreTrainedModel) -> None:
     before = model.config.text_config._attn_implementation
     steps.callback(partial(model.set_attn_implementation, {"text_config": before}))
     model.set_attn_implementation({"text_config": ATTENTION_NAME})
@@ -375,5 +394,5 @@ def _switch_attention(steps: ExitStack, model) -> None:
         )
 
 
-def _first_given(*values):
+def _first_given(*values: Any) -> Any:
     return next(value for value in values if value is not None)

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
 
 from voco_kernels.kv.entry import CompactKV
 from voco_model.arguments import whole_number
@@ -41,10 +43,10 @@ _BATCHES_AT_ONCE = 4
 
 @torch.no_grad()
 def compress(
-    model,
+    model: PreTrainedModel,
     images: Any = None,
     *,
-    processor=None,
+    processor: ProcessorMixin | None = None,
     inputs: Mapping[str, Tensor] | None = None,
     num_voco: int | None = None,
     batch_size: int = 8,
@@ -141,8 +143,9 @@ def _compress_stored(
     """Entries from the store, and ``read`` once for each picture that it doesn't have."""
     keys = [key_of(picture) for picture in pictures]
     first = {key: index for index, key in reversed(list(enumerate(keys)))}
-    found = dict(zip(first, store.get_many(list(first)), strict=True))
-    missing = [key for key, entry in found.items() if entry is None]
+    answers = zip(first, store.get_many(list(first)), strict=True)
+    found = {key: entry for key, entry in answers if entry is not None}
+    missing = [key for key in first if key not in found]
     made = read([pictures[first[key]] for key in missing]) if missing else []
     for key, entry in zip(missing, made, strict=True):
         found[key] = replace(entry, key=key, fingerprint=fingerprint)
@@ -172,17 +175,17 @@ def _split_rows(inputs: Mapping[str, Tensor], batch_size: int) -> Iterator[dict[
 
 
 def _prepare(
-    processor, pictures: Iterator[Image.Image], text: str, batch_size: int
+    processor: ProcessorMixin, pictures: Iterator[Image.Image], text: str, batch_size: int
 ) -> Iterator[Mapping[str, Tensor]]:
     while batch := list(islice(pictures, batch_size)):
         yield processor(images=batch, text=[text] * len(batch), padding=True, return_tensors="pt")
 
 
-def _entries(model, batches: Iterable[Mapping[str, Tensor]]) -> list[CompactKV]:
+def _entries(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> list[CompactKV]:
     return [entry for batch in batches for entry in _first_pass(model, batch)]
 
 
-def _first_pass(model, batch: Mapping[str, Tensor]) -> list[CompactKV]:
+def _first_pass(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> list[CompactKV]:
     device = execution_device(model.get_input_embeddings())
     input_ids = batch["input_ids"].to(device)
     real = torch.ones_like(input_ids, dtype=torch.bool)
@@ -222,7 +225,7 @@ def _first_pass(model, batch: Mapping[str, Tensor]) -> list[CompactKV]:
     return entries
 
 
-def _voco_runs(input_ids: Tensor, real: Tensor, config) -> tuple[Tensor, Tensor]:
+def _voco_runs(input_ids: Tensor, real: Tensor, config: PreTrainedConfig) -> tuple[Tensor, Tensor]:
     """Start and stop of each row's only run of VoCo tokens, int64 ``[B]``."""
     is_voco = real & (input_ids == config.voco_token_id)
     count = is_voco.sum(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -11,6 +11,10 @@ from torch import Tensor
 
 from voco_model.vlm.hash_threads import hash_threads
 from voco_model.vlm.model_state import describe, difference, plain_tensors
+
+if TYPE_CHECKING:
+    from blake3 import blake3
+    from transformers import PreTrainedModel
 
 # Bytes hashed at a time, and copied to the CPU at once if the model is on a GPU.
 _AT_ONCE = 64 << 20
@@ -20,7 +24,7 @@ _SAMPLED = 64
 _known: WeakKeyDictionary[Any, tuple[list[ref], tuple, bytes]] = WeakKeyDictionary()
 
 
-def fingerprint(model, *, refresh: bool = False) -> str:
+def fingerprint(model: PreTrainedModel, *, refresh: bool = False) -> str:
     """BLAKE3 of everything that a model computes with: 64 hexadecimal digits.
 
     This includes its parameters and buffers, its config, and each module's class and attributes: scales,
@@ -63,7 +67,7 @@ class Unchanged:
             count.
     """
 
-    def __init__(self, model, *, strict: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, *, strict: bool = True) -> None:
         self._model = model
         self._strict = strict
         self._texts, self._references, self._state = self._look()
@@ -96,7 +100,7 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _weights_digest(model, tensors: dict[str, Tensor], refresh: bool) -> bytes:
+def _weights_digest(model: PreTrainedModel, tensors: dict[str, Tensor], refresh: bool) -> bytes:
     """Digest of all tensors, including those only in the ``state_dict`` (bitsandbytes)."""
     from blake3 import blake3
 
@@ -119,13 +123,13 @@ def _weights_digest(model, tensors: dict[str, Tensor], refresh: bool) -> bytes:
         step = _AT_ONCE // tensor.element_size()
         for start in range(0, flat.numel(), step):
             part = flat[start : start + step].cpu().contiguous()
-            digest.update(part.view(torch.uint8).numpy())
+            digest.update(memoryview(part.view(torch.uint8).numpy()))
     found = digest.digest()
     _known[model] = (references, state, found)
     return found
 
 
-def _update(digest, text: bytes) -> None:
+def _update(digest: blake3, text: bytes) -> None:
     """Length-prefixed, so that no two sequences of texts give the same bytes."""
     digest.update(len(text).to_bytes(8, "little"))
     digest.update(text)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils import ModelOutput
 
 from voco_kernels.kv.entry import CompactKV
@@ -45,13 +47,13 @@ _REFUSED = {
 
 
 def generate(
-    model,
+    model: PreTrainedModel,
     compact: CompactKV | Sequence[CompactKV],
     text: str | Sequence | Tensor,
     *,
-    processor=None,
+    processor: ProcessorMixin | None = None,
     attention_mask: Tensor | None = None,
-    **generate_kwargs,
+    **generate_kwargs: Any,
 ) -> Tensor | ModelOutput:
     """Pass 2: answer from compressed images, through the model's own ``generate``.
 
@@ -99,14 +101,14 @@ def generate(
     return output
 
 
-def _option(model, generate_kwargs: Mapping, name: str) -> Any:
+def _option(model: PreTrainedModel, generate_kwargs: Mapping, name: str) -> Any:
     """A generation option, looked up as in ``generate``: arguments, given config, model's config."""
     sources = (generate_kwargs.get("generation_config"), model.generation_config)
     values = (generate_kwargs.get(name), *(getattr(source, name, None) for source in sources))
     return next((value for value in values if value is not None), None)
 
 
-def _check_options(model, generate_kwargs: Mapping) -> None:
+def _check_options(model: PreTrainedModel, generate_kwargs: Mapping) -> None:
     owned = sorted(set(_OWNED) & set(generate_kwargs))
     if owned:
         raise ValueError(
@@ -121,7 +123,7 @@ def _check_options(model, generate_kwargs: Mapping) -> None:
             raise ValueError(f"expected no {name} in the second pass, got {value!r}; {why}")
 
 
-def _check_entries(model, entries: Sequence[CompactKV]) -> None:
+def _check_entries(model: PreTrainedModel, entries: Sequence[CompactKV]) -> None:
     if not entries:
         raise ValueError("expected at least one compact entry, got none")
     text = model.config.text_config
@@ -142,7 +144,10 @@ def _check_entries(model, entries: Sequence[CompactKV]) -> None:
 
 
 def _token_rows(
-    model, text: str | Sequence | Tensor, processor, attention_mask: Tensor | None
+    model: PreTrainedModel,
+    text: str | Sequence | Tensor,
+    processor: ProcessorMixin,
+    attention_mask: Tensor | None,
 ) -> list[list[int]]:
     """The text's token ids, one list without padding per row."""
     if isinstance(text, Tensor):
@@ -165,7 +170,9 @@ def _token_rows(
     return [_tokenize(processor.tokenizer, model.config, question) for question in questions]
 
 
-def _tokenize(tokenizer, config, turns: Turns) -> list[int]:
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, turns: Turns
+) -> list[int]:
     images = images_in(turns, question=0)
     if images > 1:
         raise ValueError(
@@ -189,7 +196,7 @@ def _tokenize(tokenizer, config, turns: Turns) -> list[int]:
     return ids
 
 
-def _check_text_only(rows: list[list[int]], config) -> None:
+def _check_text_only(rows: list[list[int]], config: PreTrainedConfig) -> None:
     for name in ("image_token_id", "voco_token_id"):
         token_id = getattr(config, name)
         for index, row in enumerate(rows):
@@ -239,12 +246,12 @@ def _pair_up(
     return entries, rows
 
 
-def _layer_devices(model) -> list[torch.device]:
+def _layer_devices(model: PreTrainedModel) -> list[torch.device]:
     return [execution_device(layer) for layer in model.model.language_model.layers]
 
 
 def _second_pass_prompt(
-    model, cache: CompactCache, rows: Sequence[Sequence[int]]
+    model: PreTrainedModel, cache: CompactCache, rows: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
     """``input_ids``, ``attention_mask``, ``position_ids``, int64 ``[B, n + T]``: the VoCo tokens in the
     cache, which ``generate`` skips, then the text, padded on the left."""

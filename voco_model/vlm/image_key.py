@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -14,6 +14,10 @@ from voco_model.pictures import PictureLimits, decode, ground_of
 from voco_model.vlm.fingerprint import fingerprint as fingerprint_of
 from voco_model.vlm.hash_threads import hash_threads
 from voco_model.vlm.prompt import image_part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.processing_utils import ProcessorMixin
 
 # Attributes of a processor, besides its image processor's parameters, that affect an image's tokens.
 _PROCESSOR = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
@@ -27,8 +31,8 @@ _LIMITS = PictureLimits()
 def image_key(
     image: Any,
     *,
-    model,
-    processor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     num_voco: int | None = None,
     salt: str | bytes | None = None,
     ground: tuple[int, int, int] | None = None,
@@ -122,7 +126,7 @@ def _autocast(device_type: str) -> str | None:
     return str(torch.get_autocast_dtype(device_type))
 
 
-def _preprocessing(processor) -> dict:
+def _preprocessing(processor: ProcessorMixin) -> dict:
     images = processor.image_processor
     kind = type(images)
     parameters = {"class": f"{kind.__module__}.{kind.__qualname__}", **images.to_dict()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from transformers import (
@@ -11,6 +12,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 from transformers.processing_utils import ProcessorMixin
 
@@ -31,7 +33,7 @@ class Loaded(tuple):
     processor: ProcessorMixin
     handle: Enabled
 
-    def __new__(cls, model, processor, handle: Enabled) -> Loaded:
+    def __new__(cls, model: PreTrainedModel, processor: ProcessorMixin, handle: Enabled) -> Loaded:
         loaded = super().__new__(cls, (model, processor))
         loaded.model, loaded.processor, loaded.handle = model, processor, handle
         return loaded
@@ -43,7 +45,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     isolated: bool | None = None,
-    **options,
+    **options: Any,
 ) -> Loaded:
     """A model and its processor, enabled, in eval mode: ``model, processor = load(path)``.
 
@@ -75,7 +77,9 @@ def load(
     return Loaded(model, processor, enable(model, processor, isolated=isolated))
 
 
-def load_weights(cls: type, path: str | os.PathLike, **options):
+def load_weights(
+    cls: type[PreTrainedModel], path: str | os.PathLike, **options: Any
+) -> PreTrainedModel:
     """``cls.from_pretrained(path)``, which alone would initialize missing weights at random.
 
     Raises:

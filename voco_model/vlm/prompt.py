@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from voco_model.arguments import whole_number
 from voco_model.vlm.control_tokens import COMMON_TOKENS, KEEPS_APART, MARK, as_text, without_marks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 VOCO_TOKEN = "<VoCo>"
 IMAGE_TOKEN = "<image>"
@@ -58,22 +62,29 @@ class PromptStyle:
     keep_newlines: bool = True
 
 
-_VICUNA = {
-    "around_system": ("", " "),
-    "around_user": ("USER: ", " "),
-    "ask": "ASSISTANT:",
-    "before_answer": " ",
-    "after_answer": None,
-}
+_VICUNA = PromptStyle(
+    SYSTEM,
+    SYSTEM_WITH_IMAGE,
+    "\n ",
+    around_system=("", " "),
+    around_user=("USER: ", " "),
+    ask="ASSISTANT:",
+    before_answer=" ",
+    after_answer=None,
+)
 _SYSTEM_OF_THE_AUTHORS = SYSTEM.replace("assistant.", "assistant of the image.", 1)
 
 STYLES: dict[str, PromptStyle] = {
     # Listing 1 of the supplement. LLaVA-1.5.
-    "vicuna": PromptStyle(SYSTEM, SYSTEM_WITH_IMAGE, "\n ", **_VICUNA),
+    "vicuna": _VICUNA,
     # The authors' code (Yxxxb/VoCo-LLaMA, 3b6e14d): one system prompt, with and without an image, and no
     # newlines. For checkpoints trained that way.
-    "authors": PromptStyle(
-        _SYSTEM_OF_THE_AUTHORS, _SYSTEM_OF_THE_AUTHORS, "\n", **_VICUNA, keep_newlines=False
+    "authors": replace(
+        _VICUNA,
+        system=_SYSTEM_OF_THE_AUTHORS,
+        system_with_image=_SYSTEM_OF_THE_AUTHORS,
+        after_image="\n",
+        keep_newlines=False,
     ),
     # LLaVA-1.6 with Mistral-7B-Instruct, which has no system prompt.
     "mistral": PromptStyle(
@@ -100,7 +111,7 @@ def style_of(style: str) -> PromptStyle:
     return STYLES[style]
 
 
-def style_in(config) -> str:
+def style_in(config: PreTrainedConfig) -> str:
     """The name of the style in a model's config."""
     return getattr(config, "voco_prompt", None) or "vicuna"
 

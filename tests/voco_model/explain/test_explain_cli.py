@@ -55,7 +55,7 @@ def test_a_picture_is_written(folder, tmp_path):
         ("photo.jpg", "plain", "out.png", "expected a model that was trained with VoCo tokens"),
         ("photo.jpg", "full", "out.png", "trained with VoCo's mask"),
         ("photo.jpg", "missing", "out.png", "missing"),
-        ("photo.jpg", "voco", "out.gif", "expected a file .png or .html"),
+        ("photo.jpg", "voco", "out.gif", "expected a file ending in .png or .html"),
         ("photo.jpg", "missing", "folder/out.png", "expected a file in an existing folder"),
     ],
 )
@@ -69,5 +69,4 @@ def test_a_wrong_device_is_refused_before_the_model_is_loaded(folder, tmp_path, 
     monkeypatch.setattr(voco_model, "load", None)
     options = ("--model", folder / "voco", "--output", tmp_path / "out.png")
     code, text = run(folder / "photo.jpg", *options, "--device", "gpu")
-    assert code == 2 and "expected a device that this machine has (cpu" in text
-    assert len(text.splitlines()) == 1 and "got 'gpu'" in text
+    assert code == 2 and "expected cpu, cuda or cuda:N, got 'gpu'" in text

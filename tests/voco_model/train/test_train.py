@@ -359,7 +359,7 @@ def test_dry_run_refuses_a_processor_that_does_not_fit(values, tmp_path):
         ({"modle": "x"}, "modle: expected one of model, output"),
         ({"batch": {"global_sise": 4}}, "batch.global_sise: expected one of global_size"),
         ({"prompt": "llama"}, f"expected a prompt style among {', '.join(STYLES)}"),
-        ({"voco": {"tokens": 0}}, "expected numbers of VoCo tokens from 1 on, got 0"),
+        ({"voco": {"tokens": 0}}, "expected at least 1 VoCo token, got 0"),
         ({"trainer": {"learning_rate": 1}}, r"learning_rate \(set optimizer.learning_rate\)"),
         ({"data": {"faults": {"over_long": "maybe"}}}, "expected truncate or skip or fatal"),
         ({"data": {"sources": []}}, "data.sources"),

@@ -50,9 +50,8 @@ def forward(
     lse = torch.full(q.shape[:3], float("-inf"), device=q.device)
     if pack is None:
         return out, lse
-    run_out, run_lse = _attend(
-        _gather(q, pack.queries), *(_gather(t, pack.keys) for t in (k, v)), pack, scale
-    )
+    queries, keys, values = _gather(q, pack.queries), _gather(k, pack.keys), _gather(v, pack.keys)
+    run_out, run_lse = _attend(queries, keys, values, pack, scale)
     out.transpose(1, 2)[pack.queries] = run_out
     lse.transpose(1, 2)[pack.queries] = run_lse.T
     return out, lse

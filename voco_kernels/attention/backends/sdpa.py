@@ -80,8 +80,9 @@ def backward(
     for run in _runs(layout):
         keys, values, dkeys, dvalues = run.take(run.keys, k, v, dk, dv)
         for own, seen in run.chunks(q.device):
+            own_dout, own_q, own_out, own_lse = run.take(own, dout, q, out, lse)
             gradients = _attend_backward(
-                *run.take(own, dout, q, out, lse), keys[:, :, :seen], values[:, :, :seen], scale
+                own_dout, own_q, own_out, own_lse, keys[:, :, :seen], values[:, :, :seen], scale
             )
             own_dq, own_dk, own_dv = (gradient[..., :head_dim] for gradient in gradients)
             dq[run.rows, :, own] = own_dq
@@ -126,7 +127,7 @@ def _runs(layout: MaskLayout) -> Iterator[_Run]:
             run = (start, stop, key_start, prefix_start, prefix_stop, prefix)
             rows_of_run.setdefault(run, []).append(row)
     for (start, stop, key_start, prefix_start, prefix_stop, _), rows in rows_of_run.items():
-        keys = slice(key_start, stop)
+        keys: slice | Tensor = slice(key_start, stop)
         if prefix_start < prefix_stop:
             contiguous = torch.arange(key_start, stop, device=kept.device)
             keys = torch.cat([kept[rows[0], prefix_start:prefix_stop], contiguous])

@@ -43,8 +43,8 @@ def config(kernel: str, head_dim: int, itemsize: int, capability: int) -> Config
     width = width_of(head_dim)
     if itemsize == 4:
         return _FLOAT32[kernel, width]
-    *blocks, _ = TABLE[chip_of(capability)][kernel, width]
-    return Config(*blocks)
+    block_m, block_n, num_warps, num_stages, _ = TABLE[chip_of(capability)][kernel, width]
+    return Config(block_m, block_n, num_warps, num_stages)
 
 
 def width_of(head_dim: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -177,5 +177,5 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _device(q: Tensor):
+def _device(q: Tensor) -> Any:
     return torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext()
