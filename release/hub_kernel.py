@@ -57,6 +57,8 @@ def rewritten(path: Path, namespace: str) -> str:
         raise SystemExit(
             f"{path}: expected 'from {PACKAGE}... import ...' on one line, got {absolute.group()!r}"
         )
+    if f'import_module(f"{PACKAGE}' in text or f'import_module("{PACKAGE}' in text:
+        raise SystemExit(f"{path}: expected import_module with __package__, got the name {PACKAGE}")
     return text.replace(f'"{PACKAGE}::', f'"{namespace}::')
 
 

@@ -13,7 +13,7 @@ from voco_kernels.compiler import assume_constant_result
 def load() -> tuple[Any, str]:
     """The extension module and "", or None and the reason why it can't be imported."""
     try:
-        return import_module("voco_kernels._C"), ""
+        return import_module(f"{__package__}._C"), ""
     except ModuleNotFoundError:
         return None, (
             "the CUDA extension voco_kernels._C is not built; run pip install -e . with nvcc 12.5 or "

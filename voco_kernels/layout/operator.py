@@ -43,7 +43,8 @@ def layout_from_token_ids(
     schedule = build_schedule(visible_from, visible_until)
     # Contiguous, as the fake kernel promises, whatever the strides of input_ids.
     since, until = (rows.int().contiguous() for rows in (visible_from, visible_until))
-    return since, until, *schedule, stray.contiguous()
+    query_tiles, key_tiles, counts, kept, readers = schedule
+    return since, until, query_tiles, key_tiles, counts, kept, readers, stray.contiguous()
 
 
 @layout_from_token_ids.register_fake

@@ -123,7 +123,7 @@ def _weights_digest(model: PreTrainedModel, tensors: dict[str, Tensor], refresh:
         step = _AT_ONCE // tensor.element_size()
         for start in range(0, flat.numel(), step):
             part = flat[start : start + step].cpu().contiguous()
-            digest.update(memoryview(part.view(torch.uint8).numpy()))
+            digest.update(part.view(torch.uint8).numpy().data)
     found = digest.digest()
     _known[model] = (references, state, found)
     return found

@@ -304,7 +304,7 @@ def messages_of(turns: Turns) -> list[Mapping]:
                 "expected messages with content that is a string or parts {'type': 'text', 'text': "
                 f"...}} and {{'type': 'image'}}, got {message!r} as message {index}"
             )
-    return list(turns)
+    return [message for message in turns if isinstance(message, Mapping)]  # all of them are
 
 
 def images_in(turns: Turns, *, question: int = 1) -> int:

@@ -22,7 +22,7 @@ def choose(move: Move, loader: str | None) -> ModuleType:
         raise ValueError(f"expected a loader of {', '.join(LOADERS)}, got {loader!r}")
     why_not = {}
     for name in LOADERS if loader is None else (loader,):
-        module = import_module(f"voco_kernels.kv.loaders.{name}")
+        module = import_module(f"{__package__}.{name}")
         why_not[name] = module.missing() or module.unsupported(move)
         if not why_not[name]:
             return module
