@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# transformers 5.17.0, tokenizers 0.22+: a fast tokenizer whose BOS and end of sequence come from its saved
-# post-processor says add_bos_token = False and add_eos_token = False although it adds both. Setting
-# add_eos_token = False, the value that it has already, rebuilds the post-processor from these flags and
-# drops the BOS as well. Expected: the end of sequence goes, the BOS stays.
+# transformers 5.17.0, tokenizers 0.22+: a fast tokenizer whose saved post-processor adds BOS and the end of
+# sequence reports add_bos_token = False and add_eos_token = False although it adds both. Setting
+# add_eos_token = False, the value that it already has, rebuilds the post-processor from these flags and
+# also drops the BOS. Expected: only the end of sequence is dropped.
 # Seen on 2026-12-01: [0, 2, 1] before, [2] after; with add_bos_token = True set first, [0, 2].
 set -euo pipefail
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pillow 13.0.0: convert("RGBA") of a palette image with a transparent entry changes the image that it is
-# called on: the source's palette becomes RGBA in memory, with that entry's alpha. Whatever hashes or
-# compares getpalette("RGBA") gets another value after the call. Expected: convert leaves its source alone.
+# called on: the source's palette becomes RGBA in memory, with that entry's alpha. Code that hashes or
+# compares getpalette("RGBA") gets a different value after the call. Expected: convert does not change its source.
 # Seen on 2026-12-01: RGB palette, alpha 255 before; RGBA palette, alpha 0 after.
 set -euo pipefail
 
