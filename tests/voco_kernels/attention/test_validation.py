@@ -73,7 +73,7 @@ WRONG = {
     "heads that don't divide": (
         arguments(q=(2, 5, 11, 8)),
         ValueError,
-        "divisible by the key/value heads, got 5 and 2",
+        "divisible by the number of key/value heads, got 5 and 2",
     ),
     "no key/value heads": (
         arguments(k=(2, 0, 11, 8), v=(2, 0, 11, 8)),
@@ -133,7 +133,7 @@ def test_forward_mode_is_refused_rather_than_dropped():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (dict(q=(2, 0, 11, 8)), ValueError, "at least one query head.*got 0 and 2"),
+        (dict(q=(2, 0, 11, 8)), ValueError, "positive number of query heads.*got 0 and 2"),
         (dict(scale="a"), TypeError, "scale as a number, got str 'a'"),
         (dict(deterministic=1), TypeError, "deterministic as a bool, got int 1"),
     ],
