@@ -30,7 +30,7 @@ TILE = 128
 """Rows in a tile. Kernels with smaller blocks split it."""
 
 MOST_TOKENS = 2**28
-"""Maximum tokens in a batch, including padding: with 8 columns per token, offsets reach 2**31."""
+"""Maximum tokens in a batch, including padding: offsets in the tile tables are int32."""
 
 # The number of columns of both tile tables, and the indices of the elements of ``counts``.
 TILE_COLUMNS = 8

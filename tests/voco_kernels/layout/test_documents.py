@@ -122,21 +122,21 @@ REFUSED = {
     ),
     "numbers against positions": (
         {"attention_mask": numbers(1), "position_ids": torch.arange(TOTAL)[None]},
-        "attention_mask and position_ids to agree.*position 6 of row 0 by attention_mask",
+        "attention_mask and position_ids to agree.*position 6 of row 0 in attention_mask",
     ),
     "lengths against positions": (
         {"cu_seqlens": torch.tensor([0, 9, 15]), "position_ids": positions()},
-        "cu_seqlens and position_ids to agree.*position 6 of row 0 by position_ids",
+        "cu_seqlens and position_ids to agree.*position 6 of row 0 in position_ids",
     ),
     "lengths against sequence_ids": (
         {"cu_seqlens": torch.tensor([0, 5, 9, 15]), "sequence_ids": numbers(0)},
-        "cu_seqlens and sequence_ids to agree.*position 5 of row 0 by cu_seqlens",
+        "cu_seqlens and sequence_ids to agree.*position 5 of row 0 in cu_seqlens",
     ),
     "three axes": (
         {"position_ids": positions().expand(3, 1, -1)},
         r"position_ids of shape \[1, 15\].*got \[3, 1, 15\]",
     ),
-    "below zero": ({"attention_mask": numbers(-3)}, "0 for padding and 1.*got -3"),
+    "below zero": ({"attention_mask": numbers(-3)}, "0 for padding and.*got -3"),
 }
 
 
