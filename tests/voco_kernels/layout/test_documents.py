@@ -1,4 +1,4 @@
-"""Packed documents: every marker gives the layout that lists of documents give, or is refused."""
+"""Tests of document markers: each gives the same layout as lists of documents, or raises."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_wrong_types_are_refused(markers, message):
 
 
 def test_compiles_whole_and_still_refuses():
-    """Without reading values at trace time: an assertion at run time takes its place."""
+    """Values can't be read at trace time, so the check becomes an assertion at run time."""
     torch.compiler.reset()
 
     @torch.compile(fullgraph=True, backend="aot_eager")
