@@ -2,9 +2,10 @@
 
 The extension takes raw pointers and links the CUDA runtime statically, so building it needs nvcc, g++,
 pybind11 and ninja, but no libtorch, driver or GPU. If nvcc is missing or too old, the package is
-installed without the extension, and a line on stderr says why. A build that starts and fails is an error.
+installed without the extension, and a line on stderr says why. A build that fails is an error.
 
-``VOCO_BUILD_CUDA=0`` leaves the extension out; ``VOCO_BUILD_CUDA=1`` makes it an error to lack it.
+``VOCO_BUILD_CUDA=0`` leaves the extension out; with ``VOCO_BUILD_CUDA=1``, installing without it is an
+error.
 """
 
 import os
