@@ -13,7 +13,7 @@ constexpr int PANEL_COLUMNS = 64;
 constexpr int PANEL_BYTES = BLOCK_ROWS * PANEL_COLUMNS * 2;
 constexpr int CHUNK = 8;         // elements in 16 bytes
 constexpr int ROW_GROUP = 1024;  // bytes in 8 rows of a panel, the swizzle's period
-constexpr int NARROW_ROWS = 16;  // rows used of a block of which few are needed
+constexpr int NARROW_ROWS = 16;  // rows used of a block if no more are needed
 
 template <int D>
 constexpr int BLOCK_BYTES = D / PANEL_COLUMNS * PANEL_BYTES;

@@ -13,7 +13,7 @@
 
 enum class Copy { END, Q, K, V, DOUT, STATISTICS };
 
-// Row r of the target is element x = start + r of an axis. Outside of [low, high) it is empty; from
+// Row r of the target is element x = start + r of an axis. Outside of [low, high) it is zeros; from
 // direct_from on it is token x; before that it is token list[x], where list is `kept` or `readers` of
 // the batch row, offset by list_offset.
 struct Job {

@@ -87,7 +87,7 @@ MISTAKES = {
     "LANES_DIFFER": "__syncwarp .* other lanes wait in __shfl|__shfl.* other lanes wait in __syncw",
     "LANE_OUTSIDE_MASK": "__shfl_sync: from lane 20, which is not in the mask",
     "OUTSIDE_OF_SHARED_MEMORY": "4 bytes are outside of the launch's 32768",
-    "POINTER_BEHIND_SHARED_MEMORY": "written 3 bytes behind the 32768 bytes",
+    "POINTER_BEHIND_SHARED_MEMORY": "written 3 bytes after the 32768 bytes",
     "COPY_MISALIGNED": "tma_load to 0x480: the swizzle needs a multiple of 1024",
     "COPY_IN_FLIGHT_AT_THE_END": "the block has ended while 1 tma_loads are in flight",
     "COPY_OVER_UNFENCED_STORE": "tma_load: .* written by thread 0 without fence_async_proxy",

@@ -2,7 +2,7 @@
 
 token           sees from                           is seen until
 vision (query)  start of its document (or segment)  vision (key): its segment's last VoCo token
-VoCo (query)    likewise                            VoCo, text (keys): the end of its document
+VoCo (query)    start of its document (or segment)  VoCo, text (keys): the end of its document
 text (query)    start of its document
 padding         nothing                             never
 """

@@ -25,7 +25,7 @@ triton = pytest.importorskip(
     "triton", reason="Triton is not installed: requirements/triton.txt has it"
 )
 interpreted = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="wants Triton's interpreter: TRITON_INTERPRET=1"
+    not triton.knobs.runtime.interpret, reason="needs Triton's interpreter: TRITON_INTERPRET=1"
 )
 
 PROGRAM = """
@@ -122,7 +122,7 @@ def test_a_loader_that_cuts_bfloat16_off_is_refused(monkeypatch, fresh_checks, s
 
 def test_checks_run_under_any_mode_of_the_caller(fresh_checks):
     if not triton.knobs.runtime.interpret:
-        pytest.skip("wants Triton's interpreter: TRITON_INTERPRET=1")
+        pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
     with (
         torch._subclasses.FakeTensorMode(),
         torch.autocast("cpu", torch.bfloat16),

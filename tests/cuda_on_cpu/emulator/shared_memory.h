@@ -109,7 +109,7 @@ class SharedMemory {
   void check_margin() const {
     for (int byte = 0; byte < MARGIN; ++byte) {
       if (memory_[bytes_ + byte] != POISON) {
-        fail("something was written %d bytes behind the %d bytes of shared memory", byte, bytes_);
+        fail("something was written %d bytes after the %d bytes of shared memory", byte, bytes_);
       }
     }
   }

@@ -46,7 +46,7 @@ NAMES = (
 )
 
 interpreted = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="wants Triton's interpreter: TRITON_INTERPRET=1"
+    not triton.knobs.runtime.interpret, reason="needs Triton's interpreter: TRITON_INTERPRET=1"
 )
 
 
@@ -98,7 +98,7 @@ CATALOGUE = {
     "one VoCo token, stray": ("V",),
     "plain causal": ("TTTTTTTTTTT",),
     "one image": ("TIIIIIIVTTTTTTT", "TTIIIIIVVTTTTTT"),
-    "nothing behind the VoCo tokens": ("IIIIIIIIVV", "TTTTTTIIIV"),
+    "nothing after the VoCo tokens": ("IIIIIIIIVV", "TTTTTTIIIV"),
     "images with text between": ("TIIIVVTTIIIVTTTIIIIIIVTTT",),
     "images side by side": ("IIIVIIIVIIIVTT", "IIIIVVIIVVIIVV"),
     "VoCo tokens across chunks": ("IVTTIIVVVVVVVVTTTT",),
