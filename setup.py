@@ -1,10 +1,11 @@
-"""What pyproject.toml can't say: how csrc/ becomes the CUDA extension ``voco_kernels/_C.<abi>.so``.
+"""Build of the CUDA extension ``voco_kernels/_C.<abi>.so`` from csrc/.
 
-The extension is handed raw pointers and links the CUDA runtime statically: nvcc, g++, pybind11 and
-ninja build it, with no libtorch, driver or GPU. Where that can't be (no nvcc, or one too old) the
-package installs without it, and one line on stderr says why. A build that begins and fails is an error.
+The extension takes raw pointers and links the CUDA runtime statically, so building it needs nvcc, g++,
+pybind11 and ninja, but no libtorch, driver or GPU. If nvcc is missing or too old, the package is
+installed without the extension, and a line on stderr says why. A build that fails is an error.
 
-``VOCO_BUILD_CUDA=0`` leaves the extension out; with ``VOCO_BUILD_CUDA=1`` its absence is an error too.
+``VOCO_BUILD_CUDA=0`` leaves the extension out; with ``VOCO_BUILD_CUDA=1``, installing without it is an
+error.
 """
 
 import os
@@ -21,17 +22,17 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# Seen from ROOT, where ninja runs. Not the folder that setuptools proposes: pip makes a new one each
-# time, and every kernel would be compiled anew.
+# Relative to ROOT, where ninja runs. setuptools' own build folder isn't used because pip makes a new one
+# each time, and every kernel would be recompiled.
 BUILD = Path("build") / f"cuda-{sys.implementation.cache_tag}"
 USUAL_HOME = "/usr/local/cuda"
-# sm_90a is older; cudaGetDriverEntryPointByVersion, which csrc/runtime.cuh calls, is not.
+# Older versions have sm_90a, but not cudaGetDriverEntryPointByVersion, which csrc/runtime.cuh calls.
 OLDEST_NVCC = (12, 5)
-# What ptxas takes at its peak for these kernels, with room: small machines compile one at a time.
+# Peak memory of ptxas for these kernels, with some margin: small machines compile one at a time.
 BYTES_PER_NVCC = 4 << 30
 
-# The logs are kept for the tests: registers, spills, and where ptxas did not do as it was told.
-# Only bindings.cpp depends on pybind11, whose folder is another in each isolated build of pip.
+# The logs are kept for the tests, which check registers, spills and ptxas's warnings.
+# Only bindings.cpp depends on pybind11, whose folder differs in each isolated build by pip.
 RULES = """
 rule nvcc
   command = $nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 -lineinfo $
@@ -68,11 +69,11 @@ def find_nvcc() -> str | None:
 
 
 def ask(nvcc: str, *arguments: str) -> str:
-    """What nvcc says, on either stream. One that is there but can't answer is broken: an error."""
+    """Run nvcc and return its output, stdout and stderr. Exit with an error if it fails."""
     try:
         answer = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
     except OSError as error:
-        fail(f"{nvcc} does not run: {error}")
+        fail(f"{nvcc} can't be run: {error}")
     if answer.returncode:
         fail(f"{nvcc} {shlex.join(arguments)} failed: {answer.stderr.strip()}")
     return answer.stdout + answer.stderr
@@ -87,11 +88,11 @@ def version(nvcc: str) -> tuple[int, int]:
 
 
 def missing() -> str | None:
-    """Why no extension can be built here, in words; None where it can."""
+    """The reason why the extension is not built; None if it can be built."""
     wanted = os.environ.get("VOCO_BUILD_CUDA") or None
     if wanted not in (None, "0", "1"):
         fail(
-            f"expected VOCO_BUILD_CUDA to be 0 or 1, got {wanted!r}; leave it out to build where nvcc is"
+            f"expected VOCO_BUILD_CUDA to be 0 or 1, got {wanted!r}; unset it to build if nvcc is found"
         )
     if wanted == "0":
         return "VOCO_BUILD_CUDA is 0"
@@ -106,8 +107,8 @@ def missing() -> str | None:
 
 
 def toolkit(nvcc: str) -> tuple[list[str], list[str]]:
-    """The toolkit's ``-I`` and ``-L`` arguments for g++, from nvcc: its path does not tell them (it may
-    be a wrapper script), and Conda's and PyPI's toolkits have other folders than NVIDIA's own."""
+    """The toolkit's ``-I`` and ``-L`` arguments for g++, as reported by nvcc. They can't be derived from
+    nvcc's path, which may be a wrapper script, and toolkits from Conda and PyPI have other folders."""
     answer = ask(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull)
     said = dict(re.findall(r"^#\$ (\w+)=(.*)$", answer, re.M))
     if not {"INCLUDES", "LIBRARIES"} <= set(said):
@@ -116,14 +117,14 @@ def toolkit(nvcc: str) -> tuple[list[str], list[str]]:
 
 
 def find_tools() -> tuple[str, str]:
-    """The ninja to run, and pybind11's folder of headers. Their absence is an error: pip brings both
-    unless it was told not to."""
+    """The path of ninja, and pybind11's include folder. Exit with an error if either is missing: pip
+    installs both unless build isolation is off."""
     try:
         from pybind11 import get_include
     except ImportError:
         get_include = None
     try:
-        # not on the PATH if the environment is not activated
+        # not on the PATH unless the environment is activated
         from ninja import BIN_DIR
     except ImportError:
         BIN_DIR = ""
@@ -132,13 +133,13 @@ def find_tools() -> tuple[str, str]:
     if lacking:
         fail(
             f"found nvcc, but no {' and no '.join(lacking)}: pip install {' '.join(lacking)}, or leave "
-            "out --no-build-isolation, or set VOCO_BUILD_CUDA=0 to do without the CUDA extension"
+            "out --no-build-isolation, or set VOCO_BUILD_CUDA=0 to install without the CUDA extension"
         )
     return ninja, get_include()
 
 
 def jobs() -> int:
-    """How many nvcc may run at once: one a core, and each with its share of memory."""
+    """How many nvcc processes may run at once, limited by cores and memory."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(len(os.sched_getaffinity(0)), memory // BYTES_PER_NVCC))
 
@@ -153,7 +154,7 @@ def ninja_file(nvcc: str, pybind11_include: str) -> str:
         "libraries": libraries,
     }
     lines = [f"builddir = {BUILD}"]
-    # $ begins a variable in ninja's files
+    # $ starts a variable in ninja's files
     lines += [f"{name} = {shlex.join(value).replace('$', '$$')}" for name, value in values.items()]
     lines += [f"pool nvcc\n  depth = {jobs()}", RULES]
     objects = []
@@ -167,13 +168,13 @@ def ninja_file(nvcc: str, pybind11_include: str) -> str:
 
 
 def build(target: str = f"{BUILD}/_C.so") -> Path:
-    """Bring ``target`` up to date (``"kernels"``: only the .cu.o and .cu.log). Returns their folder."""
+    """Build ``target`` (``"kernels"``: only the .cu.o and .cu.log files) and return the build folder."""
     ninja, pybind11_include = find_tools()
     folder = ROOT / BUILD
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(ninja_file(find_nvcc(), pybind11_include))
     if subprocess.run([ninja, "-f", f"{BUILD}/build.ninja", target], cwd=ROOT).returncode:
-        fail("the CUDA extension was not built; what the compiler said stands above")
+        fail("building the CUDA extension failed; see the compiler's output above")
     return folder
 
 

@@ -1,18 +1,18 @@
-// The kernels' host side, one function each: checks nothing, launches on the stream (a cudaStream_t),
-// throws what CUDA says as std::runtime_error.
+// Host functions that launch the attention kernels on a stream (a cudaStream_t). They don't check their
+// arguments; CUDA errors are thrown as std::runtime_error.
 #pragma once
 
 #include "params.h"
 
-// Fills out and lse.
+// Computes out and lse.
 void attention_forward_sm90(const AttentionParams& params, void* stream);
 
-// Fills delta, then dq, dk and dv. Without dq_sum every row has one author, and the bits are the same
-// every time; with it (head_dim above 64) dq is added up there in passing, in no particular order: fewer
-// products.
+// Computes delta, then dq, dk and dv. If dq_sum is null, one CTA computes each row, so the result is
+// deterministic. Otherwise (head_dim above 64 only) the kernel for dk and dv also accumulates dq in
+// dq_sum, in no particular order, which takes fewer products.
 void attention_backward_sm90(const AttentionParams& params, void* stream);
 
-// Its parts, which ask for the device to be current and next_item to be zeros.
+// The parts of the backward pass. The device must be current and next_item must be zero.
 void attention_delta(const AttentionParams& params, void* stream);
 void attention_dq_sm90(const AttentionParams& params, void* stream);
 void attention_dkdv_sm90(const AttentionParams& params, void* stream);

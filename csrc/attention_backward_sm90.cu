@@ -1,17 +1,17 @@
-// The backward pass. First delta; then either dQ by query tiles and dK, dV by key tiles, each row with
-// one author, or all three by key tiles, dQ in float32 sums that are rounded at last (docs/hopper.md
-// weighs the two).
+// The backward pass: first delta; then either dQ by query tiles, and dK and dV by key tiles, so that
+// each row is written once; or all three by key tiles, with dQ accumulated in float32 and rounded at the
+// end. docs/hopper.md compares the two.
 #include "attention.h"
 #include "launch.cuh"
 #include "pipeline.cuh"
 
 namespace {
 
-// A row of out and dout is read by 8 threads.
+// Threads that read one row of out and dout.
 constexpr int THREADS_A_ROW = 8;
 constexpr int ROW_THREADS = 256;
 
-// delta = rowsum(out * dout) - dlse, with which dS = P * (dP - delta).
+// delta = rowsum(out * dout) - dlse, so that dS = P * (dP - delta).
 template <typename T>
 __global__ void __launch_bounds__(ROW_THREADS)
     delta_kernel(const __grid_constant__ AttentionParams params) {
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
   if (row < rows && part == 0) params.delta[row] = sum - (params.dlse ? params.dlse[row] : 0.f);
 }
 
-// dq = scale * dq_sum, rounded; a thread has 8 columns of a row.
+// dq = scale * dq_sum, rounded; each thread handles 8 columns of a row.
 template <typename T>
 __global__ void __launch_bounds__(ROW_THREADS)
     finish_sums_kernel(const __grid_constant__ AttentionParams params) {

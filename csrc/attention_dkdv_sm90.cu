@@ -1,12 +1,13 @@
 // The gradients of keys and values, for sm_90a: dV = P^T dOut, dK = scale * dS^T Q.
 //
-// A consumer has 64 keys, meets all queries that see them, of all heads that share them, and adds up dK
-// and dV in registers; scores are transposed, keys by queries. Two accumulators of 256 columns don't
-// fit: there both consumers have the same keys, and half of the columns each.
+// Each consumer (a warpgroup that computes) has 64 keys. It processes all queries that see them, of all
+// heads that share them, and accumulates dK and dV in registers. Scores are transposed: keys by queries.
+// Two accumulators of 256 columns don't fit in registers, so for that width both consumers have the same
+// keys, and half of the columns each.
 //
-// With ADD_DQ the kernel makes dQ as well, from the dS that it has anyway: five products a block, where
-// a walk of its own (attention_dq_sm90.cu) brings them to seven. But then each row of dQ has many
-// authors, which add to it in memory, in float32, in whatever order they come.
+// With ADD_DQ the kernel also computes dQ, from the dS that it has anyway. That takes five products per
+// block; with a separate kernel for dQ (attention_dq_sm90.cu) there are seven. But several CTAs then add
+// to each row of dQ, in float32 in global memory, in no particular order.
 #include <stdexcept>
 #include <string>
 
@@ -18,12 +19,12 @@
 
 namespace {
 
-// Of dQ a consumer makes some columns, from all keys.
+// The columns of dQ that each consumer computes, from all keys.
 template <int D>
 constexpr int DQ_COLUMNS = D / CONSUMERS;
-// Behind every query.
+// A position after every query, for rows without a key.
 constexpr int NOBODYS_TOKEN = 0x7fffffff;
-// The named barrier at which both consumers meet when dS is written.
+// The named barrier at which both consumers wait until dS is written.
 constexpr int DS_WRITTEN = FIRST_BARRIER;
 
 template <typename T, int D, bool ADD_DQ>
@@ -57,19 +58,19 @@ struct DkdvConsumer {
   }
 
  private:
-  // This thread's two keys.
+  // Indices of this thread's two keys, h = 0 and 1: token positions, or indices into `kept`.
   VOCO_DEVICE int rank(const KeyTile& tile, int h) const {
     return tile.start + BLOCK_ROWS * key_block + 16 * me.warp + me.lane / 4 + 8 * h;
   }
-  // Behind the tile's end: a token that no query sees.
+  // Their token positions; after the tile's end, a position that no query sees.
   VOCO_DEVICE int token(const KeyTile& tile, int h) const {
     const int r = rank(tile, h);
     if (r >= tile.stop) return NOBODYS_TOKEN;
     return tile.gathered ? params.kept[static_cast<int64_t>(tile.row) * params.length + r] : r;
   }
 
-  // How many blocks of keys see queries of a block: with contiguous keys, those that begin before it
-  // ends.
+  // How many of the tile's key blocks are seen by queries of a block. If the keys are contiguous, it is
+  // those that begin before the query block ends.
   VOCO_DEVICE int key_blocks_of(const KeyTile& tile, int block) const {
     const int seen = tile.gathered ? KEY_BLOCKS<D> : min(block + 1, KEY_BLOCKS<D>);
     return min(seen, (tile.stop - tile.start + BLOCK_ROWS - 1) / BLOCK_ROWS);
@@ -152,7 +153,8 @@ struct DkdvConsumer {
     shared.statistics.release(pair, me.lane == 0);
   }
 
-  // dS where both consumers see it: a panel [keys, queries], for a product with queries as M.
+  // Writes dS to shared memory, for both consumers: a panel [keys, queries], for a product with queries
+  // as M.
   template <int STEPS>
   VOCO_DEVICE void share(const uint32_t (&ds)[STEPS][4], int pair) const {
     if (KEY_BLOCKS<D> == 1 && me.warpgroup > 0) return;  // both have the same
@@ -171,7 +173,7 @@ struct DkdvConsumer {
     return shared.ds + pair % 2 * shared.DS_BYTES + block * PANEL_BYTES;
   }
 
-  // dQ of a block of queries, from all keys of this tile, half of its columns.
+  // Adds this tile's part of dQ for a block of queries: from all keys, for half of the columns.
   VOCO_DEVICE void add_dq(const KeyTile& tile, int pair, int block) const {
     float dq[DQ_COLUMNS<D> / 2];
     const int panel = me.warpgroup * DQ_COLUMNS<D> / PANEL_COLUMNS;
@@ -208,8 +210,8 @@ struct DkdvConsumer {
     }
   }
 
-  // dP becomes dS. From the rounded probabilities: the unrounded ones would take registers that there
-  // aren't.
+  // Turns dP into dS. Uses the rounded probabilities because there aren't enough registers to keep the
+  // unrounded ones.
   template <int N>
   VOCO_DEVICE void differentiate(float (&dp)[N / 2], const uint32_t (&p)[N / 16][4],
                                  const QueryStatistics& statistics) const {
@@ -225,8 +227,9 @@ struct DkdvConsumer {
     }
   }
 
-  // Scores, keys by queries, become probabilities, 0 where the query does not see the key. Keys behind
-  // the tile's end are zeros, not nothing: their probabilities may be anything, and dQ would meet them.
+  // Turns scores (keys by queries) into probabilities, 0 where the query does not see the key. That
+  // includes keys after the tile's end: those rows are zeros, so their probabilities would not be 0 (or
+  // even finite), and dQ includes them.
   template <int N>
   VOCO_DEVICE void exponentiate(float (&scores)[N / 2], const KeyTile& tile,
                                 const QueryStatistics& statistics, int first_query) const {
@@ -248,7 +251,7 @@ struct DkdvConsumer {
         const int2 since = *reinterpret_cast<const int2*>(&statistics.visible_from[column]);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          // Without &&, which would be a branch each.
+          // & instead of &&, which would branch.
           const bool first = (keys[h] <= query.x) & (keys[h] >= since.x);
           const bool second = (keys[h] <= query.y) & (keys[h] >= since.y);
           if (!first) scores[4 * j + 2 * h] = 0.f;

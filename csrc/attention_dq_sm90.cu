@@ -1,7 +1,8 @@
 // The gradient of the queries, for sm_90a: dQ = scale * dS K with dS = P * (dOut V^T - delta).
 //
-// The frame is query_tiles.cuh's, as in the forward kernel: a consumer has 64 rows of queries, meets all
-// keys that they see, and adds up dQ in registers. Nobody else writes these rows: no atomics.
+// It is built on query_tiles.cuh, as the forward kernel is: each consumer (a warpgroup that computes)
+// has 64 rows of queries, processes all keys that they see, and accumulates dQ in registers. Each row is
+// written once, so there are no atomics.
 #include "attention.h"
 #include "products.cuh"
 #include "query_tiles.cuh"
@@ -10,7 +11,7 @@
 
 namespace {
 
-// Keys and values of a block are read together; its keys stay until dS is multiplied with them.
+// Keys and values of a block are read together; the keys stay until dS is multiplied by them.
 struct DqLoads {
   int first, fill;
 
@@ -22,9 +23,9 @@ struct DqLoads {
 
 template <typename T, int D>
 struct DqConsumer {
-  // Beyond that, registers don't bear the queries, which are then multiplied from shared memory ...
+  // For larger D, the queries don't fit in registers and are multiplied from shared memory ...
   static constexpr bool QUERIES_IN_REGISTERS = D <= 128;
-  // ... nor dS of one block beside scores and dP of the next.
+  // ... and dS of one block doesn't fit together with scores and dP of the next.
   static constexpr bool PIPELINED = D <= 128;
 
   const AttentionParams& params;
@@ -76,13 +77,13 @@ struct DqConsumer {
     for (int h = 0; h < 2; ++h) {
       const bool valid = rows.position[h] >= tile.run_start;
       const int64_t i = statistic_index(params, tile.row, head(tile, h), rows.position[h]);
-      // exp2(-inf) is 0: rows that are not of this run take part without effect.
+      // exp2(-inf) is 0, so rows that are not in this run have no effect.
       lse[h] = valid ? params.lse[i] : INFINITY_F;
       delta[h] = valid ? params.delta[i] : 0.f;
     }
   }
 
-  // Starts scores and dP of a block: over its last N keys.
+  // Starts the products for scores and dP of a block, over its last N keys.
   template <int N>
   VOCO_DEVICE void multiply(float (&scores)[N / 2], float (&dp)[N / 2], DqLoads loads, int block) {
     const int keys = loads.keys(block), values = loads.values(block);
@@ -98,11 +99,11 @@ struct DqConsumer {
     ptx::wgmma_commit();
   }
 
-  // dP becomes dS.
+  // Turns dP into dS.
   template <int COUNT>
   VOCO_DEVICE void differentiate(const float (&scores)[COUNT], float (&dp)[COUNT], const Rows& rows,
                                  int start, int first_key) const {
-    // Not when they are loaded, or the first product would wait for them.
+    // Not multiplied when they are loaded, or the first product would have to wait for them.
     const float lse_log2[2] = {lse[0] * LOG2_E, lse[1] * LOG2_E};
     const bool cut = is_cut(rows, start, first_key);
 #pragma unroll
@@ -126,7 +127,7 @@ struct DqConsumer {
     ptx::wgmma_commit();
   }
 
-  // dS of a tile's first block: of its last N keys.
+  // Computes dS of a tile's first block, over its last N keys.
   template <int N>
   VOCO_DEVICE void begin(uint32_t (&ds)[N / 16][4], DqLoads loads, int block, const Rows& rows,
                          int start, int first_key) {
@@ -142,7 +143,7 @@ struct DqConsumer {
     round_to_operand<T>(ds, dp);
   }
 
-  // Adds block - 1 to dQ, and turns to dS of the next.
+  // Adds block - 1 to dQ while computing dS of `block`.
   template <int STEPS>
   VOCO_DEVICE void advance(const uint32_t (&before)[STEPS][4], uint32_t (&ds)[BLOCK_ROWS / 16][4],
                            DqLoads loads, int block, const Rows& rows, int start, int first_key) {

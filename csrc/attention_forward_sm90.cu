@@ -1,7 +1,8 @@
-// Forward attention under a VoCo mask, for sm_90a (docs/hopper.md).
+// Forward attention with a VoCo mask, for sm_90a (docs/hopper.md).
 //
-// The frame is query_tiles.cuh's; here is what a consumer does with the 64 rows that it has of a tile:
-// scores, online softmax and output, all in registers.
+// query_tiles.cuh has the parts shared with the kernel for dQ. This file has what a consumer (a
+// warpgroup that computes) does with its 64 rows of a tile: scores, online softmax and output, all in
+// registers.
 #include "attention.h"
 #include "products.cuh"
 #include "query_tiles.cuh"
@@ -10,8 +11,8 @@
 
 namespace {
 
-// The order in which blocks are read: the scores of a block are under way while the values of the one
-// before are added.
+// The order in which blocks are read: a block's scores are computed while the values of the previous
+// block are added.
 struct ForwardLoads {
   int first, blocks;
 
@@ -20,7 +21,7 @@ struct ForwardLoads {
 
   VOCO_DEVICE int keys(int block) const { return first + max(0, 2 * block - 1); }
   VOCO_DEVICE int values(int block) const { return first + min(2 * block + 2, 2 * blocks - 1); }
-  // The inverse: what is read as the n-th of this tile.
+  // The inverse: the tile's n-th load.
   VOCO_DEVICE Load at(int n) const {
     if (n == 0 || n == 2 * blocks - 1) return {n / 2, n > 0};
     return n % 2 ? Load{(n + 1) / 2, false} : Load{n / 2 - 1, true};
@@ -29,7 +30,7 @@ struct ForwardLoads {
 
 template <typename T, int D>
 struct ForwardConsumer {
-  // Queries wider than 128 would take 64 registers or more: they are multiplied from shared memory.
+  // For larger D the queries would take too many registers and are multiplied from shared memory.
   static constexpr bool QUERIES_IN_REGISTERS = D <= 128;
   static constexpr bool PIPELINED = true;
 
@@ -97,9 +98,9 @@ struct ForwardConsumer {
     ptx::wgmma_commit();
   }
 
-  // Waits for the values that are being added, and rescales the sum; rarely, after the first blocks.
-  // There is a wait in each branch because ptxas moves one in front of them up to where its basic block
-  // begins: before the softmax, which is to run beside the product.
+  // Waits for the values that are being added, then rescales the sum, which is rare after the first
+  // blocks. Each branch has its own wait: ptxas would move a single wait before the branches up to the
+  // start of its basic block, before the softmax, which should overlap with the product.
   VOCO_DEVICE void rescale_out(const float (&rescale)[2]) {
     if (__any_sync(0xffffffffu, rescale[0] != 1.f || rescale[1] != 1.f)) {
       ptx::wgmma_wait<0, 1>();
@@ -112,7 +113,7 @@ struct ForwardConsumer {
     }
   }
 
-  // Probabilities of a tile's first block: of its last N keys.
+  // Computes the probabilities of a tile's first block, over its last N keys.
   template <int N>
   VOCO_DEVICE void begin(uint32_t (&probabilities)[N / 16][4], ForwardLoads loads, int block,
                          const Rows& rows, int start, int first_key) {
@@ -128,7 +129,7 @@ struct ForwardConsumer {
     round_to_operand<T>(probabilities, scores);
   }
 
-  // Adds the values of block - 1 and turns to the probabilities of the next.
+  // Adds the values of block - 1 while computing the probabilities of `block`.
   template <int STEPS>
   VOCO_DEVICE void advance(const uint32_t (&before)[STEPS][4],
                            uint32_t (&probabilities)[BLOCK_ROWS / 16][4], ForwardLoads loads, int block,
@@ -166,7 +167,7 @@ struct ForwardConsumer {
       const int member = Rows::row(h, me.warp, me.lane) & (packing.heads() - 1);
       const int head = (tile.pack << packing.log2) + member;
       const bool valid = token >= tile.run_start;
-      // Padding has seen no key: its maximum is -inf and its sum 0.
+      // Padding sees no key: its maximum is -inf and its sum is 0.
       const float sum = row_total(softmax.sum[h]);
       const float lse = (softmax.maximum[h] + ptx::log2(sum)) * LN_2;
       if (valid && me.lane % 4 == 0) params.lse[statistic_index(params, tile.row, head, token)] = lse;

@@ -1,5 +1,5 @@
-// The extension as Python sees it: the parameter struct, field by field, and one function a launch.
-// Pointers and streams are integers, so that it is built without torch and serves any version of it.
+// Python bindings: the parameter structs, field by field, and one function per launch. Pointers and
+// streams are passed as integers, so the extension is built without torch and works with any version.
 #include <pybind11/pybind11.h>
 
 #include "attention.h"
@@ -33,7 +33,7 @@ void function(py::module_& to, const char* name, void (*launch)(const Params&, v
 }  // namespace
 
 PYBIND11_MODULE(VOCO_MODULE_NAME, m) {
-  // Local, since the tests load this extension beside its emulation.
+  // Module-local because the tests load this extension together with its emulation.
   py::class_<Tensor4>(m, "Tensor4", py::module_local())
       .def(py::init([](uintptr_t data, int64_t batch_stride, int64_t head_stride, int64_t token_stride) {
              return Tensor4{reinterpret_cast<void*>(data), batch_stride, head_stride, token_stride};

@@ -1,9 +1,9 @@
-// Copies that TMA can't make: rows that are gathered, and blocks that are cut off and want zeros.
+// Copies that TMA can't make: gathered rows, and partial blocks whose other rows must be zeros.
 //
-// One thread knows everything that is to be copied, in order, and waits until each target is free. What
-// is not contiguous it describes as a job; three warps take the jobs in turn, so that several are under
-// way at once. (They can't watch the targets themselves: a barrier shows the parity of its phase only,
-// and a warp that skips most of a ring's loads would take one phase for another.)
+// One thread goes through all copies in order and waits until each target is free. It describes each
+// copy that is not contiguous as a job; three warps take the jobs in turn, so that several are in flight
+// at once. (These warps can't wait for the targets themselves: a barrier only shows the parity of its
+// phase, and a warp that skips most of a ring's loads could mistake one phase for another.)
 #pragma once
 
 #include "blocks.cuh"
@@ -13,28 +13,28 @@
 
 enum class Copy { END, Q, K, V, DOUT, STATISTICS };
 
-// Row r of the target is number x = start + r of an axis: nothing outside of [low, high), token x from
-// direct_from on, and before it token list[x], where list is `kept` or `readers` of the batch's row,
-// moved by list_offset.
+// Row r of the target is element x = start + r of an axis. Outside of [low, high) it is zeros; from
+// direct_from on it is token x; before that it is token list[x], where list is `kept` or `readers` of
+// the batch row, offset by list_offset.
 struct Job {
   Copy what;
-  uint32_t target, barrier;  // barrier: gets one arrival when all is there
+  uint32_t target, barrier;  // barrier: gets one arrival when the copy is complete
   int row, head;
-  int begin, end;  // rows of the target; the others are not touched
+  int begin, end;  // the target's rows to write; others are left as they are
   int start, low, high, direct_from, list_offset;
   bool list_readers;
 };
 
-// What is known of the 64 queries of a block, one number each.
+// Statistics and positions of the 64 queries of a block.
 struct QueryStatistics {
-  float lse_log2[BLOCK_ROWS];  // inf where there is no query: its probabilities are 0
+  float lse_log2[BLOCK_ROWS];  // inf if there is no query, so that its probabilities are 0
   float delta[BLOCK_ROWS];
   int token[BLOCK_ROWS];
   int visible_from[BLOCK_ROWS];
 };
 
 struct JobQueue {
-  static constexpr int DEPTH = 2 * GATHER_WARPS;  // a multiple: each place is always the same warp's
+  static constexpr int DEPTH = 2 * GATHER_WARPS;  // a multiple, so each entry always has the same warp
   static constexpr int BARRIER_BYTES = 2 * DEPTH * 8;
   static constexpr int BYTES = BARRIER_BYTES + DEPTH * sizeof(Job);
 
@@ -53,15 +53,15 @@ struct JobQueue {
     ptx::barrier_arrive(full(i));
     ++i;
   }
-  // One for each of the warps.
+  // Publishes an end for each of the warps.
   VOCO_DEVICE void publish_end(int i) const {
     Job end = {};
     end.what = Copy::END;
     for (int warp = 0; warp < GATHER_WARPS; ++warp) publish(i, end);
   }
 
-  // All that a gathering warp does. `memory` and `memory_address`: where dynamic shared memory begins,
-  // by both its names.
+  // The main loop of a gathering warp. `memory` and `memory_address` are the start of dynamic shared
+  // memory, as a pointer and as a shared address.
   template <int D>
   VOCO_DEVICE void work(const AttentionParams& params, unsigned char* memory, uint32_t memory_address,
                         int gather_warp, int lane) const {
@@ -102,7 +102,7 @@ struct JobQueue {
   }
 };
 
-// Who does what in a CTA: the first thread `copy`, three warps the jobs, two warpgroups `compute`.
+// Assigns roles in a CTA: the first thread runs `copy`, three warps run jobs, two warpgroups `compute`.
 template <int D, typename Shared, typename CopyAll, typename Compute>
 VOCO_DEVICE void take_roles(const AttentionParams& params, const Shared& shared, uint32_t memory_address,
                             CopyAll copy, Compute compute) {

@@ -1,7 +1,8 @@
-// The frame of the kernel that walks key tiles (dK, dV): shared memory, and the warpgroup that copies.
+// The framework of the kernel that processes key tiles (dK, dV): shared memory, and the warpgroup that
+// copies.
 //
-// As in query_tiles.cuh, but that an item is a tile of keys, whose queries pass by in blocks, head after
-// head of those that share the keys.
+// Like query_tiles.cuh, except that an item is a tile of keys. Its queries are processed in blocks, for
+// one head after another of those that share the keys.
 #pragma once
 
 #include "jobs.cuh"
@@ -9,21 +10,22 @@
 #include "pipeline.cuh"
 #include "tiles.cuh"
 
-// Blocks of keys in a tile: one for each consumer; or one for both, which then have half of the columns
-// of dK and dV each.
+// Blocks of keys in a tile: one for each consumer, or one for both, each of which then has half of the
+// columns of dK and dV.
 template <int D>
 constexpr int KEY_BLOCKS = D <= 128 ? CONSUMERS : 1;
 template <int D>
 constexpr int COLUMNS = D <= 128 ? D : D / CONSUMERS;
 
-// Keys [start, stop) of one head and the queries [query_start, query_stop) that see them, in 64-query
-// blocks from the first on. Both are token positions and every key sees from itself on; or, gathered,
-// both are ranks, in `kept` and `readers`, and who sees whom is asked of their positions.
+// Keys [start, stop) of one head and the queries [query_start, query_stop) that see them, in blocks of
+// 64 queries from the first on. In a contiguous tile both are token positions, and a key is seen by
+// every query from its own position on. In a gathered tile they are indices into `kept` and `readers`,
+// and their positions decide which query sees which key.
 struct KeyTile {
   int row, kv_head, gathered;
   int start, stop, query_start, query_stop;
-  int blocks;  // of queries; negative behind the last item
-  // How many items with queries, and pairs of a block of q and one of dout, this CTA has copied before.
+  int blocks;  // of queries; negative after the last item
+  // How many items with queries, and pairs of a block of q and one of dout, this CTA copied before.
   int fill, first_pair;
 
   VOCO_DEVICE bool is_end() const { return blocks < 0; }
@@ -36,7 +38,7 @@ struct KeyTile {
   VOCO_DEVICE int queries_in(int block) const {
     return min(BLOCK_ROWS, query_stop - query_start - BLOCK_ROWS * block);
   }
-  // At most 16 queries: products of a quarter of the width.
+  // The block has at most 16 queries, so products need a quarter of the width.
   VOCO_DEVICE bool narrow(int block) const { return queries_in(block) <= NARROW_ROWS; }
 };
 
@@ -66,7 +68,7 @@ VOCO_DEVICE KeyTile key_tile(const AttentionParams& params, int index) {
   return tile;
 }
 
-// The kernel's argument. The maps show all as [batch, heads, length, 1, head_dim].
+// The kernel's argument. In the tensor maps, all tensors are [batch, heads, length, 1, head_dim].
 struct KeyTileArguments {
   AttentionParams params;
   ptx::TensorMap q, dout, k, v;
@@ -84,7 +86,7 @@ struct KeyTileShared {
   static constexpr int OPERAND_BYTES = KEY_BLOCKS<D> * BLOCK_BYTES<D>;
   static constexpr int STATISTIC_SLOTS = 8;
   using Statistics = Ring<STATISTIC_SLOTS, sizeof(QueryStatistics), CONSUMERS * 4>;
-  // dS [64 keys, 64 queries] of each block of keys, twice: one is written while the other is read.
+  // dS [64 keys, 64 queries] for each block of keys, double-buffered.
   static constexpr int DS_BYTES = ADD_DQ ? KEY_BLOCKS<D> * PANEL_BYTES : 0;
   static constexpr int FIXED_BYTES = 2 * OPERAND_BYTES + 2 * DS_BYTES + Statistics::BYTES;
   using Slots = Ring<(SHARED_LIMIT - SHARED_RESERVE - FIXED_BYTES) / BLOCK_BYTES<D>, BLOCK_BYTES<D>>;
@@ -129,7 +131,7 @@ struct KeyTileShared {
   }
 };
 
-// One thread: draws the items and sees to it that everything is copied.
+// Run by one thread: draws the items, and issues all copies as TMA loads or jobs.
 template <int D, bool ADD_DQ>
 VOCO_DEVICE void copy_items(const KeyTileArguments& arguments, const KeyTileShared<D, ADD_DQ>& shared) {
   const AttentionParams& params = arguments.params;
@@ -206,7 +208,7 @@ VOCO_DEVICE void copy_items(const KeyTileArguments& arguments, const KeyTileShar
   shared.jobs.publish_end(next_job);
 }
 
-// What every thread of the kernel runs. `Consumer(params, shared).run()` reads the items.
+// The kernel's body, for all threads. `Consumer(params, shared).run()` reads the items.
 template <typename Consumer, int D, bool ADD_DQ>
 VOCO_DEVICE void walk_key_tiles(const KeyTileArguments& arguments) {
   const KeyTileShared<D, ADD_DQ> shared;

@@ -1,4 +1,4 @@
-// What the kernels' launches share: tensor maps, and the choice of a kernel by dtype and head_dim.
+// Helpers for launching kernels: tensor maps, and the choice of a kernel by dtype and head_dim.
 #pragma once
 
 #include "attention.h"
@@ -6,11 +6,11 @@
 #include "runtime.cuh"
 #include "tiles.cuh"
 
-// Of shared memory, in bytes: what a block may have on sm_90, and what barriers and lists take of it.
+// Bytes of shared memory: the limit per block on sm_90, and the part reserved for barriers and queues.
 constexpr int SHARED_LIMIT = 232448;
 constexpr int SHARED_RESERVE = 2048;
 
-// Boxes of one panel: 64 rows, `heads` of which share a position.
+// A tensor map with boxes of one panel: 64 rows, `heads` for each position.
 inline ptx::TensorMap panel_map(const Tensor4& tensor, const AttentionParams& params, int all_heads,
                                 int heads) {
   const uint64_t sizes[5] = {uint64_t(params.head_dim), uint64_t(heads), uint64_t(params.length),
@@ -22,8 +22,8 @@ inline ptx::TensorMap panel_map(const Tensor4& tensor, const AttentionParams& pa
   return runtime::tensor_map(tensor.data, params.bf16, sizes, strides, box);
 }
 
-// Calls f with the types that stand for the call's dtype and for its head_dim, rounded up to a width
-// that there is a kernel for: behind head_dim, columns in shared memory are zeros.
+// Calls f with types for the call's dtype and for its head_dim, rounded up to a width that has a kernel.
+// In shared memory, columns from head_dim on are zeros.
 template <int D>
 struct HeadDim {
   static constexpr int value = D;

@@ -1,12 +1,12 @@
-// Which rows a thread has, and which keys they see.
+// A thread's query rows, and the mask on their scores.
 #pragma once
 
 #include "softmax.cuh"
 #include "tiles.cuh"
 
-// The two rows of a thread in its consumer's 64, and the positions of their queries.
+// A thread's two of the 64 rows of its consumer, and the positions of their queries.
 struct Rows {
-  int first_position;  // of all 64
+  int first_position;  // of all 64 rows
   int position[2];
 
   VOCO_DEVICE Rows(int first_position, Packing packing, int warp, int lane)
@@ -16,13 +16,13 @@ struct Rows {
   VOCO_DEVICE static int row(int h, int warp, int lane) { return 16 * warp + lane / 4 + 8 * h; }
 };
 
-// Whether the query of a value sees its key, for accumulators [64 queries, keys from `start` on].
+// Whether the query of value i sees its key, in an accumulator [64 queries, keys from `start` on].
 VOCO_DEVICE bool sees(const Rows& rows, int i, int start, int first_key, int lane) {
   const int key = start + i / 4 * 8 + lane % 4 * 2 + i % 2;
   return key >= first_key && key <= rows.position[i / 2 % 2];
 }
 
-// Whether any key of a block is hidden from any of the queries.
+// Whether any key of a block is masked for any of the queries.
 VOCO_DEVICE bool is_cut(const Rows& rows, int start, int first_key) {
   return start < first_key || start + BLOCK_ROWS - 1 > rows.first_position;
 }
@@ -35,7 +35,7 @@ VOCO_DEVICE void hide(float (&scores)[COUNT], const Rows& rows, int start, int f
   }
 }
 
-// Most blocks are seen by all queries: the mask costs one comparison then.
+// Most blocks are seen by all queries, and the mask then costs one comparison.
 template <int COUNT>
 VOCO_DEVICE void hide_if_cut(float (&scores)[COUNT], const Rows& rows, int start, int first_key,
                              int lane) {

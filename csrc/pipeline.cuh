@@ -1,33 +1,33 @@
-// How the warps of a CTA hand each other work: a ring of slots, a queue of items, and turns.
+// Synchronization between the warps of a CTA: a ring of slots, a queue of work items, and turns.
 #pragma once
 
 #include "ptx.cuh"
 
 constexpr int WARPGROUP = 128;
-constexpr int CONSUMERS = 2;  // warpgroups that compute; one more copies
+constexpr int CONSUMERS = 2;  // warpgroups that compute; one more warpgroup copies
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
-constexpr int GATHER_WARPS = 3;  // of the copying warpgroup; its first warp drives TMA
+constexpr int GATHER_WARPS = 3;  // in the copying warpgroup, whose first warp issues TMA loads
 
-// Registers a thread: launched with 168, of which the copying warpgroup gives most away.
+// Registers per thread: 168 at launch, most of which the copying warpgroup gives up.
 constexpr int COPY_REGISTERS = 40;
 constexpr int COMPUTE_REGISTERS = 232;
 
-// Named barriers: one for each consumer's turn, one for its own warps. 0 is __syncthreads.
+// Named barriers: one for each consumer's turn, then one for each consumer's warps. 0 is __syncthreads.
 constexpr int FIRST_BARRIER = 1;
 
-// Who a computing thread is.
+// The indices of a computing thread.
 struct ConsumerThread {
   const int warpgroup = threadIdx.x / WARPGROUP - 1;  // 0 or 1
   const int warp = threadIdx.x % WARPGROUP / 32;
   const int lane = threadIdx.x % 32;
-  const bool elected = threadIdx.x % WARPGROUP == 0;  // speaks for its warpgroup
+  const bool elected = threadIdx.x % WARPGROUP == 0;  // arrives for its whole warpgroup
 
   VOCO_DEVICE int own_barrier() const { return FIRST_BARRIER + CONSUMERS + warpgroup; }
 };
 
-// Slots of shared memory that are filled in one order and read in the same order. Everybody counts
-// the loads from the kernel's start, and so knows slot and phase of each without asking.
-// READERS arrive for each slot that they are done with: one thread of each consumer, or of each warp.
+// A ring of slots in shared memory that are read in the order in which they are filled. All threads
+// number the loads from the kernel's start, which gives each load's slot and phase. For each slot there
+// are READERS arrivals once it has been read: from one thread of each consumer, or of each warp.
 template <int SLOTS, int SLOT_BYTES, int READERS = CONSUMERS>
 struct Ring {
   static constexpr int BYTES = SLOTS * SLOT_BYTES;
@@ -47,13 +47,13 @@ struct Ring {
 
   VOCO_DEVICE void wait_empty(int load) const { ptx::barrier_wait(empty(load), (load / SLOTS & 1) ^ 1); }
   VOCO_DEVICE void wait_full(int load) const { ptx::barrier_wait(full(load), load / SLOTS & 1); }
-  // When all for whom the elected thread speaks have read the slot.
+  // Called once all threads for which the elected thread arrives have read the slot.
   VOCO_DEVICE void release(int load, bool elected) const {
     if (elected) ptx::barrier_arrive(empty(load));
   }
-  // A consumer that has no use for two loads must still wait for them: its arrival counts for their
-  // phase. Its warps meet before that, as they do in a product, or a slow one would find the barrier a
-  // phase ahead.
+  // Skips two loads. A consumer that doesn't use them must still wait for them, since its arrival counts
+  // for their phase. Its warps synchronize before it arrives, as they do in a product; otherwise a slow
+  // warp could find the barrier a phase ahead.
   VOCO_DEVICE void skip(int first, int second, const ConsumerThread& me) const {
     wait_full(first);
     wait_full(second);
@@ -63,8 +63,8 @@ struct Ring {
   }
 };
 
-// A place or two for what is loaded once an item, and read by warps that keep their own time. `fill`
-// counts the items for which one is used.
+// One or two buffers for operands that are loaded once per item and released by each warp on its own.
+// `fill` is the number of an item among those that have such operands.
 template <int PLACES = 1>
 struct Resident {
   static constexpr int BARRIER_BYTES = 16 * PLACES;
@@ -83,15 +83,15 @@ struct Resident {
     ptx::barrier_wait(empty(fill), (fill / PLACES & 1) ^ 1);
   }
   VOCO_DEVICE void wait_full(int fill) const { ptx::barrier_wait(full(fill), fill / PLACES & 1); }
-  // By every warp of the consumers.
+  // Called by every warp of the consumers.
   VOCO_DEVICE void release(int fill, int lane) const {
     __syncwarp();
     if (lane == 0) ptx::barrier_arrive(empty(fill));
   }
 };
 
-// The items that this CTA takes, decoded. One thread draws them from a counter in global memory, so
-// that CTAs which had short ones take more; all warps read them here, where they cost no registers.
+// The work items of this CTA, decoded. One thread draws them from a counter in global memory, so that
+// CTAs with short items take more of them. All warps read them here, which saves registers.
 template <typename Entry>
 struct WorkQueue {
   static constexpr int DEPTH = 4;
@@ -111,19 +111,19 @@ struct WorkQueue {
   VOCO_DEVICE uint32_t full(int i) const { return barriers + i % DEPTH * 8; }
   VOCO_DEVICE uint32_t empty(int i) const { return barriers + (DEPTH + i % DEPTH) * 8; }
 
-  // The number of this CTA's i-th item; the list has ended where it is not below the list's length.
-  // Drawn before the item before it is copied, so that nobody waits for the counter.
+  // The number of this CTA's i-th item; if it is not below the number of items, there are no more.
+  // It is drawn before the previous item is copied, to hide the latency of the counter.
   VOCO_DEVICE static int draw(int i, int* next_item) {
     return i == 0 ? blockIdx.x : gridDim.x + atomicAdd(next_item, 1);
   }
-  // The publisher may go on reading the entry until the last of an item's loads is issued.
+  // The publisher may read the returned entry until it has issued the last of the item's loads.
   VOCO_DEVICE const Entry& publish(int i, const Entry& entry) const {
     ptx::barrier_wait(empty(i), (i / DEPTH & 1) ^ 1);
     entries[i % DEPTH] = entry;
     ptx::barrier_arrive(full(i));
     return entries[i % DEPTH];
   }
-  // Valid until it is released, by all lanes of a warp.
+  // The result is valid until all lanes of the warp call release.
   VOCO_DEVICE const Entry& read(int i) const {
     ptx::barrier_wait(full(i), i / DEPTH & 1);
     return entries[i % DEPTH];
@@ -134,8 +134,8 @@ struct WorkQueue {
   }
 };
 
-// The two consumers issue products by turns: while one has the tensor cores, the other has the softmax.
-// Both take equally many turns an item, so that the alternation never breaks.
+// The two consumers take turns in issuing products: while one uses the tensor cores, the other computes
+// its softmax. Both take the same number of turns per item, so that they always alternate.
 struct Turns {
   int warpgroup;
 
@@ -152,7 +152,7 @@ struct Turns {
     take();
     pass();
   }
-  // The turn that the other consumer passed on at the very end.
+  // Takes the turn that the other consumer passed at the end.
   VOCO_DEVICE void close() const {
     if (warpgroup == 0) take();
   }

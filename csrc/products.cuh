@@ -1,10 +1,10 @@
-// The matrix products of attention on blocks of 64 rows, asynchronous: behind each of them stand a
-// wgmma_commit and, before its result is touched, a wgmma_wait and a pin.
+// The matrix products of attention, on blocks of 64 rows. They are asynchronous: each must be followed
+// by a wgmma_commit and, before its result is used, a wgmma_wait and a pin.
 #pragma once
 
 #include "blocks.cuh"
 
-// The width of one product over head_dim: wgmma takes up to 256 columns, registers bear 128.
+// Columns of head_dim per product: wgmma allows 256, but registers suffice for 128.
 template <int D>
 constexpr int SPAN = D < 128 ? D : 128;
 template <int D>
@@ -28,7 +28,7 @@ struct RowsByHeadDim {
   }
 };
 
-// result [64, N] = a b^T, where a are the 64 rows of a block in registers and b are N rows of a block.
+// result [64, N] = a b^T, where a is a block's 64 rows, in registers, and b is N rows of a block.
 template <typename T, int D, int N>
 VOCO_DEVICE void rows_by_rows(float (&result)[N / 2], const uint32_t (&a)[D / 16][4], uint32_t b,
                               int b_row) {
@@ -39,7 +39,7 @@ VOCO_DEVICE void rows_by_rows(float (&result)[N / 2], const uint32_t (&a)[D / 16
   }
 }
 
-// The same, a in shared memory.
+// The same, with a in shared memory.
 template <typename T, int D, int N>
 VOCO_DEVICE void rows_by_rows(float (&result)[N / 2], uint32_t a, uint32_t b, int b_row) {
   const RowsOperand rows(a, 0), columns(b, b_row);
@@ -49,8 +49,8 @@ VOCO_DEVICE void rows_by_rows(float (&result)[N / 2], uint32_t a, uint32_t b, in
   }
 }
 
-// result [64, D] (+)= a b, where a [64, 16 * STEPS] is in registers and b are as many rows of a block, D
-// columns of them from a panel on.
+// result [64, D] (+)= a b, where a [64, 16 * STEPS] is in registers and b is 16 * STEPS rows of a block,
+// of which it takes D columns from a panel on.
 template <typename T, int D, int STEPS>
 VOCO_DEVICE void rows_by_block(RowsByHeadDim<D>& result, const uint32_t (&a)[STEPS][4], uint32_t b,
                                int b_row, bool accumulate, int b_panel = 0) {

@@ -1,7 +1,8 @@
-// The only file with inline PTX: what the kernels ask of the hardware, one function an instruction.
+// Wrappers of the PTX instructions that the kernels use, one function per instruction. No other file has
+// inline PTX.
 //
-// On the CPU, tests/cuda_on_cpu/ stands in for this file with the same names, so that the kernels run
-// there unchanged. Sections name the chapters of the PTX ISA in which an instruction is described.
+// On the CPU, tests/cuda_on_cpu/ replaces this file with one that has the same functions, so that the
+// kernels run there unchanged. Sections name the chapters of the PTX ISA that describe the instructions.
 #pragma once
 
 #ifdef VOCO_CUDA_ON_CPU
@@ -15,7 +16,7 @@
 
 #define VOCO_DEVICE __device__ __forceinline__
 
-// The 16-bit types that the tensor cores multiply. Tensors are passed as bytes; T says what they hold.
+// The 16-bit types of the tensor cores' operands. Tensors are passed as bytes; T is their element type.
 struct BF16 {};
 struct FP16 {};
 
@@ -23,7 +24,7 @@ namespace ptx {
 
 using TensorMap = CUtensorMap;
 
-// ---- Shared memory. Addresses are 32-bit, in the shared window.
+// ---- Shared memory. Addresses are 32-bit, in the shared state space.
 
 VOCO_DEVICE unsigned char* dynamic_shared() {
   extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
@@ -38,8 +39,8 @@ VOCO_DEVICE void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements, one register each; lane i gives the address of row i % 8 of
-// matrix i / 8.
+// Loads four 8x8 matrices of 16-bit elements, one register each. Lane i passes the address of row i % 8
+// of matrix i / 8.
 VOCO_DEVICE void ldmatrix_x4(uint32_t (&registers)[4], uint32_t row_address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
@@ -47,13 +48,13 @@ VOCO_DEVICE void ldmatrix_x4(uint32_t (&registers)[4], uint32_t row_address) {
                : "memory");
 }
 
-// ---- mbarrier: phases of arrivals and of bytes still to come.
+// ---- mbarrier: a phase completes once its arrivals and the expected bytes are complete.
 
 VOCO_DEVICE void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers visible to the copy engine; a block-wide barrier must follow.
+// Makes initialized barriers visible to the copy engine; a block-wide barrier must follow.
 VOCO_DEVICE void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -67,8 +68,8 @@ VOCO_DEVICE void barrier_arrive_expect(uint32_t barrier, int bytes) {
                : "memory");
 }
 
-// Returns once the phase of this parity has completed. A fresh barrier counts as having completed the
-// phase of parity 1.
+// Returns once the phase with this parity is complete. On a new barrier, the phase with parity 1 counts
+// as complete.
 VOCO_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -83,7 +84,8 @@ VOCO_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-// ---- Named barriers: `threads` of the block meet at barrier `id` (1 to 15), some only to announce it.
+// ---- Named barriers: `threads` threads of the block synchronize at barrier `id` (1 to 15); some may
+// only arrive, without waiting.
 
 VOCO_DEVICE void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -93,12 +95,12 @@ VOCO_DEVICE void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- Copies. Ordinary stores to shared memory reach the copy engine and wgmma, the asynchronous
-// proxy, only behind this fence, executed by the thread that stored.
+// ---- Copies. Ordinary stores to shared memory become visible to the copy engine and wgmma (the
+// asynchronous proxy) only after this fence, executed by the thread that stored.
 
 VOCO_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// A box of a tensor of five dimensions to shared memory, in the map's swizzle; elements outside the
+// Copies a box of a 5-dimensional tensor to shared memory, in the map's swizzle. Elements outside the
 // tensor are 0. The barrier counts the bytes of the whole box.
 VOCO_DEVICE void tma_load(uint32_t destination, const TensorMap* map, uint32_t barrier, int x0, int x1,
                           int x2, int x3, int x4) {
@@ -109,7 +111,7 @@ VOCO_DEVICE void tma_load(uint32_t destination, const TensorMap* map, uint32_t b
       : "memory");
 }
 
-// 16 bytes from global to shared memory, or 16 zero bytes where not valid (the source is not read).
+// Copies 16 bytes from global to shared memory; if not valid, writes zeros and doesn't read the source.
 VOCO_DEVICE void cp_async_16(uint32_t destination, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
                "r"(valid ? 16 : 0)
@@ -118,14 +120,15 @@ VOCO_DEVICE void cp_async_16(uint32_t destination, const void* source, bool vali
 
 VOCO_DEVICE void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Adds to two neighbours in global memory, 8-byte aligned; nothing is returned, nobody waits.
+// Adds to two adjacent floats in global memory, 8-byte aligned. Returns nothing, so it doesn't wait.
 VOCO_DEVICE void add_global(float* address, float first, float second) {
   asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(first), "f"(second)
                : "memory");
 }
 
-// ---- Streams: what is read once and is to leave caches to others. L1 may forget a line first, but
-// keeps it while neighbouring threads still want their parts of it. Not for what this launch writes.
+// ---- Streaming loads, of data that is read once and should not displace other data in the caches. L1
+// evicts such a line first, but holds it while adjacent threads read their parts. Not for data that the
+// same launch writes.
 
 VOCO_DEVICE uint4 load_16(const void* address) {
   uint4 data;
@@ -149,7 +152,7 @@ VOCO_DEVICE void store_16(void* address, const uint4& data) {
                : "memory");
 }
 
-// ---- Registers move from the warps that copy to those that compute. Both need __launch_bounds__(n, 1).
+// ---- Registers are moved from copying to computing warps. Both need __launch_bounds__(n, 1).
 
 template <int COUNT>
 VOCO_DEVICE void give_registers() {
@@ -164,23 +167,25 @@ VOCO_DEVICE void take_registers() {
 // ---- wgmma: D[64, N] (+)= A[64, 16] B[16, N] by the 128 threads of a warpgroup, asynchronously.
 //
 // Thread t holds D[16 * (t / 32) + (t % 32) / 4 + 8 * h, 8 * j + 2 * (t % 4) + e] in d[4 * j + 2 * h +
-// e], and of A, where it is in registers, columns 2 * (t % 4) + {0, 1} of rows r, r + 8 in a[0], a[1],
-// and the columns 8 further in a[2], a[3]. A matrix in shared memory is named by a descriptor
-// (blocks.cuh); K-major means that its 16 columns are contiguous, MN-major that its 64 or N rows are.
+// e]. If A is in registers, with r = 16 * (t / 32) + (t % 32) / 4, it holds columns 2 * (t % 4) + {0, 1}
+// of rows r and r + 8 in a[0] and a[1], and the columns 8 further on in a[2] and a[3]. A matrix in
+// shared memory is given by a descriptor (blocks.cuh). K-major means that its extent in K (16) is
+// contiguous, MN-major that its extent in M or N is.
 
-// Orders what the warpgroup's registers held before against the products that follow.
+// Orders earlier accesses to the warpgroup's registers before the products that follow.
 VOCO_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 VOCO_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Returns once all but the last PENDING committed groups have completed. PLACE tells apart two waits
-// that the compiler is not to merge.
+// Returns once all but the last PENDING committed groups are complete. PLACE distinguishes two waits
+// that the compiler must not merge.
 template <int PENDING, int PLACE = 0>
 VOCO_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;  // %1" ::"n"(PENDING), "n"(PLACE) : "memory");
 }
 
-// For the compiler, which can't know that products are written behind its back: not before here.
+// Tells the compiler, which can't see when products write their results, that it must not read them
+// earlier than here.
 template <int COUNT>
 VOCO_DEVICE void pin(float (&values)[COUNT]) {
 #pragma unroll
@@ -205,7 +210,7 @@ VOCO_DEVICE void pin(float (&values)[COUNT]) {
 #define VOCO_OUT64 VOCO_OUT8(0), VOCO_OUT8(8), VOCO_OUT8(16), VOCO_OUT8(24)
 #define VOCO_OUT128 VOCO_OUT64, VOCO_OUT8(32), VOCO_OUT8(40), VOCO_OUT8(48), VOCO_OUT8(56)
 
-// A0 to FLAG are the numbers of the operands behind the N / 2 registers of D.
+// A0 to FLAG are the numbers of the operands after the N / 2 registers of D.
 #define VOCO_WGMMA_SS(N, TYPE, A, B, FLAG, TA, TB)                                                \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #FLAG                                         \
                ", 0;\n"                                                                           \
@@ -227,7 +232,7 @@ constexpr bool is_bf16 = false;
 template <>
 constexpr bool is_bf16<BF16> = true;
 
-// Both operands in shared memory.
+// With both operands in shared memory.
 template <typename T, int N, bool MN_MAJOR_A, bool MN_MAJOR_B>
 VOCO_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(N == 16 || N == 64 || N == 128, "expected N of 16, 64 or 128");
@@ -239,7 +244,7 @@ VOCO_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulat
   if constexpr (N == 128 && !is_bf16<T>) VOCO_WGMMA_SS(128, "f16", 64, 65, 66, 67, 68);
 }
 
-// A in registers.
+// With A in registers.
 template <typename T, int N, bool MN_MAJOR_B>
 VOCO_DEVICE void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   static_assert(N == 16 || N == 64 || N == 128, "expected N of 16, 64 or 128");
@@ -265,7 +270,7 @@ VOCO_DEVICE float log2(float x) {
   return result;
 }
 
-// Two floats, rounded to nearest even, in one register; the first in its lower half.
+// Rounds two floats (to nearest even) and packs them in a register, the first in its lower half.
 template <typename T>
 VOCO_DEVICE uint32_t pack(float first, float second) {
   uint32_t result;
@@ -291,16 +296,17 @@ VOCO_DEVICE float2 unpack(uint32_t pair) {
   }
 }
 
-// Two numbers of 8 bits, float8_e4m3fn, the first in the lower half; exact.
+// Converts two 8-bit numbers (float8_e4m3fn) exactly; the first is in the lower half.
 VOCO_DEVICE float2 unpack_e4m3(uint16_t pair) {
   uint32_t halves;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
   return unpack<FP16>(halves);
 }
 
-// The first lane's value, for the whole warp. The compiler then knows that all lanes have the same, and
-// keeps what is computed from it in uniform registers, where wgmma wants its descriptors; and it does
-// not know that the next round of a loop will have the same again, and so keeps nothing across rounds.
+// Returns the first lane's value to the whole warp. The compiler then knows that it is the same in all
+// lanes, and keeps what is computed from it in uniform registers, where wgmma needs its descriptors. It
+// doesn't know that the next iteration of a loop gets the same value, so it keeps nothing across
+// iterations.
 VOCO_DEVICE uint32_t uniform(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 }  // namespace ptx

@@ -1,8 +1,8 @@
-// The frame of the kernels that walk query tiles (forward, dQ): shared memory, and the warpgroup that
-// copies.
+// The framework of the kernels that process query tiles (forward, dQ): shared memory, and the warpgroup
+// that copies.
 //
-// One CTA a multiprocessor takes items, 128 rows of queries each, until there are none. The first of
-// its three warpgroups copies (jobs.cuh), the other two compute, 64 rows each.
+// There is one CTA per multiprocessor. It takes work items of 128 query rows until there are none left.
+// The first of its three warpgroups copies (jobs.cuh); the other two compute, 64 rows each.
 #pragma once
 
 #include "jobs.cuh"
@@ -11,14 +11,14 @@
 #include "pipeline.cuh"
 #include "tiles.cuh"
 
-// One block that a consumer reads: of keys, or of values.
+// A block of keys or values that a consumer reads.
 struct Load {
   int block;
   bool values;
 };
 
-// A kernel's argument. The maps show q and dout as [batch, packs, length, heads of a pack, head_dim], k
-// and v alike with packs of one head.
+// A kernel's argument. In the tensor maps, q and dout are [batch, packs, length, heads per pack,
+// head_dim] (see Packing); k and v are the same with one head per pack.
 struct QueryTileArguments {
   AttentionParams params;
   Packing packing;
@@ -34,13 +34,13 @@ struct QueryTileArguments {
   }
 };
 
-// WITH_DOUT: beside q, dout is there for each item.
+// WITH_DOUT: dout is loaded for each item, as well as q.
 template <int D, bool WITH_DOUT>
 struct QueryTileShared {
   static constexpr int OPERAND_BYTES = CONSUMERS * BLOCK_BYTES<D>;
   static constexpr int RESIDENT_BYTES = (WITH_DOUT ? 2 : 1) * OPERAND_BYTES;
-  // Queries are free once they are in registers; where dout is read to the item's end, the next item's
-  // operands want a place of their own, if there is one.
+  // The buffer of q is free once q is in registers, but dout is read until the item's end. So with dout,
+  // the next item's operands have a second buffer if it fits.
   static constexpr int PLACES = WITH_DOUT && D <= 128 ? 2 : 1;
   static constexpr int ALL_RESIDENT_BYTES = PLACES * RESIDENT_BYTES;
   static constexpr int FITTING = (SHARED_LIMIT - SHARED_RESERVE - ALL_RESIDENT_BYTES) / BLOCK_BYTES<D>;
@@ -81,7 +81,7 @@ struct QueryTileShared {
   }
 };
 
-// One thread: draws the items and sees to it that everything is copied.
+// Run by one thread: draws the items, and issues all copies as TMA loads or jobs.
 template <int D, typename Loads, bool WITH_DOUT>
 VOCO_DEVICE void copy_items(const QueryTileArguments& arguments,
                             const QueryTileShared<D, WITH_DOUT>& shared) {
@@ -146,13 +146,13 @@ VOCO_DEVICE void copy_items(const QueryTileArguments& arguments,
   shared.jobs.publish_end(next_job);
 }
 
-// How a consumer goes through the first `mine` blocks of a tile, of which each gives an operand [64
-// queries, keys] (probabilities, or dS) that is multiplied with a block. The consumer brings
-//   begin<N>     the operand of a block's last N keys, with nothing else under way
-//   advance      the operand of a block, while the product with that of the block before is under way
-//   finish       the product with an operand, with nothing else under way
-// and PIPELINED, whether advance is to be used. All the tile's turns are taken and all its loads
-// released, also those of the other consumer's blocks.
+// Processes the first `mine` blocks of a tile. For each block, the consumer computes an operand [64
+// queries, keys] (probabilities, or dS) and multiplies it by keys or values of the block. It has
+//   begin<N>     computes the operand for a block's last N keys, with nothing else in flight
+//   advance      computes a block's operand while the product with the previous operand is in flight
+//   finish       computes the product with an operand, with nothing else in flight
+// and PIPELINED, whether to use advance. All of the tile's turns are taken and all of its loads are
+// released, including those of blocks that only the other consumer needs.
 template <typename Consumer, typename Loads>
 VOCO_DEVICE void walk_keys(Consumer& consumer, const Loads& loads, const QueryTile& tile,
                            const Rows& rows, int mine) {
@@ -188,7 +188,7 @@ VOCO_DEVICE void walk_keys(Consumer& consumer, const Loads& loads, const QueryTi
     consumer.finish(operand, loads, mine - 1);
   }
 
-  // In step with the other consumer, which waits for turns and slots alike.
+  // Stays in step with the other consumer, which waits for both turns and slots.
   for (block = mine; block < blocks; ++block) {
     consumer.turns.forgo();
     if constexpr (!PIPELINED) consumer.turns.forgo();
@@ -197,7 +197,7 @@ VOCO_DEVICE void walk_keys(Consumer& consumer, const Loads& loads, const QueryTi
   if (PIPELINED && mine == 0) consumer.turns.forgo();  // the one in which it finishes
 }
 
-// What every thread of such a kernel runs. `Consumer(arguments, shared).run()` reads the items.
+// The body of such a kernel, for all threads. `Consumer(arguments, shared).run()` reads the items.
 template <int D, typename Loads, typename Consumer, bool WITH_DOUT>
 VOCO_DEVICE void walk_query_tiles(const QueryTileArguments& arguments) {
   const QueryTileShared<D, WITH_DOUT> shared;

@@ -1,5 +1,5 @@
-// What the host asks of CUDA: a device, a launch, a tensor map. Every call is checked; a failed one
-// throws with the name of what failed.
+// Wrappers of the CUDA calls that the host makes: devices, launches, tensor maps. Every call is checked;
+// a failure throws, with the name of the call that failed.
 #pragma once
 
 #include "ptx.cuh"
@@ -39,7 +39,7 @@ class DeviceGuard {
   int before_ = 0;
 };
 
-// Of the current device.
+// The number of multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
@@ -52,7 +52,7 @@ inline void set_zero(void* pointer, size_t bytes, Stream stream) {
   check(cudaMemsetAsync(pointer, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
 }
 
-// Kernels take one argument, a struct of parameters.
+// Launches a kernel that takes one argument, a struct of parameters.
 template <typename Params>
 void launch(void (*kernel)(Params), int blocks, int threads, int shared_bytes, Stream stream,
             const Params& params) {
@@ -65,11 +65,11 @@ void launch(void (*kernel)(Params), int blocks, int threads, int shared_bytes, S
         "cudaLaunchKernel");
 }
 
-// A tensor of 16-bit elements, dimensions from the innermost (contiguous) one outwards, strides of the
-// four others in bytes, copied by boxes whose rows of 128 bytes are swizzled.
+// A tensor map for 16-bit elements and boxes whose 128-byte rows are swizzled. Dimensions are ordered
+// from the innermost (contiguous) one outwards; strides are those of the other four, in bytes.
 inline ptx::TensorMap tensor_map(const void* pointer, bool bf16, const uint64_t (&sizes)[5],
                                  const uint64_t (&strides)[4], const uint32_t (&box)[5]) {
-  // Through the runtime, so that the extension need not link against the driver.
+  // Looked up through the runtime, so that the extension need not link against the driver.
   using Encode =
       CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                    const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,

@@ -1,7 +1,7 @@
-// Online softmax in base 2 (Milakov and Gimelshein, arXiv 1805.02867), on accumulators of wgmma.
+// Online softmax in base 2 (Milakov and Gimelshein, arXiv 1805.02867), on wgmma accumulators.
 //
-// A thread has two rows of a block of scores, h = 0 and 1: elements 4 * j + 2 * h + e. Four neighbouring
-// lanes share a row.
+// A thread has parts of two rows of a block of scores, h = 0 and 1: elements 4 * j + 2 * h + e. Four
+// adjacent lanes share a row.
 #pragma once
 
 #include "ptx.cuh"
@@ -31,7 +31,8 @@ struct OnlineSoftmax {
     }
   }
 
-  // Turns scores into probabilities (up to the final sum) and says by what to multiply older ones.
+  // Turns scores into probabilities (up to division by the final sum), and sets `rescale` to the factor
+  // for earlier ones.
   template <int COUNT>
   VOCO_DEVICE void update(float (&scores)[COUNT], float scale_log2, float (&rescale)[2]) {
 #pragma unroll
@@ -41,7 +42,7 @@ struct OnlineSoftmax {
       for (int j = 0; j < COUNT / 4; ++j) {
         highest = fmaxf(highest, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
       }
-      // Every query that is stored sees a key of its first block: from then on this is finite.
+      // Every query that is stored sees a key in its first block, so this is finite.
       const float next = fmaxf(maximum[h], row_maximum(highest) * scale_log2);
       rescale[h] = ptx::exp2(maximum[h] - next);
       maximum[h] = next;

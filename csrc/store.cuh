@@ -1,11 +1,11 @@
-// Accumulators to rows of a 16-bit tensor in global memory.
+// Stores of accumulators to rows of a 16-bit tensor in global memory.
 #pragma once
 
 #include "params.h"
 #include "products.cuh"
 
-// Four lanes share a row; of four chunks of 8 columns, each lane holds two columns of every chunk. They
-// exchange words, so that each has a whole chunk: lane q chunk q.
+// Four lanes share a row. Each lane holds two columns of each of four chunks of 8 columns; they exchange
+// words so that lane q has the whole of chunk q.
 VOCO_DEVICE uint4 gather_chunk(uint32_t (&words)[4], int lane) {
   const bool odd = lane & 1, upper = lane & 2;
   const uint32_t first = __shfl_xor_sync(0xffffffffu, odd ? words[0] : words[1], 1);
@@ -17,8 +17,8 @@ VOCO_DEVICE uint4 gather_chunk(uint32_t (&words)[4], int lane) {
   return upper ? uint4{x, y, high.x, high.y} : uint4{low.x, low.y, x, y};
 }
 
-// Row `h` of this thread, times `factor`, to `row` where valid. All lanes of a warp call it.
-// `first_column` is that of the accumulator's first value, columns behind head_dim are dropped.
+// Stores this thread's row `h`, times `factor`, to `row` if valid. All lanes of a warp must call it.
+// `first_column` is the column of the accumulator's first value; columns from head_dim on are dropped.
 template <typename T, int COUNT>
 VOCO_DEVICE void store_row(uint16_t* row, bool valid, const float (&values)[COUNT], int h, float factor,
                            int first_column, int head_dim, int lane) {

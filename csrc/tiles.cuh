@@ -1,4 +1,4 @@
-// From an item's number to the queries and keys that it is about (docs/schedule.md, docs/hopper.md).
+// Mapping of a work item's number to its queries and keys (docs/schedule.md, docs/hopper.md).
 #pragma once
 
 #include "blocks.cuh"
@@ -9,20 +9,20 @@ VOCO_DEVICE uint16_t* row_address(const Tensor4& tensor, int row, int head, int 
          token * tensor.token_stride;
 }
 
-// Index into a [batch, heads, length] array of one number a query.
+// Index into a [batch, heads, length] array with one number per query.
 VOCO_DEVICE int64_t statistic_index(const AttentionParams& params, int row, int head, int token) {
   return (static_cast<int64_t>(row) * params.heads + head) * params.length + token;
 }
 
 constexpr int SCHEDULE_TILE = 128;  // TILE in voco_kernels/layout/schedule.py
 
-// Columns of the schedule's two tables, as voco_kernels/layout/schedule.py names them.
+// Columns of the schedule's two tables, described in voco_kernels/layout/schedule.py.
 constexpr int TILE_COLUMNS = 8;
 enum QueryTileColumn { ROW, START, STOP, KEY_START, PREFIX_START, PREFIX_STOP, RUN_START, RUN_STOP };
 enum KeyTileColumn { KEY_ROW, KIND, KEY_TILE_START, KEY_TILE_STOP, QUERY_START, QUERY_STOP };
 
-// Items are numbered so that CTAs running side by side share keys: within a section of tiles, a few
-// heads are finished before the next few begin, and their keys and values stay in L2.
+// Items are numbered so that CTAs that run at the same time share keys: within a section of tiles, a few
+// heads are finished before the next few begin, so their keys and values stay in L2.
 constexpr int SECTION = 16;
 constexpr int HEAD_GROUP = 8;
 
@@ -40,8 +40,8 @@ VOCO_DEVICE Item item_at(int index, int tiles, int heads) {
   return {section * SECTION + in_group / heads_here, group * HEAD_GROUP + in_group % heads_here};
 }
 
-// Grouped queries are packed: 2^log2 heads that share keys lie side by side as rows, of which a consumer
-// then has 64 >> log2 positions of each. Row r is head r % 2^log2 at position r >> log2.
+// Grouped queries are packed: 2^log2 heads that share keys (a pack) are interleaved as rows, so that the
+// 64 rows of a consumer are 64 >> log2 positions. Row r is head r % 2^log2 at position r >> log2.
 struct Packing {
   int log2;
 
@@ -56,36 +56,36 @@ inline int packing_log2(int heads, int kv_heads) {
   return log2;
 }
 
-// Queries [start, end) of one pack of heads, cut from the end of a run, so that only a run's first tile
-// is short (its queries before run_start belong to others and are not stored).
+// Queries [start, end) of one pack of heads. Tiles are cut from the end of a run, so only a run's first
+// tile can be partial (its queries before run_start are not in the run and are not stored).
 //
-// What they see is one axis of keys, [first_key, end). From key_start on these are token positions;
-// before it they are the prefix, kept keys that are gathered: key j is token kept[prefix_stop -
-// (key_start - j)]. A query sees all keys up to its own position. Blocks of 64 keys are cut from the end
-// as well: only the first can be cut off by first_key, and the diagonal runs through corners of blocks.
+// They see keys [first_key, end) of one axis. From key_start on, these are token positions. Before that
+// they are the run's prefix, which is gathered: key j is token kept[prefix_stop - (key_start - j)]. A
+// query sees all keys up to its own position. Blocks of 64 keys are cut from the end as well, so only
+// the first can be partial, and the diagonal passes through the corners of blocks.
 struct QueryTile {
   int row, pack, kv_head;
   int start, end, run_start;
   int first_key, key_start, prefix_stop;
-  int blocks;  // negative behind the last item
-  // How many items with keys, and blocks of keys and of values, this CTA has copied before.
+  int blocks;  // negative after the last item
+  // How many items with keys, and blocks of keys and of values, this CTA copied before.
   int fill, first_load;
 
   VOCO_DEVICE bool is_end() const { return blocks < 0; }
   VOCO_DEVICE int block_start(int block) const { return end - BLOCK_ROWS * (blocks - block); }
-  // Keys that lie one behind the other, none of them outside: a copy by TMA.
+  // Whether the block is full and contiguous in memory, so that TMA can copy it.
   VOCO_DEVICE bool contiguous(int block) const { return block_start(block) >= key_start; }
-  // The first block has at most 16 keys: a product of a quarter of the width.
+  // The first block has at most 16 keys, so its products need a quarter of the width.
   VOCO_DEVICE bool narrow() const {
     return blocks > 0 && first_key - block_start(0) >= BLOCK_ROWS - NARROW_ROWS;
   }
-  // The blocks that one consumer needs, none if all its queries lie before the run.
+  // The number of blocks that a consumer needs; 0 if all its queries are before the run.
   VOCO_DEVICE int blocks_until(int last_position) const {
     return last_position < run_start ? 0 : max(0, blocks - (end - 1 - last_position) / BLOCK_ROWS);
   }
 };
 
-// Each tile of the schedule is 2^log2 tiles here, for heads / 2^log2 packs.
+// The number of items: each tile of the schedule becomes 2^log2 tiles, for heads / 2^log2 packs.
 VOCO_DEVICE int query_items(const AttentionParams& params) { return params.counts[0] * params.heads; }
 
 VOCO_DEVICE QueryTile query_tile(const AttentionParams& params, Packing packing, int index) {
@@ -98,7 +98,8 @@ VOCO_DEVICE QueryTile query_tile(const AttentionParams& params, Packing packing,
   const Item item = item_at(index, params.counts[0] << packing.log2, packs);
   const int* entry = params.query_tiles + (item.tile >> packing.log2) * TILE_COLUMNS;
   const int start = entry[START], run_start = entry[RUN_START], run_stop = entry[RUN_STOP];
-  // The schedule cuts 128 positions from the run's start; here the n-th from its end is taken instead.
+  // The schedule cuts tiles of 128 positions from the run's start. The n-th from its end is used here
+  // for the n-th tile cut from the end.
   const int tiles_behind =
       (run_stop - 1 - run_start) / SCHEDULE_TILE - (start - run_start) / SCHEDULE_TILE;
   const int part = item.tile & (packing.heads() - 1);

@@ -145,7 +145,7 @@ def test_an_old_nvcc_is_named(machine, modules, capsys, release, served):
     [
         ("#!/bin/sh\necho no license >&2\nexit 1\n", "--version failed: no license"),
         ("#!/bin/sh\necho hello\n", "expected 'release <major>.<minor>'"),
-        ("#!/no/such/shell\n", "does not run"),
+        ("#!/no/such/shell\n", "can't be run"),
     ],
 )
 def test_a_broken_nvcc_is_an_error(machine, modules, script, complaint):

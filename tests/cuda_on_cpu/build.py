@@ -1,4 +1,4 @@
-"""Compile the shipped .cu files with g++ on the emulation in this folder, once for every change."""
+"""Cached compilation of .cu files with g++, using the emulation of CUDA in this folder."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ CACHE = ROOT / "build" / "cuda_on_cpu"
 INCLUDES = (HERE, ROOT / "csrc")
 FLAGS = (
     "-x",
-    "c++",  # or a .cu file is taken for a linker script
+    "c++",  # otherwise a .cu file is taken for a linker script
     "-std=c++17",
     "-O2",
     "-fPIC",
-    "-fvisibility=hidden",  # or two libraries in one process would share the state of one emulation
+    "-fvisibility=hidden",  # otherwise two libraries in a process would share the emulation's state
     "-Wall",
     "-Wno-unknown-pragmas",
     "-Wno-psabi",
@@ -33,7 +33,7 @@ FLAGS = (
 
 
 def why_not() -> str | None:
-    """Why this machine can't run the emulation, or None."""
+    """The reason why this machine can't run the emulation, or None."""
     if shutil.which("g++") is None:
         return "needs g++, which is not on the PATH"
     if sys.platform != "linux" or platform.machine() != "x86_64":
@@ -47,10 +47,10 @@ def compile_for_cpu(
     defines: tuple[str, ...] = (),
     python_module: bool = False,
 ) -> Path:
-    """A shared library made of ``sources``, anew only if one of them, a header or a flag has changed.
+    """Build a shared library from ``sources`` if one of them, a header or a flag has changed.
 
-    ``defines`` are names or ``NAME=value``. A python_module finds the headers of pybind11 and Python;
-    ``output_name`` is then its name in PYBIND11_MODULE. Raises RuntimeError with what g++ said.
+    ``defines`` are names or ``NAME=value``. A python_module is compiled with the headers of pybind11 and
+    Python, and ``output_name`` is its name in PYBIND11_MODULE. Raises RuntimeError with g++'s output.
     """
     includes, suffix = list(INCLUDES), ".so"
     if python_module:
@@ -66,12 +66,12 @@ def compile_for_cpu(
     )
     library.parent.mkdir(parents=True, exist_ok=True)
     with open(library.parent / "lock", "w") as lock:
-        # The first of several test processes compiles, the others wait.
+        # The first of several test processes compiles; the others wait.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             with tempfile.TemporaryDirectory(dir=library.parent) as unfinished:
                 objects = [Path(unfinished) / f"{source.name}.o" for source in sources]
-                # As many at a time as there are cores: the processes that wait leave theirs idle.
+                # Use all cores, since the waiting processes leave theirs idle.
                 with ThreadPoolExecutor(os.cpu_count()) as pool:
                     compilations = [
                         pool.submit(_run, [*command, "-c", source, "-o", target])
@@ -92,7 +92,7 @@ def _run(command: list[str | Path]) -> None:
 
 
 def fingerprint(command: list[str], sources: list[Path]) -> str:
-    """Of the command, the compiler and every file that can go into the library."""
+    """A hash of the command, the compiler and every file that can be part of the library."""
     version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True)
     digest = hashlib.sha256("\0".join([*command, version.stdout]).encode())
     headers = [

@@ -1,4 +1,4 @@
-"""The kernels of ``kernels/`` as functions of tensors; an error is a message beside the result."""
+"""Functions that call the kernels in ``kernels/`` with tensors, and return errors as messages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check(message: bytes | None) -> None:
 def gemm(
     lib: ctypes.CDLL, a: torch.Tensor, b: torch.Tensor, form: str = "kk"
 ) -> tuple[torch.Tensor, bytes | None]:
-    """A [m, k] times the transpose of B [n, k], each laid out as ``form`` says (gemm.cu)."""
+    """A [m, k] times the transpose of B [n, k]; ``form`` gives the layout of each (see gemm.cu)."""
     (m, k), n = a.shape, b.shape[0]
     a, b = (
         matrix.t().contiguous() if layout == "m" else matrix
@@ -51,7 +51,7 @@ def gemm(
 
 
 def is_product(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Products of two 16-bit numbers are exact in float32; each of their k sums is rounded once."""
+    """Products of two 16-bit numbers are exact in float32; each of their k sums rounds once."""
     a, b = a.double(), b.double()
     bound = a.shape[1] * 2.0**-24 * (a.abs() @ b.abs().t())
     return bool(((c - a @ b.t()).abs() <= bound).all())
@@ -60,14 +60,14 @@ def is_product(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
 def gather(
     lib: ctypes.CDLL, q: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, bytes | None]:
-    """q [64, 64], keys [any, 64], rows [64 * tiles] of them or -1 (gather.cu)."""
+    """q is [64, 64], keys [any, 64], and rows [64 * tiles], indices of keys or -1 (see gather.cu)."""
     out = torch.zeros(64, 64)
     tensors = pointer(q), pointer(keys), pointer(rows), pointer(out)
     return out, lib.gather(*tensors, rows.numel() // 64)
 
 
 def is_gathered(out: torch.Tensor, q: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor) -> bool:
-    """Sums of 64 as in a product; then the sum of the turn is rounded."""
+    """Errors are those of a product's sums of 64, plus one rounding of each turn's sum."""
     q, keys = q.double(), torch.cat([keys, torch.zeros(1, 64)]).double()
     expected, magnitude, bound = torch.zeros(3, 64, 64, dtype=torch.float64)
     for tile in rows.long().split(64):

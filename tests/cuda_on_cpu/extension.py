@@ -1,4 +1,4 @@
-"""The shipped extension, ``csrc/``, compiled for the emulation and put in the place of the real one."""
+"""The shipped extension (``csrc/``) compiled for the emulation, and its use in place of the real one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "_emulated"
 
 
 class Emulation(NamedTuple):
-    """What ``voco_kernels._C`` is on a GPU, and the library that it came from."""
+    """The emulation's counterpart of ``voco_kernels._C``, and the library that it is loaded from."""
 
     extension: ModuleType
     library: ctypes.CDLL
@@ -36,12 +36,12 @@ def load_emulation() -> Emulation:
 def emulate(
     patch: pytest.MonkeyPatch, emulation: Emulation, order: int = 0, multiprocessors: int = 2
 ) -> None:
-    """Let the CUDA backend and the CUDA loader run on CPU tensors.
+    """Make the CUDA backend and the CUDA loader run on CPU tensors.
 
     Args:
-        patch: undoes it.
-        order: of the threads of a block: 0 forwards, 1 backwards, else a seed to shuffle them with.
-        multiprocessors: how many blocks share a kernel's items.
+        patch: reverts it.
+        order: the order of a block's threads: 0 forwards, 1 backwards, otherwise a seed to shuffle them.
+        multiprocessors: how many blocks share a kernel's work items.
     """
     emulation.library.emulation_order(order)
     emulation.library.emulation_multiprocessors(multiprocessors)

@@ -1,4 +1,4 @@
-// csrc/ptx.cuh for the CPU: the same names, on the emulation in emulator/.
+// csrc/ptx.cuh for the CPU: the same functions, implemented with the emulation in emulator/.
 #pragma once
 
 #include <type_traits>
@@ -143,7 +143,7 @@ VOCO_DEVICE void wgmma_wait() {
   cuda_on_cpu::current_warpgroup().wait(PENDING);
 }
 
-// This compiler knows who writes to the accumulators: their address has gone to the emulation.
+// Does nothing: the compiler sees that the accumulators' addresses are passed to the emulation.
 template <int COUNT>
 VOCO_DEVICE void pin(float (&)[COUNT]) {}
 
@@ -164,7 +164,7 @@ VOCO_DEVICE void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bo
                                          a);
 }
 
-// ---- Arithmetic. The chip's approximations take and give zeros for subnormal numbers.
+// ---- Arithmetic. The GPU's approximations treat subnormal inputs and results as zeros.
 
 VOCO_DEVICE float flush_subnormal(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
 

@@ -1,4 +1,4 @@
-// csrc/runtime.cuh for the CPU, and the emulation's two settings, exported by every library.
+// csrc/runtime.cuh for the CPU, and the emulation's two settings, which every library exports.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ inline int multiprocessor_count = 2;
 
 #define EMULATION_SETTING extern "C" __attribute__((visibility("default"), used)) inline void
 
-// Of threads and copies: see `order` in emulator/launch.h.
+// Sets the order of threads and copies: see `order` in emulator/launch.h.
 EMULATION_SETTING emulation_order(int order) { cuda_on_cpu::order = order; }
 
 EMULATION_SETTING emulation_multiprocessors(int count) { cuda_on_cpu::multiprocessor_count = count; }
@@ -47,7 +47,7 @@ void launch(void (*kernel)(Params), int blocks, int threads, int shared_bytes, S
   cuda_on_cpu::launch({run, &kernel, &params}, blocks, threads, shared_bytes);
 }
 
-// Refuses what the driver refuses.
+// Rejects what the driver rejects.
 inline ptx::TensorMap tensor_map(const void* pointer, bool /*bf16*/, const uint64_t (&sizes)[5],
                                  const uint64_t (&strides)[4], const uint32_t (&box)[5]) {
   const auto expect = [](bool condition, const std::string& expected, uint64_t got) {

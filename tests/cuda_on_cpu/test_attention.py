@@ -1,4 +1,4 @@
-"""The shipped CUDA attention kernels on the emulation, against float64, by the rule of oracle.py."""
+"""Tests of the CUDA attention kernels on the emulation, against float64, with oracle.py's bounds."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from voco_kernels.attention.backends import cuda_sm90
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
-# Forwards, backwards, and a seed under which a consumer that skips loads without meeting is found out.
+# Forwards, backwards, and a seed that exposes a consumer that skips loads without synchronizing.
 ORDERS = (0, 1, 3)
 MIXED = "text between images"
-# Several tiles and blocks, none of them round.
+# Layouts of several tiles and blocks, most of them partial.
 LARGER = {
     "A": Case([[image(576, 1, 114)]]),
     "isolated images before a long text": Case(
@@ -34,7 +34,7 @@ LARGER = {
     ),
     "chat": Case([[[*image(144, 8, 77) * 2]], [image(260, 65, 30)]], padding_side="left"),
     "documents": Case([[image(144, 1, text) for text in (20, 133, 1, 65)]]),
-    # The first consumer has no queries in the last tile, and more blocks of keys than there are slots.
+    # The first consumer has no queries in the last tile, and there are more blocks of keys than slots.
     "few queries, many keys": Case([[[*image(3, 90) * 9, ("text", 40)]]]),
 }
 
@@ -57,11 +57,11 @@ def emulated(monkeypatch, emulation):
 def parity(
     case: Case, dtype: torch.dtype = torch.bfloat16, deterministic: bool = True, **sizes: int
 ) -> None:
-    """With NaN in padding and in memory that was never written."""
+    """Check the kernels' results, with NaN in padding and in uninitialized memory."""
     layout = case.layout()
     inputs = random_inputs(layout, dtype, **{"heads": 2, "kv_heads": 1, "head_dim": 64, **sizes})
     with poisoned_memory(), pytest.MonkeyPatch.context() as patch:
-        if not deterministic:  # which poisoning demands
+        if not deterministic:  # poisoned_memory turns determinism on
             patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
         inputs_with_nan = plant_nan_in_padding(inputs, layout)
         results = attend(inputs_with_nan, layout, "cuda_sm90", deterministic=deterministic)
@@ -92,7 +92,7 @@ def test_head_dims(order, head_dim, dtype):
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (4, 1), (40, 8), (64, 1)], ids=str)
 def test_groups_of_heads(order, heads):
-    """Packed by the largest power of two that divides the group, at most 32."""
+    """Heads are packed by the largest power of two that divides the group, up to 32."""
     parity(CASES["padded left"], heads=heads[0], kv_heads=heads[1])
 
 
@@ -104,7 +104,7 @@ def test_larger_layouts(order, name, head_dim):
 
 @pytest.mark.parametrize("text", [16, 17, 63, 64, 65, 127, 128, 129, 192, 193])
 def test_around_the_edges_of_blocks(emulated, text):
-    """Runs that fill their blocks, or begin another by one key."""
+    """Runs just fill their blocks, or need another block for one key."""
     parity(Case([[image(text, 1, text)]]), heads=1)
 
 
@@ -128,7 +128,7 @@ def test_strides(emulated, stride):
 
 
 def test_gradient_without_strides(emulated):
-    """What autograd hands over for a sum."""
+    """autograd passes such a gradient for a sum."""
     layout = CASES[MIXED].layout()
     inputs = random_inputs(layout, torch.float16, head_dim=64)
     inputs = inputs._replace(dout=torch.ones(()).half().expand_as(inputs.q))
@@ -138,7 +138,7 @@ def test_gradient_without_strides(emulated):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_what_deterministic_asks_for(emulated, monkeypatch, deterministic, head_dim):
-    """dQ in passing, where the order may vary and there is a kernel for it."""
+    """The fused kernel for dQ is used if sums may be in any order and the head_dim has such a kernel."""
     layout = CASES["no image"].layout()
     inputs = random_inputs(layout, torch.float16, head_dim=head_dim)
     launch, sums = cuda_sm90._launch, {}
@@ -168,7 +168,7 @@ def test_the_extension_refuses_sums_that_no_kernel_makes(emulated, monkeypatch):
 
 
 def test_views_that_begin_anywhere_are_copied(emulated):
-    """TMA wants addresses that are multiples of 16 bytes."""
+    """TMA needs addresses that are multiples of 16 bytes."""
     layout = CASES["padded left"].layout()
     q, k, v = random_inputs(layout, torch.bfloat16, heads=2, kv_heads=1, head_dim=64)[:3]
     shifted = torch.cat([q, q, q], dim=-1)[..., 68:132].copy_(q)
@@ -178,14 +178,14 @@ def test_views_that_begin_anywhere_are_copied(emulated):
     for odd in (shifted, contiguous):
         assert torch.equal(masked_attention(odd, k, v, layout, backend="cuda_sm90"), expected)
 
-    # A gradient comes like that, too, through torch.cat.
+    # torch.cat's backward passes such a gradient too.
     inputs = random_inputs(layout, torch.bfloat16, heads=2, kv_heads=1, head_dim=64)
     inputs = inputs._replace(dout=contiguous)
     assert_close_to_truth(attend(inputs, layout, "cuda_sm90"), inputs, layout)
 
 
 def test_strides_of_what_there_is_one_of(emulated):
-    """torch keeps any stride for a dimension of size 1, even one that TMA could not take."""
+    """torch allows any stride for a dimension of size 1, even one that TMA doesn't support."""
     layout = Case([[image(30, 1, 20)]]).layout()
     q, k, v = random_inputs(layout, torch.bfloat16, heads=1, kv_heads=1, head_dim=64)[:3]
     odd = q.as_strided(q.shape, (3, 5, 64, 1))
@@ -225,7 +225,7 @@ def test_scales(emulated, scale):
 
 
 def test_scores_in_the_tens_of_thousands(emulated):
-    """exp of such a score, or of the difference to a hidden one, is infinite."""
+    """exp of such a score, or of its difference to a hidden key's score, is infinite."""
     layout = CASES["padded left"].layout()
     inputs = random_inputs(layout, torch.bfloat16, heads=2, kv_heads=1)
     inputs = inputs._replace(v=torch.ones_like(inputs.v))
@@ -237,10 +237,10 @@ def test_scores_in_the_tens_of_thousands(emulated):
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_scores_far_below_zero(emulated, deterministic):
-    """A row of zeros in place of a key has the score 0 and so, beside these, an infinite probability."""
+    """A row of zeros after the keys has score 0 and so, compared with these, an infinite probability."""
     layout = Case([[[*image(3, 21) * 3, ("text", 70)]]]).layout()
     inputs = random_inputs(layout, torch.float16, heads=2, kv_heads=1, head_dim=128)
-    # Of about -17.
+    # Scores are about -17.
     inputs = inputs._replace(q=1.5 + 0.1 * inputs.q, k=-1 + 0.1 * inputs.k)
     results = attend(inputs, layout, "cuda_sm90", deterministic=deterministic)
     assert_close_to_truth(results, inputs, layout)

@@ -1,4 +1,4 @@
-"""What the emulation computes, against torch."""
+"""Tests of the emulation's results against torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ORDERS = (0, 1, 2)  # thread 0 first, the last first, a random order
 @pytest.mark.parametrize("n", [16, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gemm(dtype, n, form, order):
-    """Rows outside of the tensor, part of a tile of K, and phases that go on from tile to tile."""
+    """Has rows outside of the tensor, a partial tile of K, and phases that continue across tiles."""
     lib = library("gemm")
     lib.emulation_order(order)
     a, b = torch.randn(320, 200).to(dtype), torch.randn(n, 200).to(dtype)
@@ -91,7 +91,7 @@ def test_lanes(order):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_numbers(dtype):
-    """Every 16-bit number there and back, all ties between two, and any bits at all."""
+    """Converts every 16-bit number both ways, all ties between two of them, and random bits."""
     lib = library("lanes")
     lib.emulation_order(0)
     bits = torch.arange(-(2**15), 2**15).to(torch.int16)
@@ -106,7 +106,7 @@ def test_numbers(dtype):
 
     torch.testing.assert_close(packed, pairs.to(dtype), rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(unpacked, packed.float(), rtol=0, atol=0, equal_nan=True)
-    # Subnormals are zeros, as on the chip; otherwise the C library's, which errs by 2 ulp at most.
+    # Subnormals are zeros, as on the GPU; otherwise the C library's results, off by 2 ulp at most.
     flushed = torch.where(pairs.abs() < torch.finfo(torch.float32).tiny, pairs * 0, pairs).double()
     exp2, log2 = torch.exp2(flushed[:, 0]).float(), torch.log2(flushed[:, 1]).float()
     exp2[exp2 < torch.finfo(torch.float32).tiny] = 0

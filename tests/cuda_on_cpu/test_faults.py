@@ -1,4 +1,4 @@
-"""The emulation finds faults: planted in kernels that are right without them, and one by one."""
+"""Tests that the emulation detects faults, planted in correct kernels or launched one by one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 ORDERS = (0, 1, 2)
 OVERWRITTEN = "written between wgmma and wgmma_wait"
-# The message, or None where the result is NaN. What a fault leads to depends on who is faster.
+# The expected message, or None if the result is NaN. A fault's effect depends on the threads' order.
 GEMM_FAULTS = {
     "NO_FULL_WAIT": f"{OVERWRITTEN}|more than its 1 arrivals",
     "NO_EMPTY_WAIT": f"{OVERWRITTEN}|more than its 1 arrivals",
@@ -87,7 +87,7 @@ MISTAKES = {
     "LANES_DIFFER": "__syncwarp .* other lanes wait in __shfl|__shfl.* other lanes wait in __syncw",
     "LANE_OUTSIDE_MASK": "__shfl_sync: from lane 20, which is not in the mask",
     "OUTSIDE_OF_SHARED_MEMORY": "4 bytes are outside of the launch's 32768",
-    "POINTER_BEHIND_SHARED_MEMORY": "written 3 bytes behind the 32768 bytes",
+    "POINTER_BEHIND_SHARED_MEMORY": "written 3 bytes after the 32768 bytes",
     "COPY_MISALIGNED": "tma_load to 0x480: the swizzle needs a multiple of 1024",
     "COPY_IN_FLIGHT_AT_THE_END": "the block has ended while 1 tma_loads are in flight",
     "COPY_OVER_UNFENCED_STORE": "tma_load: .* written by thread 0 without fence_async_proxy",
@@ -113,7 +113,7 @@ def misuse(lib: ctypes.CDLL, number: int) -> bytes | None:
 
 @pytest.mark.parametrize("mistake", NUMBERS)
 def test_mistakes(mistake):
-    """After each, the next launch begins afresh."""
+    """Each is reported, and the next launch starts in a clean state."""
     lib = library("misuse")
     for order in ORDERS:
         lib.emulation_order(order)

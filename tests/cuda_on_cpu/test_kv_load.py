@@ -1,4 +1,4 @@
-"""The CUDA loader's kernels (csrc/kv_load.cu), run on the CPU by the emulation of the chip."""
+"""Tests of the CUDA loader's kernels (csrc/kv_load.cu) on the emulation."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_extract(order, name):
 def test_threads_with_several_units_and_with_none(
     monkeypatch, emulation, multiprocessors, rotary_dim
 ):
-    """With one multiprocessor, threads take several turns, the last of which not all take part in."""
+    """With one multiprocessor, threads run several iterations; some threads have no work in the last."""
     emulate(monkeypatch, emulation, 0, multiprocessors)
     scene = Scene(
         counts=(11, 1, 5), num_layers=3, num_kv_heads=8, head_dim=128, rotary_dim=rotary_dim
@@ -62,7 +62,7 @@ def test_threads_with_several_units_and_with_none(
 
 
 def test_tables_are_rewritten_between_two_runs(emulated):
-    """As in replays of a captured launch: the same parameters, but other tables."""
+    """As in replays of a captured launch, the parameters are the same, but the tables differ."""
     scene = Scene(rotary_dim=64).build()
     check_load(scene, run)
     other = Scene(rotary_dim=64, shifts=(-3, 40)).build()
@@ -83,7 +83,7 @@ def test_the_emulation_finds_a_misaligned_row(emulated):
     "kinds", [{"entry_dtype": torch.float16, "rotary_dim": 64}, {}], ids=["rotated", "copy"]
 )
 def test_a_planted_fault_is_found(emulated, kinds):
-    """The checks detect a token in its neighbour's slot, and a shift that is off by one."""
+    """The checks detect a token in the adjacent token's slot, and a shift that is off by one."""
     scene = Scene(**kinds).build()
 
     def faulty(move) -> None:

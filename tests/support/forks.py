@@ -1,4 +1,4 @@
-"""Running a piece of a test in a forked child."""
+"""Run part of a test in a forked child process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 
 def in_child(function: Callable[[], None], seconds: int = 60) -> None:
-    """Calls ``function`` in a forked child and fails if it raises there, or hangs for ``seconds``."""
+    """Call ``function`` in a forked child, and fail if it raises or hangs for ``seconds``."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the child, wherever it hangs
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # kills the child wherever it hangs
             signal.alarm(seconds)
             function()
             status = 0

@@ -1,7 +1,7 @@
-"""Compile the shipped Triton kernels for a chip that need not be here, and read the machine code.
+"""Compile the shipped Triton kernels for any GPU, without needing one, and inspect the machine code.
 
-``python tests/support/triton_aot.py 90 bf16 64 128`` prints one JSON object a kernel and head_dim.
-A process of its own, because the tests around it run Triton's interpreter, which can't compile.
+``python tests/support/triton_aot.py 90 bf16 64 128`` prints one JSON object per kernel and head_dim.
+Tests run it in a new process because theirs uses Triton's interpreter, which can't compile.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Binary:
-    """What a compiled kernel uses: registers a thread, bytes of stack a thread (spills, but for
-    ``config.CALL_STACK``), bytes of shared memory a program, loads from local memory (each
-    spill has one), and warpgroup matrix instructions."""
+    """A compiled kernel's resources: registers per thread, bytes of stack per thread (spills, except for
+    ``config.CALL_STACK``), bytes of shared memory per program, loads from local memory (each spill
+    has one), and warpgroup matrix instructions."""
 
     registers: int
     stack: int
@@ -58,7 +58,7 @@ class Binary:
 def compile_kernel(
     kernel: str, dtype: str, head_dim: int, blocks: Config, capability: int
 ) -> Binary:
-    """Compile with the specialisation that real calls have: aligned pointers and strides.
+    """Compile with the specialization of real calls: aligned pointers and strides.
 
     Args:
         kernel: a key of ``KERNELS``.

@@ -1,11 +1,12 @@
-"""Triton's interpreter, put right where Triton 3.6's computes something else than a GPU.
+"""Repairs of Triton 3.6's interpreter where its results differ from a GPU's.
 
-* It keeps bfloat16 as the bits of a uint16, and ``tl.dot`` multiplies those as integers.
-* It cuts float32 off to bfloat16; a GPU rounds to nearest, ties to even.
-* NumPy 2.4 turns only arrays of no dimension into an int; the interpreter's scalars have one.
+* It stores bfloat16 as the bits of a uint16, and ``tl.dot`` multiplies those as integers.
+* It truncates float32 to bfloat16; a GPU rounds to nearest, ties to even.
+* NumPy 2.4 converts only 0-dimensional arrays to int; the interpreter's scalars have one dimension.
 
-One thing only takes time: the interpreter patches ``triton.language`` again for every call from one
-``@triton.jit`` function to another, a third of a test's time, though the launch has patched it already.
+One repair is for speed. The interpreter patches ``triton.language`` at every call from one
+``@triton.jit`` function to another, although the launch has already done so, which takes a third of a
+test's time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def repair() -> None:
-    """Replace the interpreter's functions, for the rest of this process."""
+    """Replace functions of the interpreter for the rest of the process."""
     builder = InterpreterBuilder
     if builder.create_dot is _create_dot:
         return
@@ -51,8 +52,8 @@ def _rounding(convert):
 
 
 def _round_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """The bits, uint16. Half of what is cut off, added before, carries where it should round up;
-    one less where the last bit that stays is even, so that ties go there."""
+    """The bits of the rounded values, uint16. Before the lower 16 bits are dropped, 0x8000 is added, or
+    0x7FFF if the last remaining bit is even: the sum carries exactly if the value rounds up."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     last_bit = (bits >> 16) & 1
     rounded = ((bits + 0x7FFF + last_bit) >> 16).astype(np.uint16)
@@ -69,7 +70,7 @@ def _with_index(patch_tensor):
 
 def _once_a_launch(patch_lang):
     def patched(function):
-        # triton.language's own functions see its module core, ours see the package
+        # triton.language's own functions refer to its module core, ours to the package
         seen = [
             module for module in function.__globals__.values() if module is tl or module is tl.core
         ]

@@ -1,7 +1,7 @@
-"""Compile the layout kernels for a chip that need not be here.
+"""Compile the layout kernels for any GPU, without needing one.
 
-``python tests/support/triton_layout_aot.py 90`` prints one JSON object a kernel. A process of its own,
-as ``triton_aot.py`` is, whose reader of machine code it uses.
+``python tests/support/triton_layout_aot.py 90`` prints one JSON object per kernel. It runs in a new
+process, like ``triton_aot.py``, whose inspection of machine code it uses.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Compile the Triton loader's kernel for a chip that need not be here.
+"""Compile the Triton loader's kernel for any GPU, without needing one.
 
-``python tests/support/triton_move_aot.py 90`` prints one JSON object a variant. A process of its own, as
-``triton_aot.py`` is, whose reader of machine code it uses.
+``python tests/support/triton_move_aot.py 90`` prints one JSON object per variant. It runs in a new
+process, like ``triton_aot.py``, whose inspection of machine code it uses.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WIDE_NUMBERS = ("head_stride", "length")
 
 
 def compile_variant(variant: tuple, capability: int):
-    """With all tables; nothing is known of their alignment, as in ``triton.run``."""
+    """Compile with all tables and, as in ``triton.run``, no assumptions about their alignment."""
     values = constants(*variant)
     if not values["ROTARY_DIM"]:
         values["inv_freq"] = None

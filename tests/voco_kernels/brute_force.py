@@ -1,8 +1,8 @@
-"""The mask, token by token, as its definition's table says it. Shares no code with the package.
+"""The mask computed token by token from its definition, sharing no code with the package.
 
 token           sees from                           is seen until
 vision (query)  start of its document (or segment)  vision (key): its segment's last VoCo token
-VoCo (query)    likewise                            VoCo, text (keys): the end of its document
+VoCo (query)    start of its document (or segment)  VoCo, text (keys): the end of its document
 text (query)    start of its document
 padding         nothing                             never
 """
@@ -25,8 +25,8 @@ class Token:
 
 
 def tokens_of(documents: list[Document]) -> list[Token]:
-    """Segments are vision tokens that VoCo tokens follow, and these; other vision tokens are seen
-    like text."""
+    """The tokens of a row. Vision tokens and the VoCo tokens directly after them form a segment; other
+    vision tokens become text."""
     tokens = []
     for number, document in enumerate(documents):
         tokens += [Token(kind, number) for kind, length in document for _ in range(length)]
@@ -63,7 +63,7 @@ def sees(tokens: list[Token], query: int, key: int, isolated: bool) -> bool:
 
 
 def mask_of_tokens(rows: list[list[Token]], isolated: bool = False) -> Tensor:
-    """bool ``[B, S, S]`` of rows of one length."""
+    """The mask of rows of equal length, bool ``[B, S, S]``."""
     return torch.tensor(
         [
             [[sees(row, i, j, isolated) for j in range(len(row))] for i in range(len(row))]
@@ -75,7 +75,7 @@ def mask_of_tokens(rows: list[list[Token]], isolated: bool = False) -> Tensor:
 def brute_force_mask(
     rows: list[list[Document]], *, isolated: bool = False, padding_side: str = "right"
 ) -> Tensor:
-    """bool ``[B, S, S]``: query ``i`` of the row sees key ``j``."""
+    """The mask of padded rows of documents, bool ``[B, S, S]``: whether query ``i`` sees key ``j``."""
     tokens = [tokens_of(documents) for documents in rows]
     longest = max(map(len, tokens))
     padded = []

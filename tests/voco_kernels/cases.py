@@ -1,4 +1,4 @@
-"""The layouts that tests go through: each shape of the mask, small, and with nothing round."""
+"""Small layouts for tests: every form of the mask, with few round numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Document = list[tuple[str, int]]
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of documents of spans, and how they are laid out. Only a single row is packed."""
+    """A layout's arguments: rows of documents of spans. Only a single row can have several documents."""
 
     rows: list[list[Document]]
     isolated: bool = False

@@ -1,7 +1,8 @@
-"""How far results may be off: twice as far as eager attention in the same dtype, plus 1e-5.
+"""Error bounds for attention: twice the error of eager attention in the same dtype, plus 1e-5.
 
-The truth is the reference backend in float64. Every tensor's largest error counts by itself: of
-out, lse and the gradients with respect to q, k and v, for random gradients of out and of lse.
+The exact results are those of the reference backend in float64. The bound applies separately to the
+largest error of out, of lse and of each gradient with respect to q, k and v, for random gradients of out
+and lse.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Inputs(NamedTuple):
     dlse: Tensor
 
     def to(self, dtype: torch.dtype) -> Inputs:
-        """In another dtype; dlse in the one that lse has then."""
+        """The inputs in another dtype; dlse in the dtype that lse then has."""
         wide = torch.promote_types(dtype, torch.float32)
         return Inputs(*(tensor.to(dtype) for tensor in self[:4]), self.dlse.to(wide))
 
@@ -73,7 +74,7 @@ def attend(
     scale: float | None = None,
     deterministic: bool = True,
 ) -> Results:
-    """Forward and backward through the public function."""
+    """Run forward and backward through the public function."""
     q, k, v = (tensor.detach().requires_grad_() for tensor in inputs[:3])
     out, lse = masked_attention(
         q,
@@ -92,9 +93,9 @@ def attend(
 def assert_close_to_truth(
     results: Results, inputs: Inputs, layout: MaskLayout, scale: float | None = None
 ) -> None:
-    """By the rule above; besides, padding is exactly 0, or -inf in lse.
+    """Assert the bounds above, and that padding is exactly 0, or -inf in lse.
 
-    ``inputs`` are those that gave ``results``, with anything finite in the padding.
+    ``inputs`` gave ``results``, except that their padding must be finite here.
     """
     truth = attend(inputs.to(torch.float64), layout, "reference", scale)
     eager = attend(inputs, layout, "reference", scale)
@@ -119,7 +120,7 @@ def plant_nan_in_padding(inputs: Inputs, layout: MaskLayout) -> Inputs:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory that was never written holds NaN."""
+    """Fill uninitialized memory with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     with pytest.MonkeyPatch.context() as patch:

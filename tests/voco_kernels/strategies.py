@@ -1,4 +1,4 @@
-"""What Hypothesis draws layouts from."""
+"""Hypothesis strategies for layouts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.voco_kernels.cases import Case, Document
 
 @st.composite
 def documents(draw, longest: int = 20) -> Document:
-    """At least one token; any order of vision, text and segments, also empty spans."""
+    """Documents of at least one token: vision, text and segments in any order; spans can be empty."""
     length = st.integers(0, longest)
     spans: Document = []
     for kind in draw(st.lists(st.sampled_from(["vision", "segment", "text"]), max_size=6)):
@@ -22,7 +22,7 @@ def documents(draw, longest: int = 20) -> Document:
 
 @st.composite
 def cases(draw, longest: int = 20) -> Case:
-    """A ragged batch, or documents packed in a row."""
+    """Ragged batches, or documents packed into one row."""
     drawn = draw(st.lists(documents(longest), min_size=1, max_size=4))
     isolated = draw(st.booleans())
     if draw(st.booleans()):

@@ -1,4 +1,4 @@
-"""Decorators for ``torch.compile``, without it."""
+"""Tests of voco_kernels.compiler: its decorators are torch's, without importing torch's compiler."""
 
 from __future__ import annotations
 

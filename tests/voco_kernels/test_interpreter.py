@@ -1,5 +1,7 @@
-"""What our error recommends, TRITON_INTERPRET=1, runs right or says why not; in a process of its own,
-whose interpreter isn't repaired as the other tests' is."""
+"""Tests of TRITON_INTERPRET=1, which our error recommends: results are right, or an error says why not.
+
+They run in a new process because other tests run with a repaired interpreter.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ triton = pytest.importorskip(
     "triton", reason="Triton is not installed: requirements/triton.txt has it"
 )
 interpreted = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="wants Triton's interpreter: TRITON_INTERPRET=1"
+    not triton.knobs.runtime.interpret, reason="needs Triton's interpreter: TRITON_INTERPRET=1"
 )
 
 PROGRAM = """
@@ -45,7 +47,7 @@ print(json.dumps(found))
 
 
 def test_what_is_recommended_is_right_or_refused():
-    """Whatever versions of Triton and NumPy are installed: never a wrong number."""
+    """With any versions of Triton and NumPy, results are never wrong."""
     environment = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=os.getcwd())
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
@@ -101,7 +103,7 @@ def test_an_interpreter_that_raises_is_a_reason(monkeypatch, fresh_checks):
     "scene", [{"rotary_dim": 64}, {"entry_dtype": FP32}, {"entry_dtype": INT8}]
 )
 def test_a_loader_that_cuts_bfloat16_off_is_refused(monkeypatch, fresh_checks, scene):
-    """As unrepaired interpreters do, where a GPU rounds."""
+    """Interpreters that aren't repaired truncate to bfloat16; a GPU rounds."""
     right = loader.run
 
     def cuts_off(move):
@@ -120,7 +122,7 @@ def test_a_loader_that_cuts_bfloat16_off_is_refused(monkeypatch, fresh_checks, s
 
 def test_checks_run_under_any_mode_of_the_caller(fresh_checks):
     if not triton.knobs.runtime.interpret:
-        pytest.skip("wants Triton's interpreter: TRITON_INTERPRET=1")
+        pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
     with (
         torch._subclasses.FakeTensorMode(),
         torch.autocast("cpu", torch.bfloat16),

@@ -1,4 +1,4 @@
-"""The repaired interpreter computes what a GPU does: else the tests that use it mean little."""
+"""Tests of the repaired Triton interpreter, which must compute what a GPU does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ triton = pytest.importorskip(
 import triton.language as tl  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="wants Triton's interpreter: TRITON_INTERPRET=1"
+    not triton.knobs.runtime.interpret, reason="needs Triton's interpreter: TRITON_INTERPRET=1"
 )
 
 
@@ -34,7 +34,7 @@ def test_dot_and_a_loop_to_a_loaded_bound(dtype, result):
     product_kernel[(1,)](a, b, c, torch.tensor([3], dtype=torch.int32), N=16)
     a, b = a.double(), b.double()
     exact, terms = (a @ b).sum(0), 3 * 16
-    # A rounding for each term added up, and half of the result's last bit.
+    # One rounding for each term of the sum, and half of the result's last bit.
     bound = terms * 2.0**-24 * (a.abs() @ b.abs()).sum(0)
     if result == torch.bfloat16:
         bound += 2.0**-8 * exact.abs() * (1 + 2.0**-8)

@@ -1,7 +1,7 @@
-"""``torch.library`` operators around the backends: fake kernels, autograd, and nothing else.
+"""``torch.library`` operators that wrap the backends, with their fake kernels and autograd formulas.
 
-The operators take the layout as its tensors, so that ``torch.compile`` sees no Python state: lengths
-inside a layout may change without a recompile.
+The operators take the layout as plain tensors, so ``torch.compile`` sees no Python state: the lengths
+in a layout can change without a recompile.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def attention_forward(
     backend: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of one backend; shapes and dtypes as in ``masked_attention``. What is said of the
-    gradients goes on to ``attention_backward``."""
+    """``(out, lse)`` from one backend; shapes and dtypes as in ``masked_attention``. ``deterministic``
+    concerns only the gradients and is passed on to ``attention_backward``."""
     layout = MaskLayout.from_tensors(
         visible_from, visible_until, query_tiles, key_tiles, counts, kept, readers
     )
@@ -65,7 +65,7 @@ def attention_backward(
     backend: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dq, dk, dv)`` of one backend."""
+    """``(dq, dk, dv)`` from one backend."""
     layout = MaskLayout.from_tensors(
         visible_from, visible_until, query_tiles, key_tiles, counts, kept, readers
     )
@@ -107,7 +107,7 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 
 
 def _strided_like(result: Tensor, like: Tensor) -> Tensor:
-    """``result`` in the strides that the fake kernel promised, copied only where it has others."""
+    """``result`` with the strides that the fake kernel promised; copied only if they differ."""
     if result.stride() == torch.empty_like(like, device="meta").stride():
         return result
     return torch.empty_like(like).copy_(result)

@@ -1,4 +1,7 @@
-"""Backends, in order of preference. Each says why it can't serve; one error lists all reasons."""
+"""The table of attention backends and the choice among them.
+
+Each backend reports why it can't serve a call; if none can, one error lists every reason.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from torch import Tensor
 
 from voco_kernels.attention.backends import cuda_sm90, flash_attn, reference, sdpa, triton
 
-# One contract, a module each (none imports another):
+# Each backend is a module with these functions (no backend imports another):
 #   missing() -> list[str]                           why it can't run on this machine at all
 #   unsupported(q, k, v) -> list[str]                why it can't serve these tensors
-#   forward(q, k, v, layout, scale) -> (out, lse)    lse natural log, fp32 (fp64 for fp64) [B, Hq, S]
+#   forward(q, k, v, layout, scale) -> (out, lse)    lse: natural log, [B, Hq, S], fp32 (fp64 for fp64)
 #   backward(dout, dlse, q, k, v, out, lse, layout, scale, deterministic=True) -> (dq, dk, dv)
-#       dlse may be None; deterministic: the same bits every time
+#       dlse may be None; deterministic: the same bits on every call
 BACKENDS = {
     "triton": triton,
     "cuda_sm90": cuda_sm90,
@@ -21,13 +24,13 @@ BACKENDS = {
     "sdpa": sdpa,
     "reference": reference,
 }
-# Until cuda_sm90 has run on a GPU and been measured, it serves on request only.
+# cuda_sm90 is never chosen by default until it has been run and measured on a GPU.
 PREFERENCE = {"cuda": tuple(name for name in BACKENDS if name != "cuda_sm90")}
 PREFERENCE_ELSEWHERE = ("sdpa", "reference")
 
 
 def load(name: str) -> ModuleType:
-    """The backend's module.
+    """Return a backend's module.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -38,16 +41,17 @@ def load(name: str) -> ModuleType:
 
 
 def backends() -> dict[str, list[str]]:
-    """Each backend's reasons why it can't run on this machine; an empty list if it can."""
+    """Map each backend to the reasons why it can't run on this machine; empty if it can."""
     return {name: backend.missing() for name, backend in BACKENDS.items()}
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, name: str | None = None) -> str:
-    """The named backend, or the first of the device's preferences that can serve these tensors.
+    """Name the backend to use: ``name`` if given, or the device's first preference that can serve.
 
     Raises:
         ValueError: there is no backend of that name.
-        RuntimeError: it can't serve, or none can; the message lists every reason.
+        RuntimeError: the named backend can't serve these tensors, or none can; the message lists
+            every reason.
     """
     candidates = (
         (name,) if name is not None else PREFERENCE.get(q.device.type, PREFERENCE_ELSEWHERE)
@@ -59,8 +63,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, name: str | None = None) -> str:
         if not reasons[candidate]:
             return candidate
     listed = "".join(f"\n  {who}: {'; '.join(why)}" for who, why in reasons.items())
-    what = "a backend" if name is None else f"backend {name!r}"
+    what = "no backend can" if name is None else f"backend {name!r} can't"
     raise RuntimeError(
-        f"expected {what} that can serve q {list(q.shape)}, k {list(k.shape)} {q.dtype} on "
-        f"{q.device}, got none:{listed}"
+        f"{what} serve q {list(q.shape)}, k {list(k.shape)} {q.dtype} on {q.device}:{listed}"
     )

@@ -1,7 +1,8 @@
-"""The attention operator under ``torch.func``'s transforms: grad, vjp, jacrev and vmap.
+"""Support for ``torch.func`` transforms (grad, vjp, jacrev and vmap) of the attention operator.
 
-Operators of ``torch.library`` with a registered backward refuse them; an ``autograd.Function`` with
-``setup_context`` and a rule for vmap doesn't. ``vmap`` is a loop: one call for each sample.
+``torch.library`` operators with a registered backward reject these transforms; an
+``autograd.Function`` with ``setup_context`` and a vmap rule doesn't. The vmap rule is a loop that
+calls the operator once per sample.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from voco_kernels.attention.autograd import attention_backward, attention_forwar
 
 
 def is_transforming() -> bool:
-    """Whether a transform of ``torch.func`` runs now, outside ``torch.compile``."""
+    """Whether a ``torch.func`` transform is active, outside ``torch.compile``."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 class TransformableAttention(torch.autograd.Function):
-    """``attention_forward``, same arguments and results."""
+    """``attention_forward`` with the same arguments and results."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""``masked_attention``: ``scaled_dot_product_attention`` under a ``MaskLayout``."""
+"""``masked_attention``: scaled dot-product attention with a ``MaskLayout`` as its mask."""
 
 from __future__ import annotations
 
@@ -22,32 +22,33 @@ def masked_attention(
     return_lse: bool = False,
     deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``softmax(scale * q k^T + mask) v`` under the layout's mask, differentiable, never dense.
+    """Compute ``softmax(scale * q k^T + mask) v`` with the layout's mask.
 
-    Works under ``torch.compile(fullgraph=True)``, autocast, gradient checkpointing, ``torch.func``
-    (first derivatives in reverse mode; vmap calls it once for each sample) and, with the ``triton`` and
-    ``cuda_sm90`` backends, CUDA graphs; the others ask the host for the layout's runs.
+    Differentiable. Works with ``torch.compile(fullgraph=True)``, autocast, gradient checkpointing and
+    ``torch.func`` (first derivatives in reverse mode; vmap makes one call per sample). The ``triton``
+    and ``cuda_sm90`` backends also work in CUDA graphs; the others read the layout on the host.
 
     Args:
-        q: ``[B, Hq, S, D]``, any strides with a contiguous last dimension.
+        q: ``[B, Hq, S, D]``; any strides, as long as the last dimension is contiguous.
         k: ``[B, Hkv, S, D]``, same dtype as q; ``Hkv`` divides ``Hq`` (grouped-query attention).
         v: shaped as k.
-        layout: of the same B, S and device. Packed documents are ``B = 1``.
-        scale: of the scores, > 0; ``1 / sqrt(D)`` by default.
-        backend: a name in ``voco_kernels.backends()``. That one runs, or the call fails with its
-            reasons. By default the first that can serve on q's device.
-        return_lse: also return the log of the softmax's denominator, differentiable as well.
-        deterministic: the same inputs give the same gradients, bit for bit. With False, and unless
-            ``torch.use_deterministic_algorithms`` forbids it, a backend may add in any order where that
-            is faster; ``cuda_sm90`` then does so for head_dim above 64.
+        layout: the mask, with the same B, S and device. For packed documents, ``B = 1``.
+        scale: factor applied to the scores, > 0; ``1 / sqrt(D)`` by default.
+        backend: a name from ``voco_kernels.backends()``. If that backend can't serve the call, it
+            fails and says why. By default, the first backend that can serve on q's device.
+        return_lse: also return the log of the softmax denominator, which is differentiable too.
+        deterministic: the same inputs give the same gradients, bit for bit. If False, and unless
+            ``torch.use_deterministic_algorithms`` forbids it, a backend may sum in any order where that
+            is faster; ``cuda_sm90`` does so for head_dim above 64.
 
     Returns:
-        out ``[B, Hq, S, D]`` in q's dtype; 0 in padding rows. With ``return_lse`` also lse, float32
-        (float64 for float64 inputs) ``[B, Hq, S]``, natural log; -inf in padding rows.
+        out ``[B, Hq, S, D]`` in q's dtype; 0 for padding queries. With ``return_lse``, also lse
+        ``[B, Hq, S]``, natural log, float32 (float64 for float64 inputs); -inf for padding queries.
 
     Raises:
-        TypeError, ValueError: arguments that don't fit together.
-        RuntimeError: no backend, or not the named one, can serve; the message has all reasons.
+        TypeError, ValueError: the arguments are invalid or don't fit together.
+        RuntimeError: the named backend can't serve the call, or none can; the message lists every
+            reason.
     """
     q, k, v = cast_for_autocast(q, k, v)
     validate(q, k, v, layout, scale, deterministic)

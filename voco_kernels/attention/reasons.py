@@ -1,4 +1,4 @@
-"""Reasons that several backends share for not serving some tensors."""
+"""Checks shared by several backends' ``unsupported``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def strided_reasons(*tensors: Tensor) -> list[str]:
-    """They need a contiguous last dimension, and some tensor has none."""
+    """The reason, if any, that some tensor's last dimension isn't contiguous."""
     if all(tensor.stride(-1) == 1 for tensor in tensors):
         return []
     strides = ", ".join(str(tuple(tensor.stride())) for tensor in tensors)
@@ -15,7 +15,7 @@ def strided_reasons(*tensors: Tensor) -> list[str]:
 
 
 def dtype_reasons(tensor: Tensor, *supported: torch.dtype) -> list[str]:
-    """The dtype is none of theirs."""
+    """The reason, if any, that the tensor's dtype isn't supported."""
     if tensor.dtype in supported:
         return []
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported)

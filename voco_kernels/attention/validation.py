@@ -1,4 +1,4 @@
-"""Checks of ``masked_attention``'s arguments, made before any backend is asked."""
+"""Validation of ``masked_attention``'s arguments, before a backend is chosen."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def validate(
     scale: float | None,
     deterministic: bool,
 ) -> None:
-    """Raise for arguments that no backend is to serve; see ``masked_attention`` for the contract.
+    """Raise if the arguments break the contract in ``masked_attention``'s docstring.
 
     Raises:
-        TypeError: wrong types or dtypes.
-        ValueError: shapes, strides, devices or a scale that don't fit together.
-        NotImplementedError: forward-mode derivatives.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, strides or devices don't match, or the scale isn't finite and positive.
+        NotImplementedError: a tensor has a forward-mode tangent.
     """
     if not isinstance(layout, MaskLayout):
         raise TypeError(
@@ -44,7 +44,7 @@ def validate(
             )
         if not tensor.dtype.is_floating_point or tensor.dtype != q.dtype:
             raise TypeError(
-                f"expected q, k and v of one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+                f"expected q, k and v in one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
             )
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(
@@ -54,23 +54,23 @@ def validate(
     batch, heads, length, head_dim = q.shape
     if (batch, length) != (layout.batch, layout.length):
         raise ValueError(
-            f"expected q of the layout's batch {layout.batch} and length {layout.length}, got batch "
+            f"expected q with the layout's batch {layout.batch} and length {layout.length}, got batch "
             f"{batch} and length {length} (q is {list(q.shape)})"
         )
     kv_heads = k.shape[1]
     if k.shape != (batch, kv_heads, length, head_dim) or v.shape != k.shape:
         raise ValueError(
-            f"expected k and v of one shape [{batch}, kv_heads, {length}, {head_dim}] to go with q "
+            f"expected k and v of shape [{batch}, kv_heads, {length}, {head_dim}] to match q "
             f"{list(q.shape)}, got k {list(k.shape)} and v {list(v.shape)}"
         )
     if heads == 0 or kv_heads == 0 or heads % kv_heads:
         raise ValueError(
-            "expected at least one query head, and a number divisible by the key/value heads, got "
+            "expected a positive number of query heads divisible by the number of key/value heads, got "
             f"{heads} and {kv_heads}"
         )
     if head_dim == 0:
         raise ValueError(f"expected head_dim >= 1, got q of shape {list(q.shape)}")
-    # A custom operator would drop the tangents without a word.
+    # A custom operator would drop the tangents silently.
     if forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(tensor).tangent is not None for tensor in (q, k, v)
     ):
@@ -95,9 +95,9 @@ def _is_numpy_number(value: object) -> bool:
 
 
 def cast_for_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under ``torch.autocast``, q, k and v in its dtype, as SDPA does; otherwise unchanged."""
+    """Cast q, k and v to autocast's dtype if it is enabled, as SDPA does."""
     device = q.device.type
-    if device == "meta":  # there is no autocast on it, and asking raises
+    if device == "meta":  # has no autocast, and is_autocast_enabled raises for it
         return q, k, v
     if torch.is_autocast_enabled(device) and q.dtype.is_floating_point and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)

@@ -1,4 +1,4 @@
-"""The mask as a value: ``MaskLayout``, its constructors, and the schedule that kernels walk."""
+"""``MaskLayout``, which represents the attention mask, and the schedule that kernels follow."""
 
 from voco_kernels.layout.layout import MaskLayout
 

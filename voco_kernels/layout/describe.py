@@ -1,4 +1,4 @@
-"""Layouts in words, and the kinds of tokens that a mask reveals.
+"""Text descriptions of layouts, and token kinds recovered from a mask.
 
 A row's mask is given as its ``visible_from`` and ``visible_until``, integers ``[S]``.
 """
@@ -21,14 +21,14 @@ _NAMES = {"voco": "VoCo"}
 
 
 def token_kinds(visible_from: Tensor, visible_until: Tensor) -> tuple[Tensor, Tensor]:
-    """Read from a row's mask what each of its tokens is.
+    """Infer the kind of each token from a row's mask.
 
-    Vision tokens that every later token may see (in a document that ends with its VoCo tokens) look
-    like text, and so do their VoCo tokens: the mask is plain causal there.
+    In a document that ends with its VoCo tokens, every later token may see the vision tokens. The mask
+    is plain causal there, so those vision and VoCo tokens count as text.
 
     Returns:
-        kinds, indices into ``TOKEN_KINDS``, and where the document of each token stops (0 for
-        padding); int64 ``[S]`` on the CPU.
+        Two int64 tensors ``[S]`` on the CPU: each token's kind, an index into ``TOKEN_KINDS``, and the
+        position where its document stops (0 for padding).
     """
     visible_from, visible_until = visible_from.long().cpu(), visible_until.long().cpu()
     position = torch.arange(len(visible_from))
@@ -44,7 +44,7 @@ def token_kinds(visible_from: Tensor, visible_until: Tensor) -> tuple[Tensor, Te
 
 
 def row_documents(visible_from: Tensor, visible_until: Tensor) -> list[list[Span]]:
-    """The spans of a row's documents, without padding: what ``MaskLayout.packed`` takes."""
+    """The spans of a row's documents, without padding, as ``MaskLayout.packed`` takes them."""
     kinds, document_stop = token_kinds(visible_from, visible_until)
     documents = []
     for stop, tokens in groupby(
@@ -57,7 +57,7 @@ def row_documents(visible_from: Tensor, visible_until: Tensor) -> list[list[Span
 
 
 def describe_row(visible_from: Tensor, visible_until: Tensor) -> str:
-    """``vision 576 | VoCo 1 | text 114``, or the like for several documents."""
+    """Describe a row, e.g. ``vision 576 | VoCo 1 | text 114``; several documents are summarized."""
     documents = row_documents(visible_from, visible_until)
     if not documents:
         return "padding only"
@@ -74,11 +74,11 @@ def describe_row(visible_from: Tensor, visible_until: Tensor) -> str:
 
 
 def describe_layout(visible_from: Tensor, visible_until: Tensor, pairs: int) -> str:
-    """One line: size, device, the rows' spans, and the visible pairs. A host sync on CUDA.
+    """Describe a layout in one line: size, device, spans and visible pairs. A host sync on CUDA.
 
     Args:
-        visible_from, visible_until: a layout's, ``[B, S]``.
-        pairs: visible (query, key) pairs in all rows.
+        visible_from, visible_until: the layout's tensors, ``[B, S]``.
+        pairs: number of visible (query, key) pairs in the whole batch.
     """
     batch, length = visible_from.shape
     position = torch.arange(length, device=visible_from.device)
@@ -100,7 +100,7 @@ def describe_layout(visible_from: Tensor, visible_until: Tensor, pairs: int) -> 
 
 
 def _isolates(visible_from: Tensor, visible_until: Tensor) -> bool:
-    """Whether neighbours in one document see it from different starts."""
+    """Whether adjacent tokens of one document differ in the first key that they may see."""
     _, document_stop = token_kinds(visible_from, visible_until)
     starts = visible_from.cpu()
     same_document = (document_stop[1:] == document_stop[:-1]) & (document_stop[1:] > 0)

@@ -1,4 +1,4 @@
-"""Where packed documents start, from each of the ways in which collators mark it.
+"""Document boundaries in packed rows, from any of the four markers that collators use.
 
 ============================  =================================================================
 ``position_ids [B, S]``       a document starts wherever they don't increase by 1
@@ -7,8 +7,8 @@
 ``cu_seqlens [documents + 1]``  cumulative lengths over the ``B * S`` tokens, row after row
 ============================  =================================================================
 
-Where several are given they have to agree. In eager mode on the CPU a disagreement is a ``ValueError``;
-on an accelerator and under ``torch.compile`` it is an assertion on the device, without a host sync.
+If several are given, they must agree. In eager mode on the CPU a disagreement raises ``ValueError``; on
+an accelerator and under ``torch.compile`` it fails an assertion on the device, without a host sync.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from voco_kernels.layout.scans import last_index_where, shift_right
 def starts_of_documents(
     real: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> Tensor:
-    """bool ``[B, S]``: the first tokens of documents, by either marker; ``real`` is False in padding."""
+    """bool ``[B, S]``: True where either marker starts a document; ``real`` is False for padding."""
     starts = real & ~shift_right(real, False)
     if attention_mask is not None:
         starts = starts | _changes(attention_mask, real)
@@ -39,17 +39,17 @@ def document_positions(
     sequence_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """int64 ``[B, S]``: each token's place in its document, from 0; unspecified in padding.
+    """int64 ``[B, S]``: each token's position in its document, from 0; unspecified for padding.
 
     Args:
-        input_ids: ``[B, S]``, for shape and device only.
+        input_ids: ``[B, S]``; only its shape and device are used.
         attention_mask, position_ids, sequence_ids, cu_seqlens: integers on that device, as in
-            ``MaskLayout.from_input_ids``; a bool attention_mask numbers nothing.
+            ``MaskLayout.from_input_ids``; a bool attention_mask marks padding only, no documents.
 
     Raises:
-        TypeError: a marker that isn't an integer tensor.
-        ValueError: one of another shape or device. On the CPU outside ``torch.compile`` also markers
-            that disagree, cu_seqlens that don't cover the tokens, and numbers that decrease.
+        TypeError: a marker isn't an integer tensor.
+        ValueError: a marker has the wrong shape or device. On the CPU, outside ``torch.compile``, also
+            if markers disagree, cu_seqlens don't cover the tokens, or document numbers decrease.
     """
     check_markers(input_ids, attention_mask, position_ids, sequence_ids, cu_seqlens)
     real = torch.ones_like(input_ids, dtype=torch.bool)
@@ -71,7 +71,7 @@ def document_positions(
         if attention_mask is not None:
             _check_growing(attention_mask)
             if not bool((attention_mask > 1).any()):
-                starts.pop("attention_mask", None)  # 0 and 1 number nothing
+                starts.pop("attention_mask", None)  # only 0 and 1: a padding mask
         _check_agreement(starts)
     else:
         _assert_on_device(starts, attention_mask, cu_seqlens, real)
@@ -89,7 +89,7 @@ def check_markers(
     sequence_ids: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    """Raise for markers of the wrong type, shape or device; no values are read."""
+    """Raise if a marker has the wrong type, shape or device. Doesn't read the values."""
     rows = {
         "attention_mask": attention_mask,
         "position_ids": position_ids,
@@ -120,7 +120,7 @@ def check_markers(
 
 
 def check_numbered_documents(attention_mask: Tensor, position_ids: Tensor | None) -> None:
-    """Raise ``ValueError`` if an attention_mask's document numbers decrease along a row, or disagree
+    """Raise ``ValueError`` if an attention_mask's document numbers decrease along a row or disagree
     with position_ids. Reads the values."""
     if attention_mask.dtype == torch.bool:
         return
@@ -139,7 +139,7 @@ def check_numbered_documents(attention_mask: Tensor, position_ids: Tensor | None
 
 
 def _changes(numbers: Tensor, real: Tensor) -> Tensor:
-    """Real tokens whose number is another than that of the token before."""
+    """Real tokens whose number differs from that of the token before."""
     return real & (numbers != shift_right(numbers, 0))
 
 
@@ -149,14 +149,14 @@ def _restarts(position_ids: Tensor, real: Tensor) -> Tensor:
 
 
 def _starts_of_lengths(cu_seqlens: Tensor, real: Tensor) -> Tensor:
-    # Clamped, so that a wrong value can't write elsewhere; the check of values is another matter.
+    # Clamped so that a wrong value can't write out of bounds; the checks report it.
     index = cu_seqlens.long().clamp(0, real.numel())
     flags = torch.zeros(real.numel() + 1, dtype=torch.bool, device=real.device)
     return flags.index_fill(0, index, True)[:-1].view_as(real)
 
 
 def _covers(cu_seqlens: Tensor, real: Tensor) -> dict[str, Tensor]:
-    """What cumulative lengths have to fulfil, bool scalars."""
+    """The conditions that cumulative lengths must meet, each with a bool scalar tensor."""
     batch, length = real.shape
     last = cu_seqlens[-1]
     behind = torch.arange(real.numel(), device=real.device) >= last
@@ -164,7 +164,7 @@ def _covers(cu_seqlens: Tensor, real: Tensor) -> dict[str, Tensor]:
     return {
         "starting at 0": cu_seqlens[0] == 0,
         "never decreasing": (cu_seqlens[1:] >= cu_seqlens[:-1]).all(),
-        f"up to the {real.numel()} tokens of the batch (fewer only for padding behind them)": (
+        f"up to the {real.numel()} tokens of the batch (or fewer, if only padding follows)": (
             last <= real.numel()
         )
         & ~(behind & real.flatten()).any(),
@@ -187,8 +187,8 @@ def _check_growing(attention_mask: Tensor) -> None:
         return
     if bool((attention_mask < 0).any()):
         raise ValueError(
-            "expected an attention_mask of 0 for padding and 1, or the number of its document, for "
-            f"each token, got {int(attention_mask.min())}; pass attention_mask != 0 if 0 is padding"
+            "expected an attention_mask with 0 for padding and, for each token, 1 or its document's "
+            f"number, got {int(attention_mask.min())}; pass attention_mask != 0 if 0 is padding"
         )
     real = attention_mask != 0
     highest = attention_mask.cummax(1).values
@@ -211,8 +211,8 @@ def _check_agreement(starts: dict[str, Tensor]) -> None:
             has, lacks = (one, other) if bool(of_one[row, position]) else (other, one)
             raise ValueError(
                 f"expected {one} and {other} to agree on where documents start, got a start at "
-                f"position {position} of row {row} by {has} and none by {lacks}; pass one of them "
-                "only, or mend the other"
+                f"position {position} of row {row} in {has} but not in {lacks}; pass only one of "
+                "them, or correct the other"
             )
 
 
@@ -222,7 +222,7 @@ def _assert_on_device(
     cu_seqlens: Tensor | None,
     real: Tensor,
 ) -> None:
-    """The same checks where values can't be read: the device stops with the message."""
+    """Make the same checks where the host can't read values, as assertions on the device."""
     if cu_seqlens is not None:
         for condition, holds in _covers(cu_seqlens, real).items():
             torch._assert_async(holds, f"expected cu_seqlens {condition}")

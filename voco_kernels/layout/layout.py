@@ -1,4 +1,4 @@
-"""``MaskLayout``: which token sees which, as a value that every backend shares."""
+"""``MaskLayout``, the compact representation of the attention mask that all backends share."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from voco_kernels.layout.token_ids import check_context, check_padding
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MaskLayout:
-    """The VoCo attention mask of a batch, two integers a token.
+    """The VoCo attention mask of a batch, stored as two integers per token.
 
     Query ``i`` sees key ``j`` if and only if ``visible_from[i] <= j <= i`` and
-    ``i < visible_until[j]``. With one image this is Eq. 3 of VoCo-LLaMA (arXiv 2406.12275) on top of
-    causality: text sees the VoCo tokens and the text before it, never the image behind them.
+    ``i < visible_until[j]``. With one image this is Eq. 3 of VoCo-LLaMA (arXiv 2406.12275) combined
+    with the causal mask: text sees the VoCo tokens and earlier text, but never the image itself.
 
-    Build one with a constructor below, once per batch; all layers and all backends share it. Its
-    tensors belong together: don't write to them.
+    Build one per batch with a constructor below; all layers and all backends share it. Its tensors
+    depend on each other, so don't write to them.
 
     Attributes:
         visible_from: int32 ``[B, S]``, the first key that a query may see. ``S`` for padding, which
             sees nothing.
         visible_until: int32 ``[B, S]``, one past the last query that may see this key. 0 for padding,
-            which is seen by nothing.
-        schedule: the tiles that kernels walk, derived from the two (see ``schedule.py``).
+            which no query sees.
+        schedule: the tiles that kernels process, derived from these two (see ``schedule.py``).
     """
 
     visible_from: Tensor
@@ -63,7 +63,7 @@ class MaskLayout:
         *,
         device: torch.device | str | None = None,
     ) -> MaskLayout:
-        """The paper's sequence ``[vision | VoCo | text]`` (Eq. 2), ``batch`` equal rows.
+        """Build ``batch`` equal rows of the paper's sequence ``[vision | VoCo | text]`` (Eq. 2).
 
         Args:
             vision: the number of vision tokens. ``vision=voco=0`` is plain causal attention.
@@ -71,8 +71,8 @@ class MaskLayout:
             text: the number of text tokens.
 
         Raises:
-            ValueError: a negative length, an empty row, VoCo tokens with no vision before them, more
-                than 2**28 tokens in all.
+            ValueError: a length is negative, a row is empty, VoCo tokens have no vision tokens before
+                them, or there are more than 2**28 tokens in total.
         """
         spans = [("vision", vision), ("voco", voco), ("text", text)]
         if not is_integer(batch) or batch < 1:
@@ -93,20 +93,22 @@ class MaskLayout:
         padding_side: str = "right",
         device: torch.device | str | None = None,
     ) -> MaskLayout:
-        """One list of ``(kind, length)`` a row; kinds are ``"vision"``, ``"voco"``, ``"text"``.
+        """Build a layout from one list of ``(kind, length)`` spans per row.
 
-        A run of vision tokens followed by its run of VoCo tokens is a *segment* (an image, a tile, a
-        video frame); any number of segments may stand in a row, with text between them. Vision tokens
-        that no VoCo tokens follow are seen like text. Rows of different length are padded.
+        Kinds are ``"vision"``, ``"voco"`` and ``"text"``. Vision tokens followed directly by VoCo tokens
+        form a *segment* (an image, a tile, a video frame). A row can have any number of segments, with
+        or without text between them. Vision tokens with no VoCo tokens after them are treated like
+        text. Rows are padded to the length of the longest.
 
         Args:
-            isolated: a segment's vision and VoCo tokens do not see what stood before the segment, so
-                that its cache does not depend on it.
+            rows: the spans of each row.
+            isolated: a segment's vision and VoCo tokens don't see anything before the segment, so its
+                cached keys and values don't depend on what precedes it.
             padding_side: ``"right"`` or ``"left"``.
 
         Raises:
-            ValueError: an unknown kind, a negative length, an empty row, VoCo tokens that do not
-                directly follow vision tokens, more than 2**28 tokens in all.
+            ValueError: a kind is unknown, a length is negative, a row is empty, VoCo tokens don't
+                directly follow vision tokens, or there are more than 2**28 tokens in total.
         """
         documents = [[row] for row in rows]
         return cls._from_host(
@@ -122,7 +124,10 @@ class MaskLayout:
         isolated: bool = False,
         device: torch.device | str | None = None,
     ) -> MaskLayout:
-        """Documents one after the other in a batch of 1; none sees another. Spans as above."""
+        """Pack documents into one row (batch size 1); no document sees another.
+
+        Each document is a list of spans, as in ``from_spans``.
+        """
         return cls._from_host(
             *visibility_from_documents([documents], isolated=isolated, padding_side="right"), device
         )
@@ -140,37 +145,38 @@ class MaskLayout:
         cu_seqlens: Tensor | None = None,
         isolated: bool = False,
     ) -> MaskLayout:
-        """Read the layout off token ids, on their device, with no host sync on CUDA.
+        """Build a layout from token ids, on their device, with no host sync on CUDA.
 
-        A run of VoCo tokens hides the context it replaces from all that follows. Of a document's first
-        run that is everything before it, text included (the authors' ``make_voco_mask_llava``; Listing
-        2 of the supplement). Of a later run it is everything since the run before, or, where
-        ``image_token_id`` is given, everything from the first image token since: text between images
-        stays text. A row without VoCo tokens is plain causal.
+        Consecutive VoCo tokens hide the context that they replace from every later token. For the first
+        VoCo tokens of a document, that context is everything before them, including text (as in the
+        authors' ``make_voco_mask_llava``; Listing 2 of the supplement). For later ones, it is everything
+        since the previous VoCo tokens or, if ``image_token_id`` is given, everything from the first
+        image token after those, so that text between images stays visible. A row without VoCo tokens
+        is plain causal.
 
         Args:
             input_ids: integer ``[B, S]``.
             voco_token_id: the id of ``<VoCo>``.
             image_token_id: the id of the image placeholder.
-            attention_mask: bool or integer ``[B, S]``, 0 for padding on the left or on the right. Other
-                integers number the documents packed into a row, ``1 1 2 2 2``.
-            position_ids: integer ``[B, S]`` of packed rows: a document starts wherever they don't
+            attention_mask: bool or integer ``[B, S]``, 0 for padding on the left or on the right. Larger
+                integers number the documents packed into a row, e.g. ``1 1 2 2 2``.
+            position_ids: integer ``[B, S]``, for packed rows: a document starts wherever they don't
                 increase by 1, as in Transformers.
-            sequence_ids: integer ``[B, S]`` of packed rows: a document starts wherever they change
+            sequence_ids: integer ``[B, S]``, for packed rows: a document starts wherever they change
                 (``seq_idx`` in Transformers).
-            cu_seqlens: integer ``[documents + 1]`` of packed rows, cumulative lengths from 0 to
-                ``B * S``, row after row (``cu_seq_lens_q`` in Transformers). In a single row that is
-                padded on the right, they may stop where its padding begins.
+            cu_seqlens: integer ``[documents + 1]``, for packed rows: cumulative lengths from 0 to
+                ``B * S``, row after row (``cu_seq_lens_q`` in Transformers). For a single row padded
+                on the right, they may end where the padding begins.
             isolated: see ``from_spans``.
 
         Raises:
-            TypeError, ValueError: arguments that don't fit together.
-            ValueError: on the CPU, outside ``torch.compile``: VoCo tokens with no context before them,
-                an attention_mask with holes, or markers of documents that disagree, don't cover the
-                tokens or decrease. On CUDA such a check would need a host sync: there, a VoCo token with
-                nothing before it counts as text, a hole divides documents, a document starts where
-                either attention_mask or position_ids says so, and wrong sequence_ids or cu_seqlens fail
-                an assertion on the device.
+            TypeError, ValueError: the arguments are invalid or don't fit together.
+            ValueError: on the CPU, outside ``torch.compile``: VoCo tokens have no context before them,
+                the attention_mask has holes, or document markers disagree, decrease or don't cover the
+                tokens. On CUDA these checks would need a host sync. There, a VoCo token with nothing
+                before it counts as text, a hole separates documents, a document starts where either
+                attention_mask or position_ids says so, and wrong sequence_ids or cu_seqlens fail an
+                assertion on the device.
         """
         if not isinstance(input_ids, Tensor) or not is_integer(voco_token_id):
             raise TypeError(
@@ -233,26 +239,28 @@ class MaskLayout:
         return self.visible_from.device
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors of this value, in the order in which ``from_tensors`` takes them."""
+        """All tensors of the layout, in the order in which ``from_tensors`` takes them."""
         return (self.visible_from, self.visible_until, *self.schedule)
 
     @classmethod
     def from_tensors(
         cls, visible_from: Tensor, visible_until: Tensor, *schedule: Tensor
     ) -> MaskLayout:
-        """Put together again what ``tensors`` took apart; nothing is checked or computed."""
+        """Rebuild a layout from the result of ``tensors``; nothing is checked or computed."""
         return cls(visible_from, visible_until, Schedule(*schedule))
 
     def to(self, device: torch.device | str) -> MaskLayout:
-        """The same layout on another device; itself where it is there already."""
+        """Return the layout on ``device``; ``self`` if it is already there."""
         target = torch.device(device)
         if target == self.device:
             return self
         return MaskLayout.from_tensors(*(tensor.to(target) for tensor in self.tensors()))
 
     def materialize(self) -> Tensor:
-        """The dense mask, bool ``[B, S, S]`` (query, key), True where visible. Tests and pictures
-        only: it takes the S^2 memory that everything else here avoids."""
+        """The dense mask, bool ``[B, S, S]`` (query, key), True where visible.
+
+        For tests and plots only: it takes O(S^2) memory, which everything else here avoids.
+        """
         position = torch.arange(self.length, device=self.device)
         query, key = position[:, None], position[None, :]
         return (
@@ -262,7 +270,7 @@ class MaskLayout:
         )
 
     def pairs(self) -> int:
-        """The number of visible (query, key) pairs of the whole batch: the useful work of one head."""
+        """The number of visible (query, key) pairs in the batch: the useful work per query head."""
         tiles = self.schedule.host_query_tiles()
         start, stop, key_start = tiles[:, START], tiles[:, STOP], tiles[:, KEY_START]
         rows = stop - start
@@ -272,16 +280,17 @@ class MaskLayout:
         return int(torch.where(padding, 0, contiguous + gathered).sum())
 
     def flops(self, num_heads: int, head_dim: int, *, backward: bool = False) -> int:
-        """Useful floating-point operations of one call with ``num_heads`` query heads.
+        """The useful floating-point operations in one call with ``num_heads`` query heads.
 
-        Forward ``4 * head_dim * num_heads * pairs`` (two products, a multiply and an add each);
-        ``backward=True`` gives the backward pass alone, 2.5 times that (five products).
+        The forward pass takes ``4 * head_dim * num_heads * pairs`` (two matrix products, each with a
+        multiply and an add); with ``backward=True``, the backward pass alone takes 2.5 times that
+        (five products).
         """
         forward = 4 * head_dim * num_heads * self.pairs()
         return forward * 5 // 2 if backward else forward
 
     def plot(self, path: str | PathLike, row: int = 0) -> None:
-        """Write a PNG of one row's mask: queries down, keys across, coloured by kind of key.
+        """Write a PNG of one row's mask: a row per query, a column per key, colored by kind of key.
 
         Raises:
             ImportError: matplotlib is not installed.

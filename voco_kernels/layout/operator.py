@@ -1,6 +1,6 @@
-"""``voco_kernels::layout_from_token_ids``: from token ids to all tensors of a ``MaskLayout``.
+"""The operator ``voco_kernels::layout_from_token_ids``, which builds a ``MaskLayout``'s tensors.
 
-One operator, so that ``torch.compile`` and graph capture see one node and no Python state.
+It is one operator so that ``torch.compile`` and graph capture see one node and no Python state.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def layout_from_token_ids(
     position_ids: Tensor | None,
     isolated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The tensors that ``MaskLayout.from_tensors`` takes, and which VoCo tokens have no context to
-    compress (bool ``[B, S]``); arguments as in ``MaskLayout.from_input_ids``, not checked.
+    """The tensors that ``MaskLayout.from_tensors`` takes, and a mask (bool ``[B, S]``) of the VoCo
+    tokens that have no context to compress. Arguments as in ``MaskLayout.from_input_ids``, unchecked.
 
-    On CUDA a few Triton kernels compute what the torch code specifies, equal in every element that
-    is specified; where Triton is not installed, the torch code runs there too. No host sync.
+    The torch code is the specification. On CUDA a few Triton kernels compute the same values (except
+    for elements that are unspecified); without Triton, the torch code runs there too. No host sync.
     """
     if input_ids.is_cuda and input_ids.numel() > 0 and _has_triton():
         from voco_kernels.layout import triton as triton_layout
@@ -41,7 +41,7 @@ def layout_from_token_ids(
         input_ids, voco_token_id, image_token_id, attention_mask, position_ids, isolated=isolated
     )
     schedule = build_schedule(visible_from, visible_until)
-    # Contiguous, as the fake kernel promises, whatever the strides of input_ids.
+    # Contiguous for any strides of input_ids, as the fake kernel promises.
     since, until = (rows.int().contiguous() for rows in (visible_from, visible_until))
     query_tiles, key_tiles, counts, kept, readers = schedule
     return since, until, query_tiles, key_tiles, counts, kept, readers, stray.contiguous()

@@ -1,4 +1,4 @@
-"""One row of a layout as a picture: queries down, keys across, coloured by kind of key."""
+"""Plots of one row's mask: a row per query, a column per key, colored by kind of key."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _LABELS = {VISION: "vision", VOCO: "VoCo", TEXT: "text", PADDING: "padding"}
-# Colours that colour-blind people can tell apart (Okabe and Ito).
+# Okabe and Ito's palette, distinguishable with color blindness.
 _COLOURS = {VISION: "#56b4e9", VOCO: "#d55e00", TEXT: "#009e73", PADDING: "#c8c8c8"}
 _HIDDEN, _STRIPES, _UNSEEN = "#f6f1e4", "#e3d9bf", "#ffffff"
-_PIXELS = 1200  # to a side of the mask; stripes are this many apart:
-_STRIPE_PERIOD = 28
-_NARROWEST = 0.035  # share of an axis that a band takes at least, while all bands have room
-_MOST_LABELS = 26  # bands to an axis; with more, the title has to do
+_PIXELS = 1200  # per side of the mask
+_STRIPE_PERIOD = 28  # pixels
+_NARROWEST = 0.035  # least share of an axis that a band takes, if there is room for all
+_MOST_LABELS = 26  # with more bands on an axis, none is labelled and only the title describes them
 
 
 class _Band(NamedTuple):
-    """Neighbours of one kind and one document, and where on an axis of length 1 they lie."""
+    """Adjacent tokens of one kind and document, and their place on an axis of length 1."""
 
     kind: int
     start: int
@@ -44,10 +44,10 @@ class _Band(NamedTuple):
 
 
 def plot_row(visible_from: Tensor, visible_until: Tensor, path: str | PathLike) -> None:
-    """Write a PNG of one row's mask, its ``visible_from`` and ``visible_until`` ``[S]``, to ``path``.
+    """Write a PNG of one row's mask to ``path``; ``visible_from`` and ``visible_until`` are ``[S]``.
 
-    Short runs of tokens are drawn wider than they are, so that one VoCo token beside 576 vision
-    tokens can be seen. The numbers are true.
+    Short bands of tokens are drawn wider than to scale, so that one VoCo token next to 576 vision
+    tokens can be seen. Their labels give the true numbers.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -56,11 +56,11 @@ def plot_row(visible_from: Tensor, visible_until: Tensor, path: str | PathLike) 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "expected matplotlib for MaskLayout.plot, found none: pip install 'voco-kernels[bench]'"
+            "MaskLayout.plot needs matplotlib: pip install 'voco-kernels[bench]'"
         ) from error
     kinds, document_stop = (each.numpy() for each in token_kinds(visible_from, visible_until))
     bands = _bands(kinds, document_stop)
-    # Inches: the mask is a square of 7.4, with its strips and labels around it.
+    # In inches: the mask is a square of 7.4, surrounded by its strips and labels.
     width, height = 9.4, 10.4
     figure = Figure(figsize=(width, height), dpi=120)
     axes = figure.add_axes((1.75 / width, 1.35 / height, 7.4 / width, 7.4 / height))
@@ -96,7 +96,7 @@ def _draw_mask(
     document_stop: np.ndarray,
     bands: list[_Band],
 ) -> dict[str, str]:
-    """The mask, sampled at pixels; returns the colours in it, by their meaning."""
+    """Draw the mask, sampled at pixels, and return the legend: colors by label."""
     from matplotlib.colors import to_rgb
 
     token = _tokens_at_pixels(bands)
@@ -145,7 +145,7 @@ def _label_largest_hidden_block(
     axes: Axes, bands: list[_Band], visible_until: np.ndarray, document_stop: np.ndarray
 ) -> None:
     def block(key_band: _Band) -> tuple[float, float, float, float]:
-        """Its area, middle and height: from the band's segment to the end of its document."""
+        """Area, center x and y, and width of the block that these keys hide from later queries."""
         inside = [
             band
             for band in bands
@@ -165,10 +165,10 @@ def _label_largest_hidden_block(
 
 
 def _draw_strips(axes: Axes, bands: list[_Band]) -> None:
-    """The kinds of the tokens along both axes, their numbers, and where they change."""
+    """Draw strips along both axes with the tokens' kinds and counts, and lines where they change."""
     from matplotlib.patches import Rectangle
 
-    near, far = -0.034, -0.008  # beside the mask, whose axes run from 0 to 1
+    near, far = -0.034, -0.008  # next to the mask, which spans 0 to 1 on both axes
     few = len(bands) <= _MOST_LABELS
     for band in bands:
         length, colour = band.high - band.low, _COLOURS[band.kind]

@@ -1,18 +1,20 @@
-"""What kernels walk: tiles of queries and tiles of keys, laid out along the mask's own structure.
+"""The schedule that attention kernels follow: tables of query tiles and key tiles that cover the mask.
 
-Two facts make every tile simple. Call a key *hidden* if some later query of its document can't see it
-(the vision tokens of a segment that text follows) and *kept* otherwise.
+A key is *hidden* if some later query of its document can't see it (the vision tokens of a segment that
+is followed by text), and *kept* otherwise. Every tile is simple because of two properties of the mask:
 
-* Cut the queries into *runs* where a segment ends (and where documents or padding begin). Between the
-  last hidden key before a run and the query itself, every key is visible: one contiguous stretch, causal
-  at its end. What a run sees before that stretch are kept keys only, a contiguous range of the compact
-  list ``kept``, all visible to all of the run (its *prefix*). So a text query behind 64 images with one
-  VoCo token each reads a prefix of 63 keys, not 64 hidden blocks.
-* Keys, in turn, are either hidden (read by a contiguous range of queries, causal at its start) or kept
-  (read by a range of the compact list ``readers``: queries that see any kept key at all). Kept keys
-  behind a document's last image are read by all that follows: contiguous again.
+* Queries are cut into *runs*: a new run begins where a segment ends and where a document or padding
+  begins. Every key between the last hidden key before a run and the query itself is visible: one
+  contiguous range, causal at its end. Before that range a run sees only kept keys. They are a contiguous
+  range of the compact list ``kept``, the run's *prefix*, and all of the run's queries see all of them.
+  So a text query after 64 images with one VoCo token each reads a prefix of 63 keys instead of 64
+  blocks of hidden keys.
+* A hidden key is read by a contiguous range of queries, causal at its start. A kept key is read by a
+  range of the compact list ``readers``, the queries that see any kept key at all. Kept keys after a
+  document's last image are read by every later query of the document, again a contiguous range.
 
-Tiles start where runs start, so no tile straddles a segment. ``docs/schedule.md`` has the pictures.
+Tiles start where runs start, so no tile crosses the end of a segment. See the pictures in
+``docs/schedule.md``.
 """
 
 from __future__ import annotations
@@ -25,38 +27,39 @@ from torch import Tensor
 from voco_kernels.layout.scans import last_index_where, next_index_where, shift_left, shift_right
 
 TILE = 128
-"""Rows of a tile. Kernels with smaller blocks split it."""
+"""Rows in a tile. Kernels with smaller blocks split it."""
 
 MOST_TOKENS = 2**28
-"""Of a batch, padding included: eight columns of int32 for each are what kernels can address."""
+"""Maximum tokens in a batch, including padding: offsets in the tile tables are int32."""
 
-# Both tables of tiles have this many columns, and these are the elements of ``counts``.
+# The number of columns of both tile tables, and the indices of the elements of ``counts``.
 TILE_COLUMNS = 8
 QUERY_TILES, KEY_TILES = 0, 1
 
-# Columns of a query tile: its row of the batch, its queries [start, stop), the first key of its
-# contiguous stretch, its prefix [start, stop) in ``kept``, and the run it was cut from.
+# Columns of a query tile: its row in the batch, its queries [start, stop), the first key of its
+# contiguous range, its prefix [start, stop) in ``kept``, and the run [start, stop) that it is part of.
 ROW, START, STOP, KEY_START, PREFIX_START, PREFIX_STOP, RUN_START, RUN_STOP = range(TILE_COLUMNS)
 
-# Columns of a key tile: its row (ROW), and these. Contiguous (KIND 0): keys and queries are token
-# positions. Gathered (KIND 1): keys [start, stop) are ranks in ``kept``, queries [start, stop) are ranks
-# in ``readers``.
+# Columns of a key tile: its row (ROW), its kind, its keys [start, stop) and its queries [start, stop).
+# Contiguous (KIND 0): keys and queries are token positions. Gathered (KIND 1): keys are indices into
+# ``kept``, and queries are indices into ``readers``.
 KIND, KEY_TILE_START, KEY_TILE_STOP, QUERY_START, QUERY_STOP = range(1, 6)
 CONTIGUOUS, GATHERED = 0, 1
 
 
 class Schedule(NamedTuple):
-    """Tensors on the layout's device, int32, their shapes functions of ``[B, S]`` alone.
+    """int32 tensors on the layout's device, whose shapes depend only on ``[B, S]``.
 
     Attributes:
-        query_tiles: ``[B * S, 8]``, the first ``counts[0]`` rows are tiles, the last row's last
-            tile first: late queries see the most keys, and long work is best started early.
-        key_tiles: ``[B * S, 8]``, the first ``counts[1]`` rows are tiles, the first row's first
-            tile first: early keys are seen by the most queries. What lies behind the tiles, in
-            either table, is unspecified.
-        counts: ``[2]``.
-        kept: ``[B, S]``, the positions of each row's kept keys, in order; 0 behind the last.
-        readers: ``[B, S]``, the positions of each row's queries that see any kept key; likewise.
+        query_tiles: ``[B * S, 8]``. The first ``counts[0]`` rows are tiles, in descending order of batch
+            row and position: late queries see the most keys, and it is best to start long work early.
+        key_tiles: ``[B * S, 8]``. The first ``counts[1]`` rows are tiles, in ascending order of batch
+            row and position: early keys are seen by the most queries. In both tables, the rows after
+            the tiles are unspecified.
+        counts: ``[2]``, the numbers of query tiles and key tiles.
+        kept: ``[B, S]``, the positions of each row's kept keys, in order, then zeros.
+        readers: ``[B, S]``, the positions of each row's queries that see any kept key, in order, then
+            zeros.
     """
 
     query_tiles: Tensor
@@ -66,13 +69,13 @@ class Schedule(NamedTuple):
     readers: Tensor
 
     def host_query_tiles(self) -> Tensor:
-        """The query tiles that there are, by row and position, int64 ``[n, 8]`` on the CPU (a host
-        sync on CUDA)."""
+        """The query tiles, sorted by row and position, int64 ``[n, 8]`` on the CPU (a host sync on
+        CUDA)."""
         return self.query_tiles[: int(self.counts[0])].flip(0).long().cpu()
 
     def host_runs(self) -> list[list[int]]:
-        """One query tile for each run instead of one for each ``TILE`` rows of it, as lists; by row
-        and position."""
+        """Like ``host_query_tiles``, but as lists, with one tile per run instead of one per ``TILE``
+        queries."""
         tiles = self.host_query_tiles()
         runs = tiles[tiles[:, START] == tiles[:, RUN_START]]
         runs[:, STOP] = runs[:, RUN_STOP]
@@ -80,7 +83,7 @@ class Schedule(NamedTuple):
 
 
 def build_schedule(visible_from: Tensor, visible_until: Tensor) -> Schedule:
-    """The schedule of a mask, integer ``[B, S]`` each; no host sync, shapes static."""
+    """Build the schedule of a mask given as integers ``[B, S]``. No host sync; shapes are static."""
     visible_from, visible_until = visible_from.long(), visible_until.long()
     batch, length = visible_from.shape
     position = torch.arange(length, device=visible_from.device).expand(batch, length)
@@ -132,8 +135,8 @@ def build_schedule(visible_from: Tensor, visible_until: Tensor) -> Schedule:
         visible_until != shift_right(visible_until, -1)
     )
     group_start, group_stop = last_index_where(group_starts), _stop_of_group(group_starts)
-    # Behind a document's last hidden key and last change of visible_from (text behind the last image)
-    # nothing is left to gather: keys and queries are contiguous up to the document's stop.
+    # After a document's last hidden key and last change of visible_from (text after the last image),
+    # nothing needs gathering: keys and queries are contiguous up to the document's stop.
     stays = torch.minimum(_stop_of_group(view_changes), _stop_of_group(hidden))
     gathered = kept & (stays < document_stop)
     key_tiles, key_count = _select(
@@ -165,12 +168,12 @@ def build_schedule(visible_from: Tensor, visible_until: Tensor) -> Schedule:
 
 
 def _stop_of_group(starts: Tensor) -> Tensor:
-    """For each token, where the next group starts (S where none does)."""
+    """For each token, where the next group starts (S if there is none)."""
     return next_index_where(shift_left(starts, True)) + 1
 
 
 def _compact(flags: Tensor, rank: Tensor) -> Tensor:
-    """int32 ``[B, S]``: the positions of the flagged tokens of each row, in order, then zeros."""
+    """int32 ``[B, S]``: the positions of each row's flagged tokens, in order, then zeros."""
     batch, length = flags.shape
     position = torch.arange(length, device=flags.device).expand(batch, length)
     positions = torch.zeros(batch, length + 1, dtype=torch.long, device=flags.device)
@@ -179,8 +182,8 @@ def _compact(flags: Tensor, rank: Tensor) -> Tensor:
 
 
 def _select(flags: Tensor, *columns: Tensor, last_first: bool = False) -> tuple[Tensor, Tensor]:
-    """The rows of ``columns`` where the flag is set, moved to the front of an int32 ``[B * S, C]``
-    array, and their number. Like ``nonzero``, but of static shape."""
+    """The values of ``columns`` at flagged tokens, moved to the front of an int32 ``[B * S, C]`` tensor,
+    and their number. Like ``nonzero``, but with a static shape."""
     flags = flags.flatten()
     rank = flags.long().cumsum(0)
     slot = rank[-1] - rank if last_first else rank - 1

@@ -1,4 +1,4 @@
-"""From lists of (kind, length) to the two visibility vectors."""
+"""Conversion of (kind, length) spans to ``visible_from`` and ``visible_until``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def visibility_from_documents(
     """``visible_from`` and ``visible_until``, int64 ``[B, S]`` on the CPU; S is the longest row.
 
     Args:
-        rows: for each row its documents, for each document its spans.
+        rows: for each row, its documents; for each document, its spans.
 
     Raises:
         ValueError: see ``MaskLayout.from_spans``.
@@ -50,7 +50,7 @@ def visibility_from_documents(
 
 
 def check_size(batch: int, length: int) -> None:
-    """Raise ``ValueError`` for more tokens than a layout can have."""
+    """Raise ``ValueError`` if there are more tokens than a layout can have."""
     if batch * length > MOST_TOKENS:
         raise ValueError(
             f"expected at most {MOST_TOKENS} tokens in a batch, padding included, got {batch} rows of "
@@ -59,7 +59,7 @@ def check_size(batch: int, length: int) -> None:
 
 
 def _merge(document: Sequence[Span], where: str) -> list[Span]:
-    """The document without empty spans, neighbours of one kind joined, each span checked."""
+    """Check a document's spans, drop empty ones and join adjacent ones of the same kind."""
     merged: list[Span] = []
     for span in document:
         if isinstance(span, str) or len(span) != 2:
@@ -93,7 +93,7 @@ def _merge(document: Sequence[Span], where: str) -> list[Span]:
 def _fill(
     visible_from: Tensor, visible_until: Tensor, document: list[Span], start: int, isolated: bool
 ) -> int:
-    """Write one document that begins at ``start`` into a row; returns where it stops."""
+    """Write a document that begins at ``start`` into a row; return where it stops."""
     stop = start + sum(length for _, length in document)
     visible_from[start:stop] = start
     visible_until[start:stop] = stop

@@ -1,4 +1,4 @@
-"""From token ids to the two visibility vectors, on the ids' device and without a host sync."""
+"""Conversion of token ids to ``visible_from`` and ``visible_until``, on device, without a host sync."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def visibility_from_token_ids(
     *,
     isolated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``visible_from``, ``visible_until`` (int64 ``[B, S]``; see ``MaskLayout.from_input_ids``), and
-    which VoCo tokens have no context to compress (bool ``[B, S]``), which here count as text.
+    """``visible_from``, ``visible_until`` (int64 ``[B, S]``; see ``MaskLayout.from_input_ids``), and a
+    mask (bool ``[B, S]``) of the VoCo tokens that have no context to compress, which count as text here.
 
-    Static shapes and tensor operations only, so legal inside ``torch.compile`` and graph capture.
+    Uses only tensor operations with static shapes, so it works in ``torch.compile`` and graph capture.
     """
     length = input_ids.shape[1]
     real = torch.ones_like(input_ids, dtype=torch.bool)
@@ -32,13 +32,13 @@ def visibility_from_token_ids(
     is_voco = real & (input_ids == voco_token_id)
     ends_run = is_voco & (ends_document | ~shift_left(is_voco, False))
 
-    # A token is context if the next VoCo run to end does so in its document; it is seen until then.
+    # A token is context if the next end of a VoCo run is in its document; it is visible until there.
     document_start = last_index_where(starts_document)
     document_stop = next_index_where(ends_document) + 1
     segment_stop = next_index_where(ends_run) + 1
     context = real & ~is_voco & (segment_stop <= document_stop)
     if image_token_id is not None:
-        # After the document's first run, an image token has to stand at or before it as well.
+        # After the document's first VoCo run, an image token must also precede it, or be it.
         opens = starts_document | (real & (input_ids == image_token_id))
         context = context & (last_index_where(opens) > last_index_where(is_voco))
     before_run = last_index_where(~is_voco | starts_document).clamp(min=0)
@@ -55,7 +55,7 @@ def visibility_from_token_ids(
 
 
 def check_padding(attention_mask: Tensor) -> None:
-    """Raise ``ValueError`` unless each row's real tokens stand together. Reads the values."""
+    """Raise ``ValueError`` if padding separates a row's real tokens. Reads the values."""
     real = attention_mask != 0
     edges = (real[:, 1:] != real[:, :-1]).sum(1)
     broken = (edges > 2) | ((edges == 2) & real[:, 0])
@@ -76,7 +76,7 @@ def check_context(stray: Tensor, voco_token_id: int) -> None:
         raise ValueError(
             "expected vision tokens directly before the VoCo tokens that compress them, got VoCo "
             f"token {voco_token_id} at position {position} of row {row} with none before it; put "
-            "the image in front of it, or check voco_token_id and image_token_id"
+            "the image before it, or check voco_token_id and image_token_id"
         )
 
 

@@ -1,18 +1,18 @@
-"""Token ids to layout and schedule on the GPU: two launches for rows up to 2048 tokens, else four.
+"""Triton kernels that build a layout and its schedule from token ids.
 
-The torch code in ``token_ids.py`` and ``schedule.py`` says what is computed, and the results equal
-its own. Here each row is cut into chunks, one program each, and the work into four stages. A scan
-along a row starts in each chunk from what the chunks before (or behind) it have left as
-*summaries*, a few ints each, which an earlier stage has written. So no program waits for another,
-and no stage is more than one pass over the tokens. Where a row is one chunk, three stages share a
-launch.
+There are two launches for rows of up to 2048 tokens, else four. The torch code in ``token_ids.py`` and
+``schedule.py`` is the specification, and the results are equal. Each row is cut into chunks, one program
+each, and the work into four stages. An earlier stage writes a few ints for each chunk, its *summaries*;
+a scan along a row then starts in each chunk from the summaries of the chunks before it (or after it,
+for a reverse scan). So no program waits for another, and each stage is one pass over the tokens. If a
+row is a single chunk, the first three stages share a launch.
 
     mark   what each token is: real, VoCo, a document's first, ...
     see    documents and segments: visible_from, visible_until, hidden and kept keys
-    cut    runs, ranks in ``kept``, and where tiles start
-    emit   ranks in ``readers``, and the tiles, at their places in the tables of the whole batch
+    cut    runs, indices in ``kept``, and where tiles start
+    emit   indices in ``readers``, and the tiles, at their places in the tables of the whole batch
 
-Shapes: what is computed for tokens is ``[BLOCK]``, a chunk's tokens; what is loaded from summaries is
+Shapes: values computed for tokens are ``[BLOCK]``, a chunk's tokens; values loaded from summaries are
 ``[WIDTH]``, a row's chunks; everything else is a scalar.
 """
 
@@ -27,12 +27,12 @@ from torch import Tensor
 
 from voco_kernels.layout import schedule
 
-_LONGEST_CHUNK = 2048  # whose scans still fit the registers of one program
+_LONGEST_CHUNK = 2048  # the scans of longer ones don't fit the registers of one program
 _CHUNK_OF_LONG_ROWS = 1024
 
 _TILE = tl.constexpr(schedule.TILE)
 _CONTIGUOUS, _GATHERED = tl.constexpr(schedule.CONTIGUOUS), tl.constexpr(schedule.GATHERED)
-# Columns of the tables of tiles, and elements of counts.
+# Columns of the tile tables, and elements of counts.
 _TILE_COLUMNS = tl.constexpr(schedule.TILE_COLUMNS)
 _ROW = tl.constexpr(schedule.ROW)
 _START, _STOP = tl.constexpr(schedule.START), tl.constexpr(schedule.STOP)
@@ -47,29 +47,29 @@ _KEY_TILE_STOP = tl.constexpr(schedule.KEY_TILE_STOP)
 _QUERY_START = tl.constexpr(schedule.QUERY_START)
 _QUERY_STOP = tl.constexpr(schedule.QUERY_STOP)
 _QUERY_TILES, _KEY_TILES = tl.constexpr(schedule.QUERY_TILES), tl.constexpr(schedule.KEY_TILES)
-_NOWHERE = tl.constexpr(2**30)  # the position of what does not come; no row is as long
+_NOWHERE = tl.constexpr(2**30)  # a position that means "none"; no row is as long
 
-# Bits of the planes MARKS, SIGHT and CUTS.
+# Bits in the planes MARKS, SIGHT and CUTS.
 _REAL = tl.constexpr(1)
 _STARTS_DOCUMENT = tl.constexpr(2)
 _ENDS_DOCUMENT = tl.constexpr(4)
 _IS_VOCO = tl.constexpr(8)
 _ENDS_RUN_OF_VOCO = tl.constexpr(16)
 _STARTS_PADDING = tl.constexpr(32)
-_RESETS = tl.constexpr(64)  # what stood before belongs to no segment that is still to come
-_OPENS = tl.constexpr(128)  # a segment starts here if none is open yet
+_RESETS = tl.constexpr(64)  # no later segment includes tokens before this one
+_OPENS = tl.constexpr(128)  # starts a segment if none is open
 _KEPT = tl.constexpr(256)
 _HIDDEN = tl.constexpr(512)
 _STARTS_RUN = tl.constexpr(1024)
 _RUN_STARTS_BEHIND = tl.constexpr(2048)  # the next token starts one
-_CHANGES_VIEW = tl.constexpr(4096)  # visible_from is another than the token before had
+_CHANGES_VIEW = tl.constexpr(4096)  # visible_from differs from that of the token before
 _VIEW_CHANGES_BEHIND = tl.constexpr(8192)
 _READS_KEPT = tl.constexpr(16384)
 _STARTS_QUERY_TILE = tl.constexpr(32768)
 _STARTS_KEY_TILE = tl.constexpr(65536)
 _IS_GATHERED = tl.constexpr(131072)
 
-# Planes: an int32 a token, [B, planes, chunks * BLOCK].
+# Planes: one int32 per token, [B, planes, chunks * BLOCK].
 _MARKS, _SIGHT, _CUTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _SEGMENT_START = tl.constexpr(3)
 _KEPT_BEFORE = tl.constexpr(4)
@@ -78,7 +78,7 @@ _RUN_START, _RUN_STOP = tl.constexpr(6), tl.constexpr(7)
 _GROUP_STOP = tl.constexpr(8)
 _PLANES = tl.constexpr(9)
 
-# Summaries: an int32 a chunk, [B, summaries, chunks].
+# Summaries: one int32 per chunk, [B, summaries, chunks].
 _LAST_DOCUMENT_START = tl.constexpr(0)
 _FIRST_DOCUMENT_END = tl.constexpr(1)
 _FIRST_VOCO_RUN_END = tl.constexpr(2)
@@ -104,7 +104,7 @@ def layout_from_token_ids(
     isolated: bool,
     block: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """See ``operator.layout_from_token_ids``; ``block``, a power of two, is a chunk's length."""
+    """Implement ``operator.layout_from_token_ids``; ``block``, a power of two, is a chunk's length."""
     batch, length = input_ids.shape
     if block is None:
         block = max(_CHUNK_OF_LONG_ROWS, triton.next_power_of_2(length))
@@ -147,7 +147,7 @@ def layout_from_token_ids(
 
 
 def num_warps(block: int) -> int:
-    """Four tokens a thread, 16 bytes a load or store."""
+    """The warps per program: four tokens per thread, for loads and stores of 16 bytes."""
     return max(block // 128, 1)
 
 
@@ -163,22 +163,22 @@ def _min(a, b):
 
 @triton.jit
 def _running_max(values, before):
-    """At each token the maximum up to it, ``before`` being the one of the chunks before."""
+    """At each token, the maximum up to it; ``before`` is the maximum over earlier chunks."""
     return tl.maximum(tl.associative_scan(values, 0, _max), before)
 
 
 @triton.jit
 def _coming_min(values, behind):
-    """At each token the minimum from it on, ``behind`` being the one of the chunks behind."""
+    """At each token, the minimum from it on; ``behind`` is the minimum over later chunks."""
     return tl.minimum(tl.associative_scan(values, 0, _min, reverse=True), behind)
 
 
 @triton.jit
 def _continue_opening(a, b):
-    """Openings of two stretches of tokens, to the one of both together.
+    """Combine the openings of two adjacent ranges of tokens into that of both.
 
-    An opening is the first token that opens a segment since the last reset, plus one and doubled,
-    plus one if there was a reset; 0 and 1 where nothing opened.
+    A range's opening is ``2 * (position + 1)`` of the first token since the last reset that opens a
+    segment, or 0 if there is none; plus 1 if there is a reset in the range.
     """
     return tl.where((b & 1) != 0, b, tl.where(a > 1, a, a | b))
 
@@ -207,7 +207,7 @@ def _count(flag):
 def _of_chunks(
     summaries, FIELD: tl.constexpr, first, last, chunks, NEUTRAL: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """``[WIDTH]``: a summary of this row's chunks [first, last), neutral elsewhere."""
+    """``[WIDTH]``: a summary of this row's chunks [first, last); NEUTRAL for other chunks."""
     chunk = tl.arange(0, WIDTH)
     mask = (chunk >= first) & (chunk < last)
     return tl.load(summaries + FIELD * chunks + chunk, mask=mask, other=NEUTRAL)
@@ -217,8 +217,8 @@ def _of_chunks(
 def _token(
     ids, attention_mask, position_ids, position, length, voco_token_id
 ):  # fmt: skip
-    """Whether these positions of a row hold a real token, a VoCo token, and one whose position id
-    isn't one more than the one before, or whose document number is another."""
+    """Whether each of these positions holds a real token, a VoCo token, and a token that starts a
+    document by its position id or document number."""
     inside = (position >= 0) & (position < length)
     real = inside
     first = inside & (position < 0)
@@ -304,7 +304,7 @@ def _see(
     )  # fmt: skip
     segment_stop = _coming_min(_at_or_nowhere(ends_run, position), tl.min(behind, 0)) + 1
 
-    # The opening of the chunks before: from the last one with a reset on, the first one's there is.
+    # The opening of all chunks before: the first nonzero one from the last chunk with a reset on.
     openings = _of_chunks(summaries, _OPENING, 0, chunk, chunks, 0, WIDTH)
     index = tl.arange(0, WIDTH)
     reset = tl.max(_at((openings & 1) != 0, index), 0)
@@ -342,7 +342,7 @@ def _see(
     tl.store(planes + _SIGHT * chunks * BLOCK + position, sight)
     tl.store(planes + _SEGMENT_START * chunks * BLOCK + position, segment_start)
 
-    # kept_total, below, wants this one even of a row's only chunk.
+    # The stage cut needs this summary even if the row is a single chunk.
     tl.store(summaries + _NUM_KEPT * chunks + chunk, _count(kept))
     if WIDTH > 1:
         summary = summaries + chunk
@@ -353,7 +353,7 @@ def _see(
         tl.store(summary + _FIRST_KEPT * chunks, first_kept)
         last_hidden = tl.max(_at(hidden, position), 0)
         tl.store(summary + _LAST_HIDDEN_IN_CHUNK * chunks, last_hidden)
-        # A run that starts right behind the chunk counts as its own: the next one does not know.
+        # A run that starts right after the chunk counts as this chunk's: the next chunk can't see it.
         first = tl.where(run_starts_behind, position + 1, _NOWHERE)
         first = tl.min(tl.where(changes_view, position, first), 0)
         tl.store(summary + _FIRST_RUN_START * chunks, first)
@@ -406,13 +406,13 @@ def _cut(
     behind = _of_chunks(summaries, _FIRST_BREAK, chunk + 1, chunks, chunks, _NOWHERE, WIDTH)
     next_break = _coming_min(_at_or_nowhere(breaks, position + 1), tl.min(behind, 0))
 
-    # Where neither a hidden key nor another view comes in the document, nothing needs gathering.
+    # Only if a hidden key or a change of view follows in the document does a key need gathering.
     document_stop = tl.load(visible_until + position, mask=inside & kept, other=0)
     gathered = kept & (next_break < document_stop)
     reads_kept = kept
     if not ISOLATED:
         reads_kept = real & (kept | (kept_before > kept_at_start))
-    # All of a segment's context is one group of keys, and so is a run of padding.
+    # A segment's whole context is one group of keys, and so are adjacent padding tokens.
     segment_start = tl.load(planes + _SEGMENT_START * chunks * BLOCK + position)
     in_group = position - tl.where(hidden, segment_start, run_start)
     in_group = tl.where(kept, kept_before - kept_at_start, in_group)
@@ -432,7 +432,7 @@ def _cut(
     group_stop = tl.where(kept, document_stop, tl.where(hidden, next_kept, run_stop))
     tl.store(planes + _GROUP_STOP * width + position, group_stop)
 
-    # Zeros behind the last: what isn't kept writes them.
+    # The tokens that aren't kept write the zeros after the last kept position.
     slot = tl.where(kept, kept_before, tl.sum(num_kept, 0) + position - kept_before)
     tl.store(kept_positions + slot, tl.where(kept, position, 0), mask=inside)
 
@@ -454,10 +454,11 @@ def analyse_kernel(
     ISOLATED: tl.constexpr, FIRST_STAGE: tl.constexpr, LAST_STAGE: tl.constexpr,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The stages mark, see and cut (1 to 3), or some of them, of a chunk. All but ``planes`` and
-    ``summaries`` are contiguous ``[B, S]``; a mask, position ids and an image token id may be None.
+    """Run stages FIRST_STAGE to LAST_STAGE of mark, see and cut (1 to 3) on a chunk.
 
-    ``WIDTH`` is ``chunks`` rounded up to a power of two.
+    All tensors except ``planes`` and ``summaries`` are contiguous ``[B, S]``. ``attention_mask``,
+    ``position_ids`` and ``image_token_id`` can be None. ``WIDTH`` is ``chunks`` rounded up to a power
+    of two.
     """
     row = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
@@ -473,7 +474,7 @@ def analyse_kernel(
             ids + offset, mask, positions, planes, summaries, voco_token_id, image_token_id,
             chunk, length, chunks, BLOCK, WIDTH,
         )  # fmt: skip
-    # A stage reads what neighbouring threads of the one before wrote.
+    # Each stage reads what other threads wrote in the previous one.
     if FIRST_STAGE < 2 and LAST_STAGE >= 2:
         tl.debug_barrier()
     if FIRST_STAGE <= 2 and LAST_STAGE >= 2:
@@ -492,8 +493,8 @@ def analyse_kernel(
 
 @triton.jit
 def _sum_of_batch(summaries, FIELD: tl.constexpr, start, chunks, programs, program):
-    """Of 1024 chunks of the batch from ``start`` on: the sum of those before this program's, and of
-    all."""
+    """Two sums of a summary over the batch's 1024 chunks from ``start`` on: over those before this
+    program's chunk, and over all."""
     index = start + tl.arange(0, 1024)
     address = (index // chunks * _SUMMARIES + FIELD) * chunks + index % chunks
     values = tl.load(summaries + address, mask=index < programs, other=0)
@@ -537,7 +538,7 @@ def emit_kernel(
     batch, length, chunks,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The stage emit: ``readers``, both tables of tiles, and ``counts``."""
+    """Run the stage emit: write ``readers``, both tile tables, and ``counts``."""
     program = tl.program_id(0)
     query_tiles_before, num_query_tiles, key_tiles_before, num_key_tiles = 0, 0, 0, 0
     for start in tl.range(0, batch * chunks, 1024, disable_licm=True):
@@ -578,7 +579,7 @@ def emit_kernel(
         reader_positions + offset + slot, tl.where(reads_kept, position, 0), mask=position < length
     )
 
-    # How many readers there are up to the end of a token's document.
+    # The number of readers up to the end of each token's document.
     ends = _of_chunks(
         summaries, _FIRST_DOCUMENT_END, chunk + 1, chunks, chunks, _NOWHERE, WIDTH
     )  # fmt: skip
@@ -590,7 +591,7 @@ def emit_kernel(
     readers_stop = _at_or_nowhere(_has(cuts, _ENDS_DOCUMENT), readers_before + readers_here)
     readers_stop = _coming_min(readers_stop, tl.sum(behind, 0))
 
-    # Ranks of both kinds of tiles in one scan: a chunk has fewer than 2**15 of each.
+    # Both kinds of tiles are ranked in one scan: a chunk has fewer than 2**15 of each.
     starts_query_tile = _has(cuts, _STARTS_QUERY_TILE)
     starts_key_tile = _has(cuts, _STARTS_KEY_TILE)
     starts = tl.where(starts_query_tile, 1, 0) + tl.where(starts_key_tile, 65536, 0)

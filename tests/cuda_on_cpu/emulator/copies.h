@@ -1,5 +1,5 @@
-// Copies that run by themselves. TMA's are performed by a copy engine that the scheduler sets going
-// only after the copying thread has moved on; those of cp.async, where their thread waits for them.
+// Asynchronous copies. TMA copies are performed by a copy engine, which the scheduler runs only after
+// the issuing thread has continued; cp.async copies are performed when their thread waits for them.
 // Until then the destination holds poison.
 #pragma once
 
@@ -14,10 +14,10 @@
 
 namespace cuda_on_cpu {
 
-// A tensor of 16-bit elements and the box by which it is copied; of the size of a CUtensorMap.
+// A tensor of 16-bit elements and the box in which it is copied; as large as a CUtensorMap.
 struct alignas(64) TensorMap {
   const unsigned char* data;
-  uint64_t sizes[5], strides[5];  // strides in bytes, of the innermost dimension too
+  uint64_t sizes[5], strides[5];  // strides in bytes, including the innermost dimension's
   uint32_t box[5];
 };
 static_assert(sizeof(TensorMap) == 128, "expected the size of a CUtensorMap");
@@ -117,7 +117,7 @@ class CpAsyncs {
     pending_[current_thread()].push_back({destination, source});
   }
 
-  // These are ordinary stores, which the asynchronous proxy doesn't see by itself.
+  // These are ordinary stores, which the asynchronous proxy doesn't see without a fence.
   void perform_all() {
     const int thread = current_thread();
     for (const CpAsync& copy : pending_[thread]) {

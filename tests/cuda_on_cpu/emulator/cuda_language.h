@@ -1,6 +1,6 @@
-// What nvcc adds to C++, as far as the kernels use it: qualifiers, vector types, built-in variables
-// and the functions that concern one thread alone. Those that concern a warp are in warp.h, those
-// that concern a block in named_barrier.h.
+// CUDA's additions to C++, as far as the kernels use them: qualifiers, vector types, built-in variables
+// and functions of a single thread. Functions of a warp are in warp.h, those of a block in
+// named_barrier.h.
 //
 // There is no __shared__: static shared memory would escape the checks of shared_memory.h.
 #pragma once
@@ -43,7 +43,7 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 
-// Variables, not macros: the scheduler writes the thread that it is about to run into them.
+// Variables, which the scheduler sets for the thread that it is about to run.
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
@@ -63,7 +63,7 @@ inline int min(int a, int b) { return b < a ? b : a; }
 inline int max(int a, int b) { return a < b ? b : a; }
 inline unsigned min(unsigned a, unsigned b) { return b < a ? b : a; }
 
-// One thread runs at a time, so that every access is atomic.
+// One thread runs at a time, so every access is atomic.
 template <typename T>
 T atomic_add(T* address, T value) {
   const T before = *address;

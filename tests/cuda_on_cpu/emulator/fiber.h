@@ -1,5 +1,5 @@
-// Fibers: a stack for each CUDA thread, and the switch from one stack to another. ucontext does the
-// same with two system calls a switch, and a launch switches millions of times.
+// Fibers: a stack for each CUDA thread, and switches between stacks. ucontext would need two system
+// calls per switch, and a launch switches millions of times.
 #pragma once
 
 #include <sys/mman.h>
@@ -14,8 +14,8 @@
 
 namespace cuda_on_cpu {
 
-// Leaves the running stack, remembered in *from, for the one that was remembered as `to`. Only what
-// a callee has to preserve is saved; the compiler has saved the rest around the call.
+// Saves the running stack's pointer in *from and switches to the stack whose saved pointer is `to`. Only
+// callee-saved registers are saved; the compiler saves the others around the call.
 __attribute__((naked, noinline)) inline void switch_stack(void** /*from: rdi*/, void* /*to: rsi*/) {
   asm("pushq %rbp\n"
       "pushq %rbx\n"
@@ -34,16 +34,16 @@ __attribute__((naked, noinline)) inline void switch_stack(void** /*from: rdi*/, 
       "ret\n");
 }
 
-// Stacks stay mapped from launch to launch. The page below each faults when a kernel outgrows it.
+// Stacks stay mapped between launches. The page below each faults if a kernel overflows its stack.
 class Stacks {
  public:
-  // The remembered stack pointer of a fiber that will begin in `entry`, which must not return.
+  // The saved stack pointer of a fiber that will start in `entry`, which must not return.
   void* prepare(int fiber, void (*entry)()) {
     while (static_cast<int>(stacks_.size()) <= fiber) stacks_.push_back(map());
-    // Tops at multiples of a large power of two would have all fibers share a few cache sets.
+    // If tops were multiples of a large power of two, all fibers would share a few cache sets.
     const uintptr_t top = stacks_[fiber] + BYTES - (fiber % 64) * 1088 - 64;
     uintptr_t* words = reinterpret_cast<uintptr_t*>(top & ~uintptr_t{63});
-    *--words = 0;  // where a caller's return address would be: unwinding ends
+    *--words = 0;  // in place of a caller's return address: ends unwinding
     *--words = reinterpret_cast<uintptr_t>(entry);
     for (int saved_register = 0; saved_register < 6; ++saved_register) *--words = 0;
     return words;

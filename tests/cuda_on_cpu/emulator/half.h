@@ -1,5 +1,5 @@
-// bfloat16, float16 and float8_e4m3fn as bits, rounded to nearest even. Branch-free one way, so that
-// decoding operands of wgmma vectorises.
+// Conversions of bfloat16, float16 and float8_e4m3fn bits, rounding to nearest even. Decoding is
+// branch-free, so that it vectorizes for wgmma operands.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ inline uint16_t fp16_from_float(float value) {
   if (magnitude > 0x7f800000) return 0x7fff;
   if (magnitude >= __float_as_uint(65520.0f)) return sign | 0x7c00;  // rounds to infinity
   if (magnitude < __float_as_uint(0x1p-14f)) {
-    // Subnormal: next to 0.5, floats are as far apart as these, so that the sum rounds as due.
+    // Subnormal: floats near 0.5 have the same spacing as these, so the sum rounds correctly.
     const float sum = 0.5f + __uint_as_float(magnitude);
     return static_cast<uint16_t>(sign | (__float_as_uint(sum) - __float_as_uint(0.5f)));
   }
@@ -31,15 +31,15 @@ inline uint16_t fp16_from_float(float value) {
 }
 
 inline float float_from_fp16(uint16_t bits) {
-  // In place, the exponent is 127 - 15 too small. Multiplying mends it, of subnormals as well, but
-  // not of infinity and NaN.
+  // Shifted into place, the exponent is 127 - 15 too small. A multiplication corrects that, also for
+  // subnormals, but not for infinity and NaN.
   const uint32_t shifted = (bits & 0x7fffu) << 13;
   const uint32_t magnitude = __float_as_uint(__uint_as_float(shifted) * 0x1p112f);
   const uint32_t special = (bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
   return __uint_as_float(magnitude | special | (bits & 0x8000u) << 16);
 }
 
-// There is no infinity; all bits but the sign's set are NaN.
+// There is no infinity; if all bits except the sign are set, it is NaN.
 inline float float_from_e4m3(uint8_t bits) {
   const int exponent = bits >> 3 & 15, fraction = bits & 7;
   const float magnitude = exponent == 0 ? fraction * 0x1p-9f : ldexpf(8 + fraction, exponent - 10);

@@ -1,5 +1,5 @@
-// Runs the blocks of a launch one after the other, and of a block one thread at a time, until it
-// waits for another.
+// The scheduler: runs the blocks of a launch one after another, and in a block one thread at a time,
+// until the thread has to wait for another.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@
 
 namespace cuda_on_cpu {
 
-// In which order threads run, and copies and products, which run by themselves, complete:
+// The order in which threads run, and in which (asynchronous) copies and products complete:
 // 0  thread 0 first; when no thread can run, one copy completes, the oldest, or else products
 // 1  the last thread first; when no thread can run, products complete, or else the newest copy
 // n  at random, with this seed; some warps lag behind, copies and products complete early or late
@@ -77,7 +77,7 @@ class Launch {
     running = &kernel_;
   }
 
-  // The errors that a chip would not report, but show another time.
+  // Errors that a GPU would not report, but that could cause wrong results later.
   void end_block() {
     shared_memory.check_margin();
     cp_asyncs.check_all_performed();
@@ -94,7 +94,7 @@ class Launch {
     registers.check();
   }
 
-  // Every thread that is ready, until it waits or returns; or else what runs by itself.
+  // Runs every ready thread until it waits or returns; if none is ready, an asynchronous operation.
   void run_some() {
     if (order >= 2 && random_() % 2) complete_something();
     choose();
@@ -122,7 +122,7 @@ class Launch {
     if (chosen_count_ == 0 && lagging) choose();
   }
 
-  // One copy, or the products that one warpgroup waits for; false where there are neither.
+  // Runs one copy, or the products that a warpgroup waits for; false if there are neither.
   bool complete_something() {
     const bool copies_first = order == 0 || (order >= 2 && random_() % 2);
     return copies_first ? complete_a_copy() || complete_products()
@@ -148,8 +148,8 @@ class Launch {
     return false;
   }
 
-  // The first function on every fiber's stack. An exception can't cross to the scheduler's stack;
-  // it is carried over.
+  // The first function on every fiber's stack. An exception can't propagate to the scheduler's stack, so
+  // it is passed on explicitly.
   static void thread_begins() {
     try {
       running->run(running->function, running->parameters);
@@ -214,7 +214,7 @@ class Launch {
   static inline const Kernel* running = nullptr;
 };
 
-// From any host thread; one launch at a time.
+// Can be called from any host thread; launches run one at a time.
 inline void launch(const Kernel& kernel, int blocks, int thread_count, int shared_bytes) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);

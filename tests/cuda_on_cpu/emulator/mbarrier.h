@@ -1,4 +1,4 @@
-// mbarrier: a phase completes when all arrivals and all announced bytes have come.
+// mbarrier: a phase completes once all arrivals and all announced bytes have arrived.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ namespace cuda_on_cpu {
 struct Mbarrier {
   uint32_t address;
   int arrivals;          // of every phase
-  int pending_arrivals;  // of this one
-  int pending_bytes;     // announced and not yet copied; below zero where a copy came first
+  int pending_arrivals;  // of this phase
+  int pending_bytes;     // announced and not yet copied; negative if a copy completes first
   uint32_t parity;       // of this phase
   int initialiser;
   bool visible_to_copies;
@@ -71,7 +71,7 @@ class Mbarriers {
     complete_if_due(barrier);
   }
 
-  // Asks again once awake: a thread that slept through the next phase too has missed its own.
+  // Checks again once awake: a thread that slept through the next phase too has missed its own.
   void wait(uint32_t address, uint32_t parity) {
     while (find(address).parity == parity) {
       find(address).waiting.push_back(current_thread());
@@ -94,7 +94,7 @@ class Mbarriers {
 
  private:
   static constexpr int MAX_ARRIVALS = (1 << 20) - 1, MAX_PENDING_BYTES = (1 << 20) - 1;
-  // A barrier's eight bytes of shared memory hold its number behind a tag, to notice overwriting.
+  // A barrier's eight bytes of shared memory hold a tag and then its number, to detect overwriting.
   static constexpr uint64_t TAG = uint64_t{0x6d6261727269} << 16;
 
   bool known(uint64_t word, uint32_t address) const {

@@ -1,4 +1,4 @@
-// The sixteen barriers of a block: number 0 is that of __syncthreads, the others are named.
+// The sixteen barriers of a block: barrier 0 for __syncthreads, and the named barriers.
 #pragma once
 
 #include <bitset>
@@ -9,7 +9,7 @@
 namespace cuda_on_cpu {
 
 struct NamedBarrier {
-  int expected = 0;  // threads, as the first to arrive says; 0 while nobody has arrived
+  int expected = 0;  // threads, set by the first to arrive; 0 before that
   int arrived = 0;
   std::bitset<MAX_THREADS> who;
   std::vector<int> waiting;
@@ -30,7 +30,7 @@ class NamedBarriers {
 
   void arrive(int id, int expected) { arrive(named(id), id, expected); }
 
-  // __syncthreads, at which threads that have returned are not waited for.
+  // __syncthreads, which doesn't wait for threads that have returned.
   void sync_block() {
     all_[0].expected = threads.count;
     ++all_[0].arrived;
@@ -63,7 +63,7 @@ class NamedBarriers {
     return all_[id];
   }
 
-  // Whether the barrier is complete by that.
+  // Returns whether that completes the barrier.
   bool arrive(NamedBarrier& barrier, int id, int expected) {
     if (expected < 32 || expected % 32 != 0 || expected > threads.count) {
       fail("named barrier %d: expected a multiple of 32 and at most the block's %d threads, got %d", id,

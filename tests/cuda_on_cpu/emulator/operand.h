@@ -14,7 +14,7 @@ constexpr int K = 16;  // the depth of one product of 16-bit elements
 struct Operand {
   uint64_t descriptor;
   bool mn_major, bf16;
-  uint32_t issued;  // when, as shared memory counts
+  uint32_t issued;  // time of issue, by shared memory's clock
 
   uint32_t start() const { return (descriptor & 0x3fff) << 4; }
   uint32_t leading_offset() const { return (descriptor >> 16 & 0x3fff) << 4; }
@@ -25,8 +25,8 @@ struct Operand {
       fail("wgmma: expected swizzle mode 1 (128 bytes) in the descriptor, got %d",
            static_cast<int>(descriptor >> 62));
     }
-    // Rows are swizzled by their address alone, which is right only if the pattern begins at a
-    // multiple of 1024; the base offset (bits 49 to 51) that would say otherwise is not used here.
+    // Rows are swizzled by their address alone, which is correct only if the pattern starts at a
+    // multiple of 1024; the base offset (bits 49 to 51), for patterns that don't, is not supported.
     if ((descriptor >> 49 & 7) != 0 || start() >> 7 != start() >> 10 << 3) {
       fail("wgmma: operand at 0x%x: expected it to start in the first row of a swizzle pattern",
            start());
@@ -42,11 +42,11 @@ struct Operand {
     }
   }
 
-  // element(mn, k) names the place of each of the `rows` x 16 elements.
+  // element(mn, k) gives the place of each of the `rows` x 16 elements.
   template <typename Element>
   void decode(int rows, Element element) const {
     float loaded[8];
-    if (mn_major) {  // 64 rows by 8 columns a pattern
+    if (mn_major) {  // a pattern is 64 rows by 8 columns
       for (int k = 0; k < K; ++k) {
         for (int mn = 0; mn < rows; mn += 8) {
           load(
@@ -55,7 +55,7 @@ struct Operand {
           for (int i = 0; i < 8; ++i) element(mn + i, k) = loaded[i];
         }
       }
-    } else {  // 8 rows by 64 columns a pattern
+    } else {  // a pattern is 8 rows by 64 columns
       for (int mn = 0; mn < rows; ++mn) {
         for (int k = 0; k < K; k += 8) {
           load(start() + mn / 8 * stride_offset() + mn % 8 * 128 + k * 2, loaded);

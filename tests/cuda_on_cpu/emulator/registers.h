@@ -1,4 +1,4 @@
-// setmaxnreg: nothing runs out of registers here, but the block's bookkeeping must add up.
+// setmaxnreg: registers aren't limited here, but a block's increases and decreases must balance.
 #pragma once
 
 #include "threads.h"

@@ -1,6 +1,6 @@
-// The shared memory of the block: poisoned with NaN where nothing was written, bounds checked at
-// every 32-bit address, and aware of which words the asynchronous proxy (TMA, wgmma) can't see yet,
-// and since when it sees the others.
+// The shared memory of a block. It holds NaN where nothing was written, checks bounds for every 32-bit
+// address, and tracks which words the asynchronous proxy (TMA, wgmma) can't see yet, and since when it
+// sees the others.
 #pragma once
 
 #include <sys/mman.h>
@@ -50,7 +50,7 @@ class SharedMemory {
     return memory_ + (address - WINDOW);
   }
 
-  // Where a store or a copy writes; bytes and alignment as of a piece of 16 bytes or of less.
+  // The address for a store or a copy of at most 16 bytes, after checking bounds and alignment.
   unsigned char* to_write(uint32_t address, uint32_t bytes) {
     unsigned char* memory = at(address, bytes, bytes);
     changed_[(address - WINDOW) / 16] = clock_;
@@ -63,7 +63,7 @@ class SharedMemory {
     }
   }
 
-  // An ordinary store: not for the asynchronous proxy before `thread` executes its fence.
+  // An ordinary store, invisible to the asynchronous proxy until `thread` executes its fence.
   void wrote(int thread, uint32_t address, uint32_t bytes) {
     for (uint32_t word = (address - WINDOW) / 4; word < (address - WINDOW + bytes) / 4; ++word) {
       writer_[word] = static_cast<uint16_t>(thread + 1);
@@ -80,7 +80,7 @@ class SharedMemory {
     unfenced_[thread].clear();
   }
 
-  // A piece of 16 bytes, which is how the asynchronous proxy touches shared memory.
+  // A piece of 16 bytes, the unit in which the asynchronous proxy accesses shared memory.
   unsigned char* asynchronous_at(uint32_t address, const char* who) {
     unsigned char* bytes = at(address, 16, 16);
     const uint16_t* writers = writer_ + (address - WINDOW) / 4;
@@ -93,8 +93,8 @@ class SharedMemory {
     return bytes;
   }
 
-  // Products read their operands at some time between wgmma and wgmma_wait. Here it is the last
-  // moment; that the bytes have been the same from the first on makes every other moment as good.
+  // Products read their operands at any time between wgmma and wgmma_wait. Here they are read at the
+  // end; checking that the bytes did not change in between makes that equivalent to any other time.
   uint32_t product_issued() { return ++clock_; }
 
   const unsigned char* operand_at(uint32_t address, uint32_t issued) {
@@ -105,17 +105,17 @@ class SharedMemory {
     return bytes;
   }
 
-  // Ordinary stores through pointers go unchecked; those just behind the end are found afterwards.
+  // Ordinary stores through pointers aren't checked; those just past the end are detected afterwards.
   void check_margin() const {
     for (int byte = 0; byte < MARGIN; ++byte) {
       if (memory_[bytes_ + byte] != POISON) {
-        fail("something was written %d bytes behind the %d bytes of shared memory", byte, bytes_);
+        fail("something was written %d bytes after the %d bytes of shared memory", byte, bytes_);
       }
     }
   }
 
  private:
-  // The first address, as on the chip, where the system keeps 1024 bytes: 0 is no valid address.
+  // The first address, as on the GPU, where the system reserves 1024 bytes: 0 is not a valid address.
   static constexpr uint32_t WINDOW = 1024;
   static constexpr int MARGIN = 256;
 
@@ -128,14 +128,14 @@ class SharedMemory {
 
   unsigned char* memory_ = nullptr;
   int bytes_ = 0;
-  uint16_t writer_[MAX_BYTES / 4];  // of each word: who must still fence, plus one
+  uint16_t writer_[MAX_BYTES / 4];  // for each word: the thread that must still fence, plus one
   std::vector<uint32_t> unfenced_[MAX_THREADS];
   uint32_t clock_ = 0;                // counts products issued
-  uint32_t changed_[MAX_BYTES / 16];  // of each piece: the clock when it was written or fenced
+  uint32_t changed_[MAX_BYTES / 16];  // for each piece: the clock when it was written or fenced
 };
 inline SharedMemory shared_memory;
 
-// Rows of 128 bytes, eight of which make a pattern: piece c of row r lies in place c ^ r.
+// Rows of 128 bytes, eight of which form a pattern: piece c of row r is at index c ^ r.
 inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
 }  // namespace cuda_on_cpu

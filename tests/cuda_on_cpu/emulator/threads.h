@@ -1,4 +1,4 @@
-// The threads of the block that runs: which one it is, what others wait for, where errors happen.
+// The threads of the running block: the current one, what others wait for, and errors.
 #pragma once
 
 #include <cstdarg>
@@ -15,8 +15,8 @@ namespace cuda_on_cpu {
 
 constexpr int MAX_THREADS = 1024;
 
-// What a thread waits for, for the report of a deadlock. `object` is an address, a number of a
-// barrier, a mask of lanes; `detail` a parity or a count.
+// What a thread waits for, for reports of deadlocks. `object` is an address, a barrier's number or a
+// mask of lanes; `detail` is a parity or a count.
 enum class Event { none, mbarrier, named_barrier, lanes, products };
 struct Wait {
   Event event = Event::none;
@@ -42,7 +42,7 @@ inline int current_thread() { return threads.current; }
 inline int current_lane() { return threads.current % 32; }
 inline int current_warp() { return threads.current / 32; }
 
-// Every error of the emulation. The message begins with the block, and the thread if one runs.
+// Throws an error of the emulation. The message starts with the block, and the thread if one is running.
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
   char message[512];
   va_list arguments;
@@ -54,8 +54,8 @@ inline int current_warp() { return threads.current / 32; }
   throw std::runtime_error(place + ": " + message);
 }
 
-// Lets others run until someone wakes the current thread. Nothing that owns memory may live on the
-// stack here: after an error elsewhere, the thread never comes back.
+// Lets other threads run until one of them wakes the current thread. Nothing on the stack may own memory
+// here: after an error in another thread, this one never resumes.
 inline void wait_for(Event event, uint32_t object, uint32_t detail) {
   Thread& self = threads.all[threads.current];
   self.ready = false;

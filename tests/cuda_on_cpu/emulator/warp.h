@@ -1,6 +1,5 @@
-// What the lanes of a warp do together: shuffles, votes, __syncwarp and ldmatrix. The last lane to
-// arrive computes every lane's result, so that no lane can see what another posts for the next
-// exchange.
+// Collective operations of a warp's lanes: shuffles, votes, __syncwarp and ldmatrix. The last lane to
+// arrive computes every lane's result, so no lane can see what another posts for the next operation.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +20,7 @@ struct Posted {
 };
 
 struct Meeting {
-  const char* what;  // the instruction, which is the same for all
+  const char* what;  // the instruction, the same for all lanes
   uint32_t mask, arrived;
 };
 
@@ -33,7 +32,7 @@ class Warps {
 
   Posted& posted(int thread) { return posted_[thread]; }
 
-  // Meets the other lanes of the mask; the last of them calls complete(number of lane 0's thread).
+  // Waits for the other lanes of the mask; the last of them calls complete(number of lane 0's thread).
   template <typename Complete>
   void meet(const char* what, uint32_t mask, Complete complete) {
     const int warp = current_warp();
@@ -107,7 +106,7 @@ class Warps {
   }
 
  private:
-  std::vector<Meeting> meetings_[MAX_THREADS / 32];  // more than one where masks are disjoint
+  std::vector<Meeting> meetings_[MAX_THREADS / 32];  // several if masks are disjoint
   Posted posted_[MAX_THREADS];
 };
 inline Warps warps;

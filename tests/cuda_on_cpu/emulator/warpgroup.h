@@ -1,7 +1,7 @@
-// wgmma: products that run by themselves. As late as the program allows, which is when the
-// warpgroup has come to the wgmma_wait that covers them and the scheduler finds nothing else to do,
-// operands are read from shared memory and results written to registers; until then the
-// accumulators hold NaN, and the operands must stay as they are.
+// wgmma: asynchronous products. They run as late as the program allows: once the warpgroup has reached
+// the wgmma_wait that covers them and the scheduler has nothing else to run. Only then are operands read
+// from shared memory and results written to registers; until then the accumulators hold NaN, and the
+// operands must not change.
 #pragma once
 
 #include <cinttypes>
@@ -17,7 +17,7 @@ namespace cuda_on_cpu {
 
 constexpr int WARPGROUP = 128;
 
-// What all threads of a warpgroup must issue alike.
+// The parts of an instruction that must be the same for all threads of a warpgroup.
 struct Instruction {
   bool bf16, a_in_registers, mn_major_a, mn_major_b, accumulate;
   int columns;    // N
@@ -40,14 +40,15 @@ struct Product {
   Operand b_operand() const { return {instruction.b, instruction.mn_major_b, instruction.bf16, issued}; }
 };
 
-// D of the products in flight on it. Row r of D is in threads of warp r / 16, see ptx.cuh.
+// An accumulator D and the products in flight on it. Row r of D is in threads of warp r / 16 (see
+// ptx.cuh).
 struct Accumulator {
   int columns = 0;
   int products = 0;  // in flight; 0: free
   float* registers[WARPGROUP] = {};
   alignas(32) float values[64 * 128];
 
-  // Calls visit(register, value) for all that a thread holds.
+  // Calls visit(register, value) for each register of D that a thread holds.
   template <typename Visit>
   void each(int thread, Visit visit) {
     const int row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
@@ -65,7 +66,7 @@ struct Accumulator {
     });
   }
 
-  // Whether they still held what take left there.
+  // Returns whether the registers still held what take left in them.
   bool give_back(int thread) {
     bool touched = false;
     each(thread, [&touched](float& held, float& value) {
@@ -76,7 +77,7 @@ struct Accumulator {
     return !touched;
   }
 
-  // A NaN that no arithmetic makes.
+  // A NaN that no arithmetic produces.
   static float in_flight() { return __uint_as_float(0x7fc0f119u); }
 };
 
@@ -120,7 +121,7 @@ class Warpgroup {
     }
     if (!mine().fenced) fail("wgmma without wgmma_fence since the last wgmma_wait");
     const size_t place = mine().issued++ - completed_products_;
-    if (place == products_.size()) {  // the first thread of the warpgroup that comes here
+    if (place == products_.size()) {  // the first thread of the warpgroup to get here
       Product& product = products_.emplace_back();
       product.instruction = instruction;
       product.issued = shared_memory.product_issued();
@@ -168,7 +169,7 @@ class Warpgroup {
   // Whether all threads wait.
   bool due() const { return waiting_ == WARPGROUP; }
 
-  // The products that they wait for; called by the scheduler.
+  // Runs the products that they wait for; called by the scheduler.
   void complete() {
     const Progress& one = progress_[0];
     for (const Progress& other : progress_) {
@@ -199,7 +200,7 @@ class Warpgroup {
 
   Progress& mine() { return progress_[current_thread() - first_thread_]; }
 
-  // That of the products in flight on the same registers, or a free one.
+  // The accumulator with products in flight on the same registers, or a free one.
   int accumulator_for(int thread, float* d, int columns) {
     size_t free = accumulators_.size();
     for (size_t i = 0; i < accumulators_.size(); ++i) {

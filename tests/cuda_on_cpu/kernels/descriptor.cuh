@@ -1,5 +1,5 @@
-// A wgmma operand in 128-byte swizzled rows, written down here a second time and apart from csrc,
-// so that a mistake in one is found by the other.
+// Descriptors of wgmma operands with 128-byte swizzled rows, implemented independently of csrc, so that
+// each can detect mistakes in the other.
 #pragma once
 
 #include <cstdint>

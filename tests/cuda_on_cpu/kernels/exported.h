@@ -1,4 +1,4 @@
-// How Python calls the test kernels: plain functions that return an error's message, or null.
+// Exports of the test kernels for Python: plain functions that return an error's message, or null.
 #pragma once
 
 #include <exception>

@@ -1,6 +1,6 @@
-// Turns and gathered rows: out = out / 2 + Q K_j^T for the tiles K_j of 64 gathered rows, one after
-// the other. One warpgroup gathers with cp.async; two take every second tile each, multiply at the
-// same time and add in turns that named barriers give. A wrong order gives another result.
+// A test kernel for turns and gathered rows: out = out / 2 + Q K_j^T for each tile K_j of 64 gathered
+// rows, in order. One warpgroup gathers with cp.async; the two others take alternate tiles, multiply at
+// the same time, and add in turns, controlled by named barriers. A wrong order gives a different result.
 #include "descriptor.cuh"
 #include "exported.h"
 #include "ptx.cuh"

@@ -1,6 +1,6 @@
-// C[M, N] = A B with everything that the attention kernels use: one warpgroup copies tiles of 64
-// columns of K with TMA, two multiply 64 rows each, through a ring of two stages; blocks take tile
-// after tile.
+// A test kernel for C[M, N] = A B with the techniques of the attention kernels: one warpgroup copies
+// tiles of 64 columns of K with TMA to a ring of two stages, and two multiply 64 rows each; each block
+// processes several tiles.
 #include "descriptor.cuh"
 #include "exported.h"
 #include "ptx.cuh"
@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_kernel(const __grid_constant_
   }
 }
 
-// A K-major matrix is [rows, k], an MN-major one [k, rows]; pitch in elements, rows of the last box
-// may lie outside.
+// A K-major matrix is [rows, k], an MN-major one [k, rows]; pitch is in elements. Rows of the last box
+// can be outside of the matrix.
 inline ptx::TensorMap matrix_map(const void* pointer, bool bf16, bool mn_major, int rows, int k,
                                  int pitch, int box_rows) {
   const uint64_t bytes = 2 * static_cast<uint64_t>(pitch), all = bytes * (mn_major ? k : rows);
@@ -199,7 +199,7 @@ void run_columns(int n, const std::string& form, const void* a, const void* b, f
 }
 #endif
 
-// form: how A and B lie, k (K-major), m (MN-major) or r (K-major, but multiplied from registers).
+// form: the layouts of A and B, k (K-major), m (MN-major) or r (K-major, but multiplied from registers).
 EXPORTED gemm(bool bf16, int n, const char* form, const void* a, const void* b, float* c, int m, int k,
               int a_pitch, int b_pitch) {
   return message_of([=] {

@@ -1,5 +1,5 @@
-// What lanes exchange, what threads add and how numbers are rounded, one word a thread and
-// question, of which there are ten.
+// A test kernel for exchanges between lanes, atomic additions and rounding. Each thread writes one word
+// for each of ten answers.
 #include "exported.h"
 #include "ptx.cuh"
 #include "runtime.cuh"

@@ -1,5 +1,5 @@
-// One mistake a launch. A chip would hang, go on with wrong numbers, or happen to be right; the
-// emulation is to say what is wrong.
+// A test kernel that makes one mistake per launch. A GPU would hang, continue with wrong numbers, or
+// happen to be right; the emulation must report the mistake.
 #include <cstring>
 
 #include "descriptor.cuh"

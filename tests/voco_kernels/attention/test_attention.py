@@ -1,4 +1,4 @@
-"""Every backend against the reference in float64, forward and backward, by the rule of oracle.py."""
+"""Tests of every backend, forward and backward, against float64 results, with oracle.py's bounds."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from tests.voco_kernels.strategies import cases
 from voco_kernels import MaskLayout, masked_attention
 from voco_kernels.attention.dispatch import BACKENDS, load
 
-# CUDA kernels: tests/cuda_on_cpu/ runs ours on the CPU, test_flash_attn.py a stand-in for theirs.
+# tests/cuda_on_cpu/ tests our CUDA kernels on the CPU, test_flash_attn.py a stand-in for flash-attn.
 ON_CPU = [backend for backend in BACKENDS if backend not in ("cuda_sm90", "flash_attn")]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# The interpreter takes a second where a backend takes a millisecond. Kernels with 16-bit operands
-# differ from those with 32 in the conversions only: each way through them is taken once.
+# The interpreter is about a thousand times slower than other backends. Kernels with 16-bit operands
+# differ from those with 32-bit ones only in conversions, so these cases are enough to cover them.
 INTERPRETED_IN_16_BITS = ("one image, 8 VoCo tokens", "5 tiles", "padded left, isolated")
 MIXED = "text between images"
 SMALL = Case([[image(24, 2, 21)], [[("text", 12)]]], padding_side="left")
 
-# The interpreter computes on NaN and huge scores before it masks them; a GPU does so in silence.
+# The interpreter warns when it computes with NaN and huge scores before masking them; a GPU doesn't.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning:triton"),
     pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning:triton"),
@@ -43,7 +43,7 @@ def name_of(value: object) -> str | None:
 
 
 def parity(backend: str, case: Case, dtype: torch.dtype, device: str = "cpu", **sizes: int) -> None:
-    """With NaN in padding and in memory that was never written."""
+    """Check a backend's results, with NaN in padding and in uninitialized memory."""
     layout = case.layout(device)
     inputs = random_inputs(layout, dtype, **sizes)
     skip_unless_it_serves(backend, inputs)
@@ -64,7 +64,7 @@ def parity(backend: str, case: Case, dtype: torch.dtype, device: str = "cpu", **
     ids=name_of,
 )
 def test_parity(backend, dtype, name):
-    # groups of heads are test_groups_of_heads'; an interpreted head takes seconds
+    # test_groups_of_heads covers groups; in the interpreter, a head takes seconds
     heads = {"heads": 1, "kv_heads": 1} if backend == "triton" else {}
     parity(backend, CASES[name], dtype, **heads)
 
@@ -106,7 +106,7 @@ def test_strides(backend, stride):
 
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_gradient_of_a_sum(backend):
-    """autograd hands over a gradient without strides."""
+    """autograd passes a gradient whose strides are all 0."""
     layout = CASES[MIXED].layout()
     inputs = random_inputs(layout, torch.float32, heads=2, kv_heads=1, head_dim=16)
     skip_unless_it_serves(backend, inputs)
@@ -122,8 +122,8 @@ def test_gradient_of_a_sum(backend):
 @pytest.mark.parametrize("scale", [0.03, 1.0])
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_scales(backend, scale):
-    """Scores of 0.2 and of 6 on average. For far larger ones the rule would measure something else:
-    eager attention has the same rounded scores in both passes, fused backward passes compute anew.
+    """Scores are 0.2 and 6 on average. For much larger ones, oracle.py's bounds don't apply: eager
+    attention uses the same rounded scores in both passes, while a fused backward recomputes them.
     """
     layout = SMALL.layout()
     inputs = random_inputs(layout, torch.float32, heads=2, kv_heads=1)
@@ -133,7 +133,7 @@ def test_scales(backend, scale):
 
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_scores_in_the_tens_of_thousands(backend):
-    """exp of such a score, or of the difference to a hidden one, is infinite."""
+    """exp of such a score, or of its difference to a hidden key's score, is infinite."""
     layout = SMALL.layout()
     inputs = random_inputs(layout, torch.float32, heads=2, kv_heads=1)
     inputs = inputs._replace(v=torch.ones_like(inputs.v))
@@ -190,7 +190,7 @@ def test_sdpa_in_float64():
 
 @pytest.mark.parametrize("name", CASES)
 def test_reference_equals_attention_under_the_dense_mask(name):
-    """The specification itself, against the definition of the mask and autograd."""
+    """The reference backend, against the mask's definition and autograd."""
     case = CASES[name]
     layout = case.layout()
     mask = brute_force_mask(case.rows, isolated=case.isolated, padding_side=case.padding_side)
@@ -209,8 +209,8 @@ def test_reference_equals_attention_under_the_dense_mask(name):
         torch.testing.assert_close(ours, exact.detach(), rtol=0, atol=1e-11)
 
 
-# What follows is the same on a GPU, with the lengths, head dims and dtypes that matter there. All
-# have one ratio of heads, since each combination compiles kernels.
+# The same tests on a GPU, with the lengths, head dims and dtypes that matter there. All use one ratio of
+# heads, since each combination compiles new kernels.
 
 GPU_BACKENDS = [backend for backend in BACKENDS if backend != "reference"]
 GPU_HEADS = {"heads": 4, "kv_heads": 2}
@@ -301,7 +301,7 @@ def test_gradients_in_any_order_on_cuda(name, head_dim):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "cuda_sm90"])
 def test_needs_no_host_sync_and_can_be_captured(backend):
-    """Layout and attention in one CUDA graph, replayed for other ids."""
+    """Layout and attention are captured in one CUDA graph, which is replayed for other ids."""
     voco = 9
     rows = {"first": [5] * 200 + [voco] + [5] * 99, "second": [5] * 20 + [voco] * 3 + [5] * 277}
     ids = torch.tensor([rows["first"]], device="cuda")
@@ -334,7 +334,7 @@ def test_needs_no_host_sync_and_can_be_captured(backend):
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_the_reference_hides_no_infinities(bad):
-    """What is masked is masked by the mask, never by the value of its score."""
+    """Scores are masked according to the layout, never because of their values."""
     layout = MaskLayout.from_lengths(3, 1, 3)
     q, k, v = (torch.randn(1, 1, 7, 8, dtype=torch.float64) for _ in range(3))
     q[0, 0, 5, 0] = bad

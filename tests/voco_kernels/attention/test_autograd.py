@@ -1,4 +1,4 @@
-"""masked_attention among the rest of torch: autograd, torch.compile, checkpointing, autocast."""
+"""Tests of masked_attention with autograd, torch.compile, checkpointing and autocast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from voco_kernels import MaskLayout, masked_attention
 from voco_kernels.attention.autograd import attention_backward, attention_forward
 
 SMALL = Case([[image(6, 2, 5)], [[("text", 4)]]], padding_side="left")
-# Triton runs in its interpreter here; its own parts are no different for autograd.
+# triton is left out: it would run in the interpreter, and all backends are the same to autograd.
 ON_CPU = ("sdpa", "reference")
 
 CPU_AND_CUDA = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -38,7 +38,7 @@ def test_opcheck(backend, dtype):
 
 
 def test_opcheck_of_strided_inputs():
-    """The fake kernels promise strides; the real ones keep the promise."""
+    """The real kernels return the strides that the fake ones promise."""
     layout = SMALL.layout()
     inputs = random_inputs(layout, torch.float32, head_dim=8)
     q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs[:3])
@@ -95,14 +95,14 @@ def test_no_gradient_is_asked_for():
 
 @pytest.mark.parametrize("device", CPU_AND_CUDA)
 def test_compiles_whole_and_once(device):
-    """Layout and attention in one graph; other lengths of the same batch don't compile again."""
+    """Layout and attention are in one graph, and other lengths in a batch don't cause a recompile."""
     voco = 9
 
     def attention(q, k, v, ids):
         layout = MaskLayout.from_input_ids(ids, voco_token_id=voco)
         return masked_attention(q, k, v, layout, return_lse=True)
 
-    # On the CPU the default backend would need a C++ compiler, for nothing that is ours.
+    # On the CPU, inductor would need a C++ compiler, and would test none of our code.
     backend = "aot_eager" if device == "cpu" else "inductor"
     compiled = torch.compile(attention, fullgraph=True, backend=backend, dynamic=False)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -161,7 +161,7 @@ def test_gradient_checkpointing(use_reentrant):
 
 @pytest.mark.parametrize("device", CPU_AND_CUDA)
 def test_autocast(device):
-    """Like SDPA: computed in autocast's dtype, gradients in the inputs' own."""
+    """As in SDPA, attention runs in autocast's dtype, and gradients have the inputs' dtype."""
     layout = SMALL.layout(device)
     inputs = random_inputs(layout, torch.float32, head_dim=64)
     q, k, v = leaves(inputs)

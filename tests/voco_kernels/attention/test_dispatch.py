@@ -1,4 +1,4 @@
-"""Which backend serves: the named one or none, else the first that can; and the reasons it gives."""
+"""Tests of the choice of a backend, and of the reasons given if one can't serve."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tensors(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[tor
 
 @pytest.fixture
 def say_no(monkeypatch):
-    """``say_no("sdpa", "its reason")``: that backend can't serve any more."""
+    """``say_no("sdpa", "its reason")`` makes a backend unable to serve."""
 
     def refuse(name: str, reason: str) -> None:
         monkeypatch.setattr(load(name), "unsupported", lambda q, k, v: [reason])
@@ -76,7 +76,7 @@ def test_named_backend_never_falls_back(say_no, monkeypatch):
     monkeypatch.setattr(load("reference"), "forward", lambda *_: pytest.fail("fell back"))
     with pytest.raises(RuntimeError) as error:
         masked_attention(*tensors(), LAYOUT, backend="sdpa")
-    assert "expected backend 'sdpa' that can serve q [1, 2, 11, 16]" in str(error.value)
+    assert "backend 'sdpa' can't serve q [1, 2, 11, 16]" in str(error.value)
     assert "sdpa: tensors too blue" in str(error.value)
     assert "reference" not in str(error.value)
 
@@ -124,9 +124,9 @@ def test_a_device_of_no_backend_but_the_reference():
 
 
 def test_tokens_too_far_apart_for_int32_offsets_are_refused_by_triton():
-    """Within a block of rows its kernels add up offsets in int32: farther ones would wrap around."""
+    """Its kernels compute offsets within a tile in int32, which larger strides would overflow."""
     far = torch.empty_strided((1, 2, 11, 16), (16, 16, 2**24, 1), device="meta")
     near = torch.empty_strided((1, 2, 11, 16), (16, 16, 2**24 - 1, 1), device="meta")
-    message = "expected tokens less than 16777216 elements apart"
+    message = "expected token strides below 16777216 elements"
     assert any(message in reason for reason in load("triton").unsupported(near, far, near))
     assert not any(message in reason for reason in load("triton").unsupported(near, near, near))

@@ -1,4 +1,4 @@
-"""The flash-attn backend's own part, cutting and packing, around a stand-in for the package."""
+"""Tests of the flash-attn backend's packing, with a stand-in for the package."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from voco_kernels.attention.backends import flash_attn
 
 
 def attend_to_sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, scale):
-    """Attention ``[tokens, H, D]`` of each sequence by itself, causal from the last query and the
-    last key backwards, in float64 and differentiable: out, and lse ``[H, tokens]``."""
+    """Attention within each sequence, with the causal mask aligned to the last query and the last key,
+    in float64 and differentiable. Returns out ``[tokens, H, D]`` and lse ``[H, tokens]``."""
     outs, lses = [], []
     q, k, v = (tensor.double() for tensor in (q, k, v))
     k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
@@ -146,7 +146,7 @@ def test_a_layout_is_packed_once_and_anew_when_it_changes(package, monkeypatch):
     expected, _ = flash_attn.forward(*inputs[:3], other, 0.2)
     assert len(packed) == 3 and torch.equal(out, expected)
 
-    with torch.inference_mode():  # where tensors keep no version
+    with torch.inference_mode():  # tensors have no version counter
         written = CASES["padded left"].layout()
         flash_attn.forward(*inputs[:3], written, 0.2)
         for ours, theirs in zip(written.tensors(), other.tensors(), strict=True):

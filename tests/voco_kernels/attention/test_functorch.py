@@ -1,4 +1,4 @@
-"""masked_attention under torch.func, which its refusal of forward-mode derivatives recommends."""
+"""Tests of masked_attention with torch.func, which its error for forward mode recommends."""
 
 from __future__ import annotations
 

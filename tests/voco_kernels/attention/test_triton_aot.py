@@ -1,5 +1,8 @@
-"""Every shipped Triton configuration, compiled ahead of time for its chip: no spills, shared memory
-within the chip's limit (the compiler does not check it), warpgroup instructions on Hopper."""
+"""Tests of every shipped Triton configuration, compiled ahead of time for its GPU.
+
+There must be no spills, shared memory must be within the GPU's limit (which the compiler doesn't check),
+and on Hopper there must be warpgroup instructions.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from voco_kernels.layout.schedule import TILE
 COMPILER = Path(__file__).parents[2] / "support" / "triton_aot.py"
 KERNELS = ("forward", "dq", "dkdv")
 WIDTHS = (64, 128, 256)
-# Too narrow for wgmma's 64 rows: docs/tuning.md says why.
+# Too narrow for wgmma's 64 rows; docs/tuning.md explains why.
 WITHOUT_WGMMA = {("dkdv", 256)}
 
 COMPILED = [  # the slowest first
@@ -36,7 +39,7 @@ COMPILED = [  # the slowest first
     (89, "bf16", WIDTHS),
     (100, "bf16", WIDTHS),
     (120, "bf16", WIDTHS),
-    # as bf16 but for the instructions' types
+    # like bf16 except for the instructions' types
     (80, "fp16", (128,)),
     (90, "fp16", (128,)),
 ]
@@ -90,7 +93,7 @@ def test_config_looks_up_the_width_and_the_chip():
         256,
     ]
     assert config("forward", 80, 2, 90) == Config(*TABLE[90]["forward", 128][:4])
-    # 99 KiB of shared memory where the chip is not known, and the FP32 table on all of them
+    # unknown compute capabilities use the table for 99 KiB of shared memory; FP32 has one table for all
     assert [chip_of(c) for c in (80, 86, 87, 89, 90, 100, 103, 120, 121, 130)] == [
         80,
         89,

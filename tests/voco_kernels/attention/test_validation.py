@@ -1,4 +1,4 @@
-"""Arguments that don't fit together are named, with their numbers, before anything is computed."""
+"""Tests of argument validation: errors give names and numbers, before anything is computed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ WRONG = {
     "heads that don't divide": (
         arguments(q=(2, 5, 11, 8)),
         ValueError,
-        "divisible by the key/value heads, got 5 and 2",
+        "divisible by the number of key/value heads, got 5 and 2",
     ),
     "no key/value heads": (
         arguments(k=(2, 0, 11, 8), v=(2, 0, 11, 8)),
@@ -127,13 +127,13 @@ def test_forward_mode_is_refused_rather_than_dropped():
     with pytest.raises(NotImplementedError, match="forward-mode tangents"):
         torch.func.jvp(lambda q: masked_attention(q, k, v, layout), (q,), (q,))
     with torch.autograd.forward_ad.dual_level():
-        masked_attention(q, k, v, layout)  # a level without tangents is nobody's concern
+        masked_attention(q, k, v, layout)  # a level without tangents is fine
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (dict(q=(2, 0, 11, 8)), ValueError, "at least one query head.*got 0 and 2"),
+        (dict(q=(2, 0, 11, 8)), ValueError, "positive number of query heads.*got 0 and 2"),
         (dict(scale="a"), TypeError, "scale as a number, got str 'a'"),
         (dict(deterministic=1), TypeError, "deterministic as a bool, got int 1"),
     ],
@@ -167,7 +167,7 @@ def test_scale_of_numpy_and_of_no_number():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_shapes_on_meta_tensors(autocast):
-    """As SDPA: shapes and dtypes of the outputs and gradients, without values."""
+    """As in SDPA, outputs and gradients have shapes and dtypes, but no values."""
     q = torch.empty(2, 4, 11, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
     k = torch.empty(2, 2, 11, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
     with torch.autocast("cpu", enabled=autocast):

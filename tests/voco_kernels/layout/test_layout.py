@@ -1,4 +1,4 @@
-"""Every constructor of MaskLayout against the definition of the mask, and what a layout can say."""
+"""Tests of MaskLayout: constructors against the mask's definition, counts, descriptions and errors."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def mask_of(case: Case) -> Tensor:
 
 
 def ids(*rows: str) -> Tensor:
-    """Token ids of rows of t(ext), i(mage), v(oco) and _ (padding)."""
+    """Token ids of rows written as t(ext), i(mage), v(oco) and _ (padding)."""
     return torch.tensor([[IDS[letter] for letter in row] for row in rows])
 
 
 def mask_of_letters(rows: list[str], by_image_token: bool, isolated: bool) -> Tensor:
-    """The mask of documents, a space between them, as ``from_input_ids`` documents it."""
+    """The mask of documents separated by spaces, as the docstring of ``from_input_ids`` defines it."""
     return mask_of_tokens([tokens_of_letters(row, by_image_token) for row in rows], isolated)
 
 
 def tokens_of_letters(row: str, by_image_token: bool) -> list[Token]:
-    """A VoCo run replaces all since the run before it, or since the first image token since; in a
-    document's first run, all since its start."""
+    """Consecutive VoCo tokens replace everything since the previous ones, or since the first image token
+    after those; the first in a document replace everything since its start."""
     kinds = {"t": "text", "i": "text", "v": "voco", "_": "padding"}
     tokens: list[Token] = []
     for number, document in enumerate(row.split(" ")):
@@ -115,14 +115,14 @@ def test_input_ids_equal_the_definition(rows, by_image_token, isolated):
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_drawn_input_ids_equal_the_definition(data):
-    """Rows of documents in which every VoCo run has context; some packed, some padded."""
+    """Rows of documents in which all VoCo tokens have context; some packed, some padded."""
     runs = st.tuples(st.sampled_from("tti"), st.integers(1, 5), st.integers(0, 3))
     document = st.lists(runs, min_size=1, max_size=5).map(
         lambda drawn: "".join(letter * count + "v" * voco for letter, count, voco in drawn)
     )
     row = " ".join(data.draw(st.lists(document, min_size=1, max_size=3)))
     by_image_token, isolated = data.draw(st.booleans()), data.draw(st.booleans())
-    # With an image token, a later run needs one to have context.
+    # If image_token_id is given, VoCo tokens after a document's first need an image token for context.
     if by_image_token:
         row = re.sub("(?<=v)t+v", lambda run: "i" + run.group(), row)
     tokens = row.replace(" ", "")
@@ -178,8 +178,8 @@ def test_input_ids_and_spans_agree(rows, isolated):
     left=st.booleans(),
 )
 def test_authors_mask(before, voco, after, padding, left):
-    """``make_voco_mask_llava``: causal, but what comes after the last VoCo token sees the keys from
-    the first VoCo token on. All before is hidden from it, also text."""
+    """The authors' ``make_voco_mask_llava``: causal, except that tokens after the last VoCo token only
+    see keys from the first VoCo token on. Everything before it, including text, is hidden from them."""
     row = before + "v" * voco + after
     first, last = len(before), len(before) + voco - 1
     expected = torch.ones(len(row), len(row), dtype=torch.bool).tril()
@@ -300,7 +300,7 @@ def test_tensors_and_back():
 
 @pytest.mark.parametrize("isolated", [False, True])
 def test_compiles_whole_and_once(isolated):
-    """Other lengths of the segments are other values, not other shapes."""
+    """If segment lengths change, only values change, not shapes."""
 
     def visibility(input_ids, attention_mask):
         layout = MaskLayout.from_input_ids(
@@ -406,7 +406,7 @@ def test_on_cuda_equals_the_cpu_without_a_sync():
 
 @pytest.mark.parametrize("first", [0, 1, 7])
 def test_packed_documents_may_start_at_any_position(first):
-    """As in Transformers: a document starts where positions don't go on by 1."""
+    """As in Transformers, a document starts where position ids don't increase by 1."""
     positions = [*range(first, first + 4), *range(first, first + 3)]
     layout = MaskLayout.from_input_ids(
         torch.full((1, 7), 5), voco_token_id=VOCO_ID, position_ids=torch.tensor([positions])
@@ -449,7 +449,7 @@ TOO_MANY = {
 
 @pytest.mark.parametrize("make", TOO_MANY.values(), ids=TOO_MANY)
 def test_more_tokens_than_int32_tables_hold_are_refused_at_once(make):
-    """Before anything of that size is made: there is no memory for any of them."""
+    """They raise before anything of that size is allocated; no tensor of that size would fit."""
     with pytest.raises(ValueError, match=r"at most 268435456 tokens in a batch.*split the batch"):
         make()
 
@@ -458,7 +458,7 @@ def test_numpy_integers_are_integers():
     by_python = MaskLayout.from_lengths(5, 2, 6, batch=3)
     by_numpy = MaskLayout.from_lengths(np.int64(5), np.int32(2), np.uint8(6), batch=np.int16(3))
     assert torch.equal(by_numpy.materialize(), by_python.materialize())
-    # Unsigned 8 bits would overflow where lengths are added up.
+    # Sums of lengths would overflow in unsigned 8-bit integers.
     many = MaskLayout.from_spans(
         [[("vision", np.uint8(200)), ("voco", 1), ("text", np.uint8(200))]]
     )

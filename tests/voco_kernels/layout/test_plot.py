@@ -1,4 +1,4 @@
-"""The picture of a layout: it is there, shows every kind of token, and costs no S^2."""
+"""Tests of MaskLayout.plot: it writes a PNG with every kind of token, and never a dense mask."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed: the extra
 
 
 def colours(path) -> dict[str, int]:
-    """How many pixels there are of each colour that has any number of them."""
+    """The number of pixels of each color that is used for areas."""
     picture = image_module.open(path)
     assert picture.format == "PNG" and min(picture.size) > 800
     counts = picture.convert("RGB").getcolors(1 << 24)

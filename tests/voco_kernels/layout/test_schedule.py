@@ -1,4 +1,4 @@
-"""The tiles cover the mask: every visible pair once, and in few tiles."""
+"""Tests of the schedule: its tiles cover every visible pair exactly once, with few tiles."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from voco_kernels.layout.schedule import CONTIGUOUS, START, TILE
 
 
 def query_tiles_mask(layout: MaskLayout) -> tuple[Tensor, Tensor]:
-    """What the query tiles say is visible, bool ``[B, S, S]``, and how many tiles hold each query."""
+    """The mask that query tiles represent, bool ``[B, S, S]``, and how many tiles hold each query."""
     visible = torch.zeros(layout.batch, layout.length, layout.length, dtype=torch.bool)
     times = torch.zeros(layout.batch, layout.length, dtype=torch.long)
     count = layout.schedule.counts[0]
@@ -35,8 +35,8 @@ def query_tiles_mask(layout: MaskLayout) -> tuple[Tensor, Tensor]:
 
 
 def key_tiles_mask(layout: MaskLayout) -> tuple[Tensor, Tensor]:
-    """The same for key tiles. In a contiguous one queries see the keys up to themselves; in a gathered
-    one only those, besides, that do not lie before their ``visible_from``."""
+    """The same for key tiles. In a contiguous tile, queries see the keys up to their own position; in a
+    gathered one, those keys must also not be before the query's ``visible_from``."""
     visible = torch.zeros(layout.batch, layout.length, layout.length, dtype=torch.bool)
     times = torch.zeros(layout.batch, layout.length, dtype=torch.long)
     position = torch.arange(layout.length)
@@ -77,7 +77,7 @@ def test_tiles_equal_the_definition(name):
 @settings(max_examples=150, deadline=None)
 @given(cases())
 def test_tiles_of_drawn_layouts_equal_the_definition(case):
-    """With tiles of 4 rows, so that short documents have several."""
+    """Tiles have 4 rows, so that short documents have several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "TILE", 4)
         check(case)
@@ -102,7 +102,7 @@ def test_no_tile_straddles_runs_or_is_too_long(name):
 
 
 def test_text_behind_64_images_reads_one_more_block():
-    """The 64 VoCo tokens, half a block of keys, and none of 64 * 576 hidden keys."""
+    """It reads the 64 VoCo tokens, half a block of keys, and none of the 64 * 576 hidden keys."""
     first = 64 * 577
     layout = MaskLayout.from_spans([[*image(576, 1) * 64, ("text", 2048)]])
     text = [tile for tile in layout.schedule.host_query_tiles().tolist() if tile[START] >= first]

@@ -1,5 +1,8 @@
-"""The kernels behind ``MaskLayout.from_input_ids``: in Triton's interpreter with chunks of a few
-tokens, and on a GPU, they equal the torch code; for chips that aren't here, they compile."""
+"""Tests of the Triton kernels for ``MaskLayout.from_input_ids``.
+
+They give the same results as the torch code, in Triton's interpreter with chunks of a few tokens and on
+a GPU, and they compile for every supported GPU.
+"""
 
 from __future__ import annotations
 
@@ -43,13 +46,13 @@ NAMES = (
 )
 
 interpreted = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="wants Triton's interpreter: TRITON_INTERPRET=1"
+    not triton.knobs.runtime.interpret, reason="needs Triton's interpreter: TRITON_INTERPRET=1"
 )
 
 
 def batch(*rows: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, attention mask and position ids of rows of T, I, V and _ (padding). A space
-    starts another document."""
+    """Token ids, attention mask and position ids of rows written as T, I, V and _ (padding). A space
+    starts a new document."""
     ids, mask, positions = [], [], []
     for row in rows:
         documents = row.split(" ")
@@ -70,7 +73,7 @@ def assert_equal(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory that was never written holds 2**31 - 1."""
+    """Fill uninitialized memory with 2**31 - 1."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     with pytest.MonkeyPatch.context() as patch:
@@ -82,7 +85,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def assert_kernels_equal_torch(arguments: tuple, block: int | None, tile: int) -> None:
-    """In the interpreter; with tiles of few rows, so that short rows have several."""
+    """Run in the interpreter, with tiles of few rows, so that short rows have several."""
     with pytest.MonkeyPatch.context() as patch, poisoned_memory():
         patch.setattr(schedule, "TILE", tile)
         patch.setattr(triton_layout, "_TILE", triton.language.constexpr(tile))
@@ -95,7 +98,7 @@ CATALOGUE = {
     "one VoCo token, stray": ("V",),
     "plain causal": ("TTTTTTTTTTT",),
     "one image": ("TIIIIIIVTTTTTTT", "TTIIIIIVVTTTTTT"),
-    "nothing behind the VoCo tokens": ("IIIIIIIIVV", "TTTTTTIIIV"),
+    "nothing after the VoCo tokens": ("IIIIIIIIVV", "TTTTTTIIIV"),
     "images with text between": ("TIIIVVTTIIIVTTTIIIIIIVTTT",),
     "images side by side": ("IIIVIIIVIIIVTT", "IIIIVVIIVVIIVV"),
     "VoCo tokens across chunks": ("IVTTIIVVVVVVVVTTTT",),
@@ -111,7 +114,7 @@ CATALOGUE = {
 @interpreted
 @pytest.mark.parametrize("block", [8, 32])
 def test_interpreted_kernels_read_document_numbers(block):
-    """Of the attention mask, alone and beside position ids that start elsewhere."""
+    """The attention mask's document numbers, alone and with position ids that restart elsewhere."""
     ids, _, positions = batch("TIIVTTTIIIVVTTTIVTT___", "TIIVTTTIIIVV TTTIVTT___")
     numbers = torch.tensor([[1] * 7 + [2] * 5 + [3] * 7 + [0] * 3, [4] * 7 + [5] * 12 + [0] * 3])
     for position_ids in (None, positions):
@@ -131,7 +134,7 @@ def test_interpreted_kernels_equal_torch_on_the_catalogue(name, isolated, block)
 
 @st.composite
 def token_ids(draw) -> tuple:
-    """Arguments of ``layout_from_token_ids``: a few rows in which every token may be anything."""
+    """Arguments for ``layout_from_token_ids``: a few rows in which each token can be of any kind."""
     num_rows, length = draw(st.integers(1, 3)), draw(st.integers(1, 40))
     runs = st.tuples(st.sampled_from([TEXT, IMAGE, IMAGE, VOCO]), st.integers(1, 9))
     ids, positions = [], []

@@ -1,1 +1,1 @@
-"""One module a backend, one contract (see ``voco_kernels.attention.dispatch``); none imports another."""
+"""Attention backends, one module each; their contract is in ``voco_kernels.attention.dispatch``."""

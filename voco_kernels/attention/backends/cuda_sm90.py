@@ -1,4 +1,4 @@
-"""CUDA backend for Hopper (sm_90a), from ``csrc/``. One launch forward, three backward."""
+"""The CUDA backend for Hopper (sm_90a), whose kernels are in ``csrc/``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from voco_kernels.attention.reasons import dtype_reasons, strided_reasons
 from voco_kernels.layout import MaskLayout
 
 _LARGEST_HEAD_DIM = 256
-_ALIGNMENT = 16  # bytes: what TMA asks of addresses and strides
+_ALIGNMENT = 16  # bytes: TMA needs addresses and strides to be multiples of it
 _OPERANDS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
-# Beyond it csrc has a kernel that makes dQ in passing. In narrower rows the adds are expected, not
-# measured, to take longer than the two products that they save.
+# For larger head dims, csrc has a fused kernel that also computes dQ while it computes dK and dV. For
+# smaller ones, dQ's atomic adds should take longer than the two products saved (not measured).
 _WIDEST_WITHOUT_PASSING = 64
 
 
-# On import: torch.compile can't trace it. Tests put an extension here that runs on the CPU.
+# Loaded on import because torch.compile can't trace it. Tests substitute one that runs on the CPU.
 _extension, _why_not = extension.load()
 _emulated = False
 
@@ -40,7 +40,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     head_dim = q.shape[-1]
     if head_dim > _LARGEST_HEAD_DIM or head_dim % 8:
         reasons.append(
-            f"expected head_dim a multiple of 8 up to {_LARGEST_HEAD_DIM}, got {head_dim}"
+            f"expected head_dim to be a multiple of 8 up to {_LARGEST_HEAD_DIM}, got {head_dim}"
         )
     if not all(map(_has_aligned_strides, (q, k, v))):
         strides = ", ".join(str(tuple(tensor.stride())) for tensor in (q, k, v))
@@ -73,7 +73,7 @@ def backward(
     deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    # Where the order may vary, dQ is added up while dK and dV are made: five products, not seven.
+    # If the order of sums may vary, one kernel computes dQ, dK and dV: five products instead of seven.
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     in_passing = not deterministic and q.shape[-1] > _WIDEST_WITHOUT_PASSING
     _launch(
@@ -105,9 +105,9 @@ def _launch(
     scale: float,
     **tensors: Tensor | None,
 ) -> None:
-    """Call one function of the extension on the current stream of q's device.
+    """Call a function of the extension on the current stream of q's device.
 
-    ``tensors`` are the fields of the same name in ``csrc/params.h``.
+    ``tensors`` are for the fields of the same names in ``csrc/params.h``.
     """
     q, k, v = map(_aligned, (q, k, v))
     params = _extension.AttentionParams()
@@ -134,7 +134,7 @@ def _launch(
 
 
 def _steps(tensor: Tensor) -> list[int]:
-    """Strides of the first three dimensions; 0 for those of size 1, of which torch says anything."""
+    """Strides of the first three dimensions; 0 for size 1, for which torch reports arbitrary strides."""
     sizes_and_strides = zip(tensor.shape[:3], tensor.stride(), strict=False)
     return [stride if size > 1 else 0 for size, stride in sizes_and_strides]
 
@@ -144,8 +144,8 @@ def _has_aligned_strides(tensor: Tensor) -> bool:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where TMA can't read it: autograd's gradients have any strides, and views
-    begin anywhere, which ``unsupported`` can't see under torch.compile."""
+    """The tensor, or a copy if TMA can't read it. Gradients from autograd can have any strides, and a
+    view can start at any address, which ``unsupported`` can't see under torch.compile."""
     if _has_aligned_strides(tensor) and tensor.data_ptr() % _ALIGNMENT == 0:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

@@ -1,8 +1,8 @@
-"""The flash-attn package (FlashAttention-2): one variable-length call over the schedule's runs.
+"""The flash-attn backend (FlashAttention-2): one variable-length call, one sequence per run.
 
-flash-attn aligns causal masks to the last query and the last key. So a run (see ``schedule.py``) is
-a sequence of its own: its queries are the run, its keys those of its prefix, gathered, and the
-contiguous stretch that ends with the run.
+The runs are those of the layout's schedule (see ``schedule.py``). flash-attn aligns causal masks to the
+last query and the last key, so each run can be a sequence: its queries are the run's, and its keys are
+those of the run's prefix, gathered, and then the contiguous range that ends with the run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from voco_kernels.compiler import assume_constant_result
 from voco_kernels.layout import MaskLayout
 
 
-@assume_constant_result  # an import is not for torch.compile to trace
+@assume_constant_result  # torch.compile can't trace an import
 def missing() -> list[str]:
     try:
         _package()
@@ -38,7 +38,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         capability = ".".join(map(str, torch.cuda.get_device_capability(q.device)))
         reasons.append(f"expected compute capability 8.0 or later, got {capability}")
     if q.shape[-1] > 256 or q.shape[-1] % 8:
-        reasons.append(f"expected head_dim a multiple of 8 and at most 256, got {q.shape[-1]}")
+        reasons.append(f"expected head_dim to be a multiple of 8 up to 256, got {q.shape[-1]}")
     return reasons
 
 
@@ -78,8 +78,9 @@ def backward(
     saved = (run_q, run_k, run_v, run_out, run_lse, pack, scale)
     run_dq, run_dk, run_dv = (t.float() for t in _attend_backward(run_dout, *saved))
     if dlse is not None:
-        # flash-attn's backward knows no dlse. It adds p * dlse to the scores' gradient, so to dq
-        # what attention to k in place of v gives, and to dk what dv is for a dout of dlse * q.
+        # flash-attn's backward takes no dlse, which adds p * dlse to the gradient of the scores. Its
+        # share of dq (times dlse) is attention with k in place of v; its share of dk is dv for a dout
+        # of dlse * q.
         run_dlse = _gather(dlse, pack.queries)[..., None]
         attended_k, _ = _attend(run_q, run_k, run_k, pack, scale)
         _, _, attended_q = _attend_backward((run_dlse * run_q).to(q.dtype), *saved)
@@ -91,7 +92,7 @@ def backward(
 
 
 class _Packing(NamedTuple):
-    """Where the packed sequences' tokens come from, as (rows, positions), and where each starts."""
+    """The source of the packed sequences' tokens, as (rows, positions), and where sequences start."""
 
     queries: tuple[Tensor, Tensor]
     keys: tuple[Tensor, Tensor]
@@ -104,14 +105,14 @@ class _Packing(NamedTuple):
         return self[2:]
 
 
-# Making one takes a host sync. All layers of a model share a layout, so that this is once a batch.
+# Building one takes a host sync. All layers of a model share a layout, so it happens once per batch.
 _packings: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _packing(layout: MaskLayout) -> _Packing | None:
-    """None where all is padding."""
+    """The layout's packing, cached; None if all tokens are padding."""
     tiles = layout.schedule.query_tiles
-    if tiles.is_inference():  # may have been written to without a trace
+    if tiles.is_inference():  # has no version counter, so writes to it can't be detected
         return _build_packing(layout)
     version, packing = _packings.get(tiles, (None, None))
     if version != tiles._version:
@@ -145,12 +146,12 @@ def _build_packing(layout: MaskLayout) -> _Packing | None:
 
 
 def _gather(tensor: Tensor, index: tuple[Tensor, Tensor]) -> Tensor:
-    """``[tokens, H, ...]`` out of ``[B, H, S, ...]``."""
+    """Gather ``[tokens, H, ...]`` from ``[B, H, S, ...]``."""
     return tensor.transpose(1, 2)[index]
 
 
 def _scatter_add(packed: Tensor, index: tuple[Tensor, Tensor], like: Tensor) -> Tensor:
-    """Add ``[tokens, H, D]`` up into ``[B, H, S, D]``; index_put_ sorts, so in a fixed order."""
+    """Sum ``[tokens, H, D]`` into ``[B, H, S, D]``, in a fixed order because index_put_ sorts."""
     total = torch.zeros_like(like, dtype=torch.float32)
     total.transpose(1, 2).index_put_(index, packed.float(), accumulate=True)
     return total.to(like.dtype)

@@ -1,4 +1,7 @@
-"""The specification: eager attention under the dense mask, in any dtype, on any device."""
+"""The reference backend, which specifies the results: eager attention with the dense mask.
+
+It runs in any floating-point dtype of 16 bits or more, on any device.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +59,8 @@ def backward(
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, layout: MaskLayout) -> list[Tensor]:
-    """q as ``[B, Hkv, group, S, D]``, k and v as ``[B, Hkv, 1, S, D]``; padding, which may hold
-    anything, zeroed so that 0 * NaN can't leak out of it."""
+    """q as ``[B, Hkv, group, S, D]``, k and v as ``[B, Hkv, 1, S, D]``. Padding can hold anything, so it
+    is zeroed: otherwise 0 * NaN would spread to other tokens."""
     padding = (layout.visible_until == 0)[:, None, :, None]
     q, k, v = (tensor.masked_fill(padding, 0) for tensor in (q, k, v))
     return [q.unflatten(1, (k.shape[1], -1)), k.unsqueeze(2), v.unsqueeze(2)]

@@ -1,7 +1,8 @@
-"""PyTorch's own fused attention, a few calls a layout: the default on the CPU, a fallback on CUDA.
+"""The SDPA backend: PyTorch's fused attention, called once or more for each run of the schedule.
 
-The queries of a run (see ``schedule.py``) see some keys in front of them, all of these, and then
-each other, causally. One image is two runs: ``[vision | VoCo]``, then text over ``[VoCo | text]``.
+It is the default on the CPU and a fallback on CUDA. All queries of a run (see ``schedule.py``) see the
+same earlier keys, and each other causally. With one image there are two runs: ``[vision | VoCo]``, then
+the text, which attends to ``[VoCo | text]``.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ _aten = torch.ops.aten
 _CUDA_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CPU_DTYPES = (*_CUDA_DTYPES, torch.float64)
 
-_CAUSAL_FROM_THE_END = 2  # a custom_mask_type of aten's memory-efficient attention
+_CAUSAL_FROM_THE_END = 2  # custom_mask_type in aten's memory-efficient attention
 
-# aten's causal CPU kernel skips hidden keys 512 at a time, and only where queries and keys start
-# together. So a run goes through it in chunks of queries, over the keys up to the chunk's last; a
-# long run with no keys in front goes through whole. Both numbers are measured, 64 to 3000 tokens.
+# aten's CPU kernel skips masked keys in blocks of 512, and only if queries and keys start at the same
+# token. So a run's queries are passed in chunks, each with the keys up to its last query; a long run
+# with no earlier keys is passed whole. Both numbers were chosen by measurement, with 64 to 3000 tokens.
 _CHUNK = 192
 _LONG = 1024
 
@@ -35,7 +36,7 @@ def missing() -> list[str]:
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     if q.device.type not in ("cpu", "cuda"):
-        return [f"expected tensors on cpu or cuda, where aten's attention has lse, got {q.device}"]
+        return [f"expected tensors on cpu or cuda, where aten returns lse, got {q.device}"]
     dtypes = _CPU_DTYPES if q.device.type == "cpu" else _CUDA_DTYPES
     return dtype_reasons(q, *dtypes) + strided_reasons(q, k, v)
 
@@ -69,8 +70,8 @@ def backward(
     deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head_dim, dtype = q.shape[-1], q.dtype
-    # Sums over chunks in 16 bits would be rounded each time. aten's CPU kernel rounds its own like
-    # that, beyond the error that is allowed here, so there 16 bits are widened altogether.
+    # Sums over chunks are kept in float32, since in 16 bits each step would round. aten's CPU kernel
+    # does round its 16-bit sums at each step, beyond our error bound, so there all inputs are widened.
     sums = torch.promote_types(dtype, torch.float32)
     dq, dk, dv = (torch.zeros_like(tensor, dtype=sums) for tensor in (q, k, v))
     if q.device.type == "cpu":
@@ -88,14 +89,14 @@ def backward(
             dq[run.rows, :, own] = own_dq
             dkeys[:, :, :seen] += own_dk
             dvalues[:, :, :seen] += own_dv
-        if not isinstance(run.keys, slice):  # then dkeys and dvalues are copies
+        if not isinstance(run.keys, slice):  # dkeys and dvalues are copies
             dk[run.rows, :, run.keys], dv[run.rows, :, run.keys] = dkeys, dvalues
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
 class _Run(NamedTuple):
-    """A run of some rows of the batch. ``keys`` ends with the run's own tokens: a slice, or int64
-    positions where its first keys come out of ``kept``."""
+    """A run shared by some rows of the batch. ``own`` are its queries. ``keys``, which end with them,
+    are a slice, or a tensor of positions if the first keys come from ``kept``."""
 
     rows: slice
     own: slice
@@ -103,7 +104,7 @@ class _Run(NamedTuple):
     num_in_front: int
 
     def chunks(self, device: torch.device) -> Iterator[tuple[slice, int]]:
-        """The run's queries bit by bit, and how many of its keys the last query of each sees."""
+        """Chunks of the run's queries, each with the number of keys that its last query sees."""
         start, stop, _ = self.own.indices(self.own.stop)
         whole = device.type != "cpu" or (self.num_in_front == 0 and stop - start > _LONG)
         step = stop - start if whole else _CHUNK
@@ -112,12 +113,12 @@ class _Run(NamedTuple):
             yield slice(first, last), self.num_in_front + last - start
 
     def take(self, positions: slice | Tensor, *tensors: Tensor) -> list[Tensor]:
-        """``[rows, H, positions, D]`` of each: views, or copies where positions is a tensor."""
+        """``[rows, H, positions, D]`` of each tensor: views, or copies if positions is a tensor."""
         return [tensor[self.rows, :, positions] for tensor in tensors]
 
 
 def _runs(layout: MaskLayout) -> Iterator[_Run]:
-    """The runs that see anything; those that are the same in neighbouring rows only once."""
+    """The runs that see any key. Identical runs of consecutive rows are yielded as one."""
     kept = layout.schedule.kept
     host_kept = kept.cpu().numpy()
     rows_of_run: dict[tuple, list[int]] = {}
@@ -138,11 +139,11 @@ def _runs(layout: MaskLayout) -> Iterator[_Run]:
 
 
 def _with_dlse(dlse: Tensor, dout: Tensor, *q_k_v_out: Tensor) -> list[Tensor]:
-    """More columns, by which aten's backward, that knows no dlse, gives the gradients with it.
+    """Append columns with which aten's backward, which takes no dlse, includes it in the gradients.
 
-    It is ``ds = p * (dp - delta + dlse)`` with ``dp = dout v^T`` and ``delta = sum(dout * out)``.
-    So dlse goes into columns of dout that meet ones in v and zeros in out; in q and k they are
-    zeros. In 16 bits a second column takes what rounding cut off the first.
+    The gradient is ``ds = p * (dp - delta + dlse)`` with ``dp = dout v^T`` and
+    ``delta = sum(dout * out)``. So dout gets columns that hold dlse; the matching columns are ones in v
+    and zeros in out, q and k. In 16 bits, a second column holds the rounding error of the first.
     """
     columns, rest = [], dlse
     for _ in range(1 if dout.dtype == dlse.dtype else 2):
@@ -156,8 +157,8 @@ def _with_dlse(dlse: Tensor, dout: Tensor, *q_k_v_out: Tensor) -> list[Tensor]:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """out and lse of causal attention where the last query sees all keys, the one before it one key
-    less, and so on."""
+    """out and lse of causal attention in which the last query sees all keys, the one before it all but
+    the last key, and so on."""
     if q.device.type == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, scale=scale, **_causal(q, k)
@@ -173,19 +174,19 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 def _attend_backward(
     dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of ``_attend``."""
+    """dq, dk and dv for ``_attend``."""
     if q.device.type == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, scale=scale, **_causal(q, k)
         )
     queries, head_dim = q.shape[2:]
     heads, kv_heads = q.shape[1], k.shape[1]
-    # Its lse is as long as a multiple of 32 queries, with inf behind the last.
+    # The kernel expects lse to be padded with inf to a multiple of 32 queries.
     lse = F.pad(lse, (0, -queries % 32), value=float("inf")).contiguous()
     dout, q, k, v, out = (_for_cutlass(tensor, heads) for tensor in (dout, q, k, v, out))
-    out = out.contiguous()  # the kernel takes heads * D for the stride between its queries
+    out = out.contiguous()  # the kernel assumes a stride of heads * D between its queries
     no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)
-    # With more than one split of the keys, atomics would add up dq, in any order.
+    # With more than one split of the keys, dq would be summed by atomics, in any order.
     gradients = _aten._efficient_attention_backward(
         dout, q, k, v, None, out, None, None, queries, k.shape[1], lse, 0.0, no_dropout, no_dropout,
         _CAUSAL_FROM_THE_END, False, scale=scale, num_splits_key=1,
@@ -197,8 +198,8 @@ def _attend_backward(
 
 
 def _causal(q: Tensor, k: Tensor) -> dict[str, bool | Tensor]:
-    """What tells aten's CPU kernel, whose own causal masks begin with the first query and the first
-    key, to end with the last of both: for a chunk, a bias ``[queries, keys]``."""
+    """Arguments for a causal mask aligned to the last query and the last key. aten's CPU kernel aligns
+    its own to the first of both, so if there are more keys, this is a bias ``[queries, keys]``."""
     queries, keys = q.shape[2], k.shape[2]
     if queries == keys:
         return {"is_causal": True}
@@ -207,8 +208,8 @@ def _causal(q: Tensor, k: Tensor) -> dict[str, bool | Tensor]:
 
 
 def _for_cutlass(tensor: Tensor, heads: int) -> Tensor:
-    """``[B, S, heads, D]``, keys and values repeated for their group of heads, each row of D padded
-    to, and starting at, a multiple of 16 bytes."""
+    """``[B, S, heads, D]``, with keys and values repeated for the query heads of their group, and with
+    rows of D that are padded to, and start at, a multiple of 16 bytes."""
     tensor = tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
     aligned = 16 // tensor.element_size()
     tensor = F.pad(tensor, (0, -tensor.shape[-1] % aligned)).transpose(1, 2)

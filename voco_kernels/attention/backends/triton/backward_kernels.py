@@ -1,4 +1,4 @@
-"""Triton backward kernels: dQ by query tile, dK and dV by key tile. No atomics, so deterministic."""
+"""The Triton backward kernels: dQ by query tile, dK and dV by key tile, deterministic (no atomics)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def delta_kernel(
     heads, length,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """Delta fp32 ``[B, Hq, S]`` = rowsum(Out * DOut) - DLse, so that dS = P * (dP - Delta)."""
+    """Write Delta fp32 ``[B, Hq, S]`` = rowsum(Out * DOut) - DLse, so that dS = P * (dP - Delta)."""
     item = tl.program_id(0).to(tl.int64)
     row, head = item // heads, item % heads
     position = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -57,7 +57,7 @@ def _accumulate_dq(
     BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     GATHER: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """dQ / scale from keys [begin, end), the stretches of the forward kernel's ``_attend``."""
+    """Add dQ / scale from keys [begin, end), given as in the forward kernel's ``_attend``."""
     for start in tl.range(begin, end, BLOCK_N, disable_licm=True, num_stages=1 if GATHER else None):
         # [BLOCK_N]
         key = start + tl.arange(0, BLOCK_N)
@@ -109,7 +109,7 @@ def dq_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """DQ ``[B, Hq, S, D]``, every row written, padding with 0. Items as in the forward kernel."""
+    """Write all of DQ ``[B, Hq, S, D]``; padding gets 0. Work items are those of the forward kernel."""
     PARTS: tl.constexpr = TILE // BLOCK_M
     scale_log2 = scale * LOG2_E
     items = tl.load(counts + QUERY_TILES) * heads * PARTS
@@ -177,10 +177,11 @@ def _accumulate_dkdv(
     BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     GATHER: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """dK / scale and dV from some of the queries [begin, end): positions, or with GATHER ranks in
-    ``readers``, then all of them. Positions come in two lots: with MASK the blocks before
-    ``diagonal_stop`` and the last one if it is not whole, without it the whole blocks between them.
+    """Add dK / scale and dV from queries [begin, end): positions or, with GATHER, indices into
+    ``readers``.
 
+    Positions take two calls: with MASK, for the blocks before ``diagonal_stop`` and the last block if it
+    is partial; without MASK, for the whole blocks between them. With GATHER, one call takes all blocks.
     Scores are transposed, [BLOCK_N, BLOCK_M], so that P and dS stay in registers as left operands.
     """
     blocks = tl.cdiv(end - begin, BLOCK_M)
@@ -262,10 +263,11 @@ def dkdv_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """DK and DV ``[B, Hkv, S, D]``, every row written, padding with 0.
+    """Write all of DK and DV ``[B, Hkv, S, D]``; padding gets 0.
 
-    An item is (part of a key tile, KV head) and sums over the query heads of its group. ``q_desc`` and
-    ``g_desc`` are TMA descriptors of Q and DOut, blocks [1, 1, BLOCK_M, BLOCK_D], or None.
+    A work item is one part of a key tile, for one KV head, and sums over the query heads of its group.
+    ``q_desc`` and ``g_desc`` are TMA descriptors for blocks [1, 1, BLOCK_M, BLOCK_D] of Q and DOut, or
+    None.
     """
     PARTS: tl.constexpr = TILE // BLOCK_N
     scale_log2 = scale * LOG2_E
@@ -286,7 +288,7 @@ def dkdv_kernel(
         in_tile = rank < stop
         wide_row, wide_kv_head = tl.cast(row, tl.int64), tl.cast(kv_head, tl.int64)
         kept = kept_positions + wide_row * length
-        # A comparison with a scalar: newer interpreters refuse "block & scalar" as a mask.
+        # Compares with a scalar because newer interpreters reject "block & scalar" as a mask.
         kept_stop = tl.where(gathered, stop, 0)
         # [BLOCK_N]
         key = tl.where(gathered, tl.load(kept + rank, mask=rank < kept_stop, other=0), rank)
@@ -299,7 +301,7 @@ def dkdv_kernel(
         first_key = tl.min(tl.where(in_tile, key, INT32_MAX), 0)
         last_key = tl.max(tl.where(in_tile, key, -1), 0)
 
-        # A tile is gathered or contiguous: the other kind's stretch of queries is empty.
+        # A tile is either gathered or contiguous; the other kind's range of queries is empty.
         empty = start >= stop
         readers_stop = tl.where(gathered & (not empty), query_stop, query_start)
         contiguous_start = query_start + offset

@@ -1,4 +1,4 @@
-"""The blocks of each Triton kernel: which are used for a head_dim, a dtype and a chip."""
+"""Block sizes and compiler options of the Triton kernels, by head_dim, dtype and GPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from voco_kernels.attention.backends.triton.table import TABLE
 
 
 class Config(NamedTuple):
-    """``block_m`` queries by ``block_n`` keys, warps a program, stages of the load pipeline, and how
-    float32 operands are multiplied (16-bit ones ignore it)."""
+    """A kernel's block of ``block_m`` queries by ``block_n`` keys, its warps per program, the stages of
+    its load pipeline, and the precision of float32 products (ignored for 16-bit operands)."""
 
     block_m: int
     block_n: int
@@ -19,25 +19,25 @@ class Config(NamedTuple):
 
 
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-"""Bytes of shared memory that a program may have, by chip. Triton checks it at the first launch."""
+"""Maximum bytes of shared memory per program, by compute capability; Triton checks it at launch."""
 
 CALL_STACK = {120: 8}
-"""Bytes of stack a thread that are no spill, by chip: on sm_120 each TMA load comes with a call into
-the driver for addresses in another multiprocessor's memory, which ours never are."""
+"""Bytes of stack per thread that are not spills, by compute capability. On sm_120 each TMA load
+includes a call into the driver for addresses in another multiprocessor's memory, never used here."""
 
-# Chips without rows of their own borrow those of a sister with the same matrix instructions and no
-# more shared memory; the ones that nobody has heard of yet, those that need the least.
+# Compute capabilities without entries in TABLE use those of one with the same matrix instructions and
+# no more shared memory. Unknown ones use the entries that need the least shared memory.
 _SISTERS = {86: 89, 87: 80, 103: 100, 121: 120}
 _LEAST = 89
 
 
 def config(kernel: str, head_dim: int, itemsize: int, capability: int) -> Config:
-    """The configuration that ships. Never timed here: a first call is no place for autotuning.
+    """The shipped configuration for a kernel. It is looked up, never autotuned, so first calls are fast.
 
     Args:
         kernel: ``"forward"``, ``"dq"`` or ``"dkdv"``.
         head_dim: D; 1 to 256.
-        itemsize: bytes of a q, k, v element.
+        itemsize: bytes per element of q, k and v.
         capability: ``10 * major + minor`` of the device's compute capability.
     """
     width = width_of(head_dim)
@@ -48,18 +48,18 @@ def config(kernel: str, head_dim: int, itemsize: int, capability: int) -> Config
 
 
 def width_of(head_dim: int) -> int:
-    """The class of a head_dim: 64, 128 or 256; 80 and 96 are of class 128."""
+    """The width whose configurations serve a head_dim: 64, 128 or 256 (e.g. 128 for 80 and 96)."""
     return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
 
 def chip_of(capability: int) -> int:
-    """The chip of the table that stands for a compute capability."""
+    """The compute capability in ``TABLE`` whose entries are used for this one."""
     return capability if capability in TABLE else _SISTERS.get(capability, _LEAST)
 
 
-# float32 is for checking, not for speed: one table for every chip, and not tuned. Three tf32 products
-# keep its accuracy on tensor cores; 32 rows keep it off wgmma, with which 64 x 16 blocks read out of
-# bounds (Triton 3.6 on an H200).
+# float32 is meant for checking results, so one untuned table serves every GPU. Three tf32 products give
+# float32 accuracy on tensor cores. With at most 32 rows, wgmma is not used: with it, blocks of 64 x 16
+# read out of bounds (Triton 3.6 on an H200).
 _FLOAT32 = {
     ("forward", 64): Config(32, 32, 4, 2, "tf32x3"),
     ("forward", 128): Config(32, 16, 8, 1, "tf32x3"),

@@ -1,4 +1,4 @@
-"""Triton forward kernel: each program takes work items, a part of a query tile for one head."""
+"""The Triton forward kernel. A work item is one part of a query tile, for one head."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from voco_kernels.attention.backends.triton.tiles import (
     load_rows,
 )
 
-# These kernels are short of registers: hoisting addresses out of loops makes them spill. Hence
-# disable_licm on every loop, and no pipeline where rows are gathered, which is rare.
+# These kernels are short of registers, and hoisting addresses out of loops makes them spill. So every
+# loop has disable_licm, and loops that gather rows, which are rare, are not pipelined.
 
 
 @triton.jit
@@ -26,10 +26,10 @@ def _attend(
     BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     GATHER: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over keys [begin, end): positions, or ranks in ``kept`` with GATHER.
+    """Online softmax over keys [begin, end): positions or, with GATHER, indices into ``kept``.
 
-    Whole blocks, unless GATHER or PARTIAL. Only blocks on the diagonal, and the last of a gathered
-    stretch, do mask arithmetic.
+    Without GATHER and PARTIAL, there must be whole blocks only. Only blocks on the diagonal, and the
+    last block of a gathered range, apply a mask.
     """
     for start in tl.range(begin, end, BLOCK_N, disable_licm=True, num_stages=1 if GATHER else None):
         # [BLOCK_N]
@@ -54,7 +54,7 @@ def _attend(
             if start + BLOCK_N - 1 > first_query:
                 scores = tl.where(key[None, :] <= query[:, None], scores, float("-inf"))
 
-        # Base 2 with the scale folded in: one FMA and one exp2 a score.
+        # Base 2 with the scale folded in: one FMA and one exp2 per score.
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
         p = tl.math.exp2(scores * scale_log2 - new_max[:, None])
         rescale = tl.math.exp2(row_max - new_max)
@@ -87,16 +87,16 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Out ``[B, Hq, S, D]`` and Lse fp32 ``[B, Hq, S]``, every row written, padding with 0 and -inf.
+    """Write all of Out ``[B, Hq, S, D]`` and Lse fp32 ``[B, Hq, S]``; padding gets 0 and -inf.
 
-    ``q_desc``, ``k_desc`` and ``v_desc`` are TMA descriptors of blocks of Q, K and V, or None.
-    The grid covers the usual number of items; where the schedule has more, programs take another.
+    ``q_desc``, ``k_desc`` and ``v_desc`` are TMA descriptors for blocks of Q, K and V, or None.
+    The grid covers the usual number of items; if the schedule has more, programs take several.
     """
     PARTS: tl.constexpr = TILE // BLOCK_M
     scale_log2 = scale * LOG2_E
     items = tl.load(counts + QUERY_TILES) * heads * PARTS
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
-        # Heads fastest: K and V of one row stay in L2. Late parts first: they are the longest.
+        # Heads vary fastest, so K and V of a row stay in L2. Late parts come first: they take longest.
         head = item % heads
         part = item // heads
         row, start, stop, key_start, prefix_start, prefix_stop = load_query_tile(
@@ -122,7 +122,7 @@ def forward_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
-        # Padding has key_start = stop. After ``whole`` is at most one block, cut off by the tile's end.
+        # Padding has key_start = stop. After ``whole`` there is at most one block, a partial one.
         whole = key_start + tl.maximum(stop - key_start, 0) // BLOCK_N * BLOCK_N
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q, query, start,
@@ -143,7 +143,7 @@ def forward_kernel(
             BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, GATHER=False, PARTIAL=True,
         )  # fmt: skip
 
-        # Padding has seen no key: its maximum is -inf, and its sum 0 is replaced by 1.
+        # Padding sees no key: its maximum is -inf, and its sum, 0, is replaced by 1.
         row_sum = tl.where(row_sum > 0, row_sum, 1.0)
         lse = (row_max + tl.math.log2(row_sum)) * LN_2
         tl.store(Lse + (wide_row * heads + head) * length + query, lse, mask=in_tile)

@@ -1,4 +1,4 @@
-"""Triton backend: the default on CUDA, portable from sm_80 up. One launch forward, three backward."""
+"""Host side of the Triton backend: support checks, and the launches (one forward, three backward)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 _LARGEST_HEAD_DIM = 256
-_WIDEST_STRIDE = 2**31 // TILE  # of tokens: offsets within a block of rows are int32
-# Read once, on import: torch.compile can't trace either. Triton, too, decides when it is imported.
+_WIDEST_STRIDE = 2**31 // TILE  # between tokens: offsets within a tile are int32
+# Read once, on import, because torch.compile can't trace either. Triton reads TRITON_INTERPRET then too.
 _INSTALLED = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def missing() -> list[str]:
     if not _INSTALLED:
-        return ["triton is not installed; CUDA builds of torch bring it"]
+        return ["triton is not installed; CUDA builds of torch include it"]
     if not torch.cuda.is_available() and not _INTERPRETED:
         return [f"no CUDA device; {interpreter.HINT}"]
     return []
@@ -49,7 +49,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     if any(tensor.stride(2) >= _WIDEST_STRIDE for tensor in (q, k, v)):
         strides = ", ".join(str(tuple(tensor.stride())) for tensor in (q, k, v))
         reasons.append(
-            f"expected tokens less than {_WIDEST_STRIDE} elements apart, got strides {strides}; call "
+            f"expected token strides below {_WIDEST_STRIDE} elements, got strides {strides}; call "
             ".contiguous()"
         )
     if _INTERPRETED and not reasons:
@@ -125,8 +125,8 @@ def backward(
 
 
 def _descriptors(rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
-    """TMA descriptors that load ``rows`` rows of a head, or None each: before sm_90, for addresses or
-    strides that are no multiples of 16 bytes (TMA can't), and for float32 (it would spill)."""
+    """TMA descriptors that load ``rows`` rows of a head, or None for each tensor: before sm_90, if an
+    address or stride isn't a multiple of 16 bytes (as TMA needs), and for float32 (it would spill)."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     aligned = all(
@@ -142,8 +142,8 @@ def _descriptors(rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
 
 
 def _programs(layout: MaskLayout, heads: int, block: int) -> int:
-    """The items of a batch whose rows have two runs each, one image and its text. The kernels take
-    any number of items: reading the true one would be a host sync."""
+    """The number of programs to launch: the work items of a batch whose rows have two runs each (an
+    image and its text). The kernels handle any number of items; reading it would be a host sync."""
     tiles = max(layout.length - 2, 0) // TILE + 2
     return layout.batch * tiles * heads * (TILE // block)
 
@@ -154,7 +154,7 @@ def _config(kernel: str, q: Tensor) -> Config:
 
 
 def _constants(q: Tensor, blocks: Config) -> dict[str, int | str]:
-    """The compile-time arguments that the three attention kernels share."""
+    """The compile-time arguments shared by the three attention kernels."""
     return dict(
         HEAD_DIM=q.shape[-1],
         BLOCK_D=_block_d(q.shape[-1]),

@@ -1,4 +1,4 @@
-"""Loads that Triton's attention kernels share, and the names of what they read."""
+"""Load functions and constants shared by the Triton attention kernels."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import triton.language as tl
 
 from voco_kernels.layout import schedule
 
-# Softmax works in base 2, where an exponential is one instruction.
+# Softmax is computed in base 2, where an exponential is one instruction.
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 INT32_MAX = tl.constexpr(2**31 - 1)
 
-# Columns of the schedule's tables; voco_kernels/layout/schedule.py says what they hold.
+# Columns of the schedule's tables, described in voco_kernels/layout/schedule.py.
 TILE_COLUMNS = tl.constexpr(schedule.TILE_COLUMNS)
 ROW = tl.constexpr(schedule.ROW)
 START = tl.constexpr(schedule.START)
@@ -28,14 +28,14 @@ KEY_TILE_STOP = tl.constexpr(schedule.KEY_TILE_STOP)
 QUERY_START = tl.constexpr(schedule.QUERY_START)
 QUERY_STOP = tl.constexpr(schedule.QUERY_STOP)
 CONTIGUOUS = tl.constexpr(schedule.CONTIGUOUS)
-# Elements of its counts.
+# Elements of the schedule's counts.
 QUERY_TILES = tl.constexpr(schedule.QUERY_TILES)
 KEY_TILES = tl.constexpr(schedule.KEY_TILES)
 
 
 @triton.jit
 def load_rows(base, positions, stride, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """``[len(positions), BLOCK_D]``: rows at these positions, 0 where not inside or from HEAD_DIM on."""
+    """``[len(positions), BLOCK_D]``: rows at these positions; 0 if not inside, and from HEAD_DIM on."""
     columns = tl.arange(0, BLOCK_D)
     mask = inside[:, None]
     if HEAD_DIM != BLOCK_D:
@@ -49,9 +49,9 @@ def load_block(
     descriptor, row, head, base, stride, start, stop,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """``[BLOCK, BLOCK_D]``: one head's rows from ``start`` on, by TMA if there is a descriptor.
+    """``[BLOCK, BLOCK_D]``: one head's rows from ``start`` on, loaded by TMA if there is a descriptor.
 
-    With MASK, rows from ``stop`` on are 0: they may be padding, which may hold anything, and a
+    With MASK, rows from ``stop`` on are 0. They may be padding, which can hold anything, and a
     probability of 0 times NaN is NaN.
     """
     local = tl.arange(0, BLOCK)
@@ -79,8 +79,8 @@ def load_block(
 
 @triton.jit
 def load_query_tile(query_tiles, tile, part, BLOCK_M: tl.constexpr):
-    """Part ``part`` of a tile: its row in the batch, queries [start, stop), the first key of its
-    contiguous stretch, and its prefix [start, stop) in ``kept``. Empty parts have start >= stop."""
+    """Load part ``part`` of a tile: its row in the batch, its queries [start, stop), the first key of
+    its contiguous range, and its prefix [start, stop) in ``kept``. Empty parts have start >= stop."""
     columns = query_tiles + tile * TILE_COLUMNS
     start = tl.load(columns + START) + part * BLOCK_M
     stop = tl.minimum(tl.load(columns + STOP), start + BLOCK_M)
