@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 
 from tests.support.triton_aot import Binary, _inspect
 from voco_kernels.layout import triton as triton_layout
+from voco_kernels.layout import triton_kernels
 
 TYPES = {"ids": "*i64", "position_ids": "*i64", "stray": "*i1"}
 NUMBERS = {"voco_token_id", "image_token_id", "batch", "length", "chunks"}
@@ -57,12 +58,12 @@ def main(capability: int) -> None:
         constants = dict(
             FIRST_STAGE=first, LAST_STAGE=last, BLOCK=block, WIDTH=width, ISOLATED=True
         )
-        report("analyse", triton_layout.analyse_kernel, constants, {"attention_mask": "*i64"})
+        report("analyse", triton_kernels.analyse_kernel, constants, {"attention_mask": "*i64"})
         if width == 1:
             constants |= dict(ISOLATED=False, position_ids=None, image_token_id=None)
-            report("analyse", triton_layout.analyse_kernel, constants, {"attention_mask": "*i1"})
+            report("analyse", triton_kernels.analyse_kernel, constants, {"attention_mask": "*i1"})
     for block, width in ((1024, 1), (2048, 1), (1024, 64)):
-        report("emit", triton_layout.emit_kernel, dict(BLOCK=block, WIDTH=width), {})
+        report("emit", triton_kernels.emit_kernel, dict(BLOCK=block, WIDTH=width), {})
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ triton = pytest.importorskip(
 )
 
 from voco_kernels.layout import triton as triton_layout  # noqa: E402
+from voco_kernels.layout import triton_kernels  # noqa: E402
 
 TEXT, IMAGE, VOCO = 5, 2, 1
 IDS = {"T": TEXT, "I": IMAGE, "V": VOCO, "_": VOCO}  # padding may hold any id
@@ -88,7 +89,7 @@ def assert_kernels_equal_torch(arguments: tuple, block: int | None, tile: int) -
     """Run in the interpreter, with tiles of few rows, so that short rows have several."""
     with pytest.MonkeyPatch.context() as patch, poisoned_memory():
         patch.setattr(schedule, "TILE", tile)
-        patch.setattr(triton_layout, "_TILE", triton.language.constexpr(tile))
+        patch.setattr(triton_kernels, "_TILE", triton.language.constexpr(tile))
         want = layout_from_token_ids(*arguments)
         assert_equal(triton_layout.layout_from_token_ids(*arguments, block=block), want)
 
