@@ -177,7 +177,7 @@ def test_names_a_broken_installation(monkeypatch):
     ("dtype", "head_dim", "reason"),
     [
         (torch.float32, 64, "expected bfloat16, float16, got float32"),
-        (torch.float16, 264, "at most 256, got 264"),
+        (torch.float16, 264, "up to 256, got 264"),
         (torch.float16, 60, "multiple of 8.*got 60"),
     ],
 )
