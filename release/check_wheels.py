@@ -17,6 +17,7 @@ import sys
 import tempfile
 import venv
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +38,15 @@ def check(wheel: Path) -> None:
         venv.create(environment, with_pip=True)
         empty.mkdir()
         python = environment / "bin" / "python"
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-compile",
+            "--disable-pip-version-check",
+        ]
         subprocess.run([*pip, "-r", ROOT / "requirements" / "torch.txt"], check=True)
         subprocess.run([*pip, wheel], check=True)
         shutil.copy(ROOT / "release" / "smoke.py", empty)
@@ -56,10 +65,12 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wheels", type=Path, nargs="+", help="the wheels to try")
     wheels = parser.parse_args(arguments).wheels
-    for wheel in wheels:
+    with ThreadPoolExecutor(len(wheels)) as pool:
+        checks = [(wheel, pool.submit(check, wheel.resolve())) for wheel in wheels]
+    for wheel, checked in checks:
+        checked.result()
         holds = "with" if has_extension(wheel) else "without"
-        print(f"==> {wheel.name}: {holds} the CUDA extension", flush=True)
-        check(wheel.resolve())
+        print(f"{wheel.name}: works, {holds} the CUDA extension")
 
 
 if __name__ == "__main__":
